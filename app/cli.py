@@ -1,0 +1,276 @@
+"""`weightsmith serve | worker | merge | plan | submit`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from merge_core import __version__
+from merge_core.errors import WeightsmithError
+
+if TYPE_CHECKING:
+    from merge_core.progress import Progress as MergeProgress
+    from merge_core.recipe import Recipe
+
+RECIPE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+URL = click.option(
+    "--url", default="http://127.0.0.1:8000", envvar="WEIGHTSMITH_URL", show_default=True, help="The service."
+)
+MEMORY = click.option("--memory", metavar="SIZE", help="Most memory of the whole process, such as 1GiB.")
+THREADS = click.option("--threads", type=click.IntRange(1), help="Compute threads (default: one per core).")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, package_name="weightsmith")
+def main() -> None:
+    """Merge model weights: POST a recipe, get a checkpoint."""
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Where jobs and artifacts live.  [default: ./weightsmith-data]"
+)
+@click.option(
+    "--models",
+    "models",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder that recipes may name models in; may be repeated.  [default: DATA/models]",
+)
+def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> None:
+    """Run the service and one worker: no Redis, no Docker.
+
+    Models are read only from the folders given by --models; recipes name them by their paths below these.
+    """
+    import uvicorn
+
+    from app.main import create_app
+    from workers.supervisor import Supervisor
+
+    settings = _settings(data, models)
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        click.echo(f"warning: anybody who can reach {host} can use this service; it has no user accounts yet", err=True)
+    signal.signal(signal.SIGTERM, _leave)
+    supervisor = Supervisor(settings)
+    supervisor.start()
+    roots = ", ".join(map(str, settings.roots))
+    click.echo(f"Weightsmith {__version__}: http://{host}:{port}/docs", err=True)
+    click.echo(f"  models in {roots}\n  data in {settings.data.absolute()}", err=True)
+    try:
+        uvicorn.run(create_app(settings), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        supervisor.stop()
+
+
+@main.command()
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Where jobs and artifacts live.  [default: ./weightsmith-data]"
+)
+@click.option(
+    "--models",
+    "models",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder that recipes may name models in; may be repeated.  [default: DATA/models]",
+)
+def worker(data: Path | None, models: tuple[Path, ...]) -> None:
+    """Run one more worker on this machine, or on another with the same data folder, database and broker."""
+    from workers.supervisor import Supervisor
+
+    signal.signal(signal.SIGTERM, _leave)
+    supervisor = Supervisor(_settings(data, models))
+    supervisor.start()
+    try:
+        supervisor.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        supervisor.stop()
+
+
+@main.command()
+@click.argument("recipe", type=RECIPE)
+@click.argument("out", type=click.Path(path_type=Path))
+@MEMORY
+@THREADS
+@click.option("--shard-size", metavar="SIZE", help="Most bytes of tensors in one file, such as 5GB.")
+def merge(recipe: Path, out: Path, memory: str | None, threads: int | None, shard_size: str | None) -> None:
+    """Merge by RECIPE into the folder OUT, without a service.
+
+    Model paths are as seen from here. Interrupted, the same command goes on where it was.
+    """
+    with _told():
+        from merge_core import merge as core
+
+        with _progress_bar() as report:
+            artifact = core.merge(
+                _read(recipe),
+                out,
+                memory=_size(memory),
+                threads=threads,
+                max_shard_size=_size(shard_size),
+                report=report,
+            )
+    for warning in artifact.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    size = sum(file.size for file in artifact.files)
+    click.echo(f"{out}: {len(artifact.tensors)} tensors, {_bytes(size)} in {len(artifact.files)} files")
+
+
+@main.command()
+@click.argument("recipe", type=RECIPE)
+@MEMORY
+@THREADS
+@click.option("--steps", is_flag=True, help="One line per output tensor.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_json: bool) -> None:
+    """Show what RECIPE would read, write and need. No weight is read."""
+    import json
+
+    with _told():
+        from merge_core.merge import plan_only
+
+        made = plan_only(_read(recipe), memory=_size(memory), threads=threads).to_dict(steps=steps)
+    if as_json:
+        click.echo(json.dumps(made, indent=2))
+        return
+    click.echo(f"method      {made['method']}, {made['semantics']}'s meaning, measured per {made['scope']}")
+    click.echo(f"models      {', '.join(made['models'])}")
+    click.echo(f"tensors     {made['tensors']}, of which {made['tensors_merged']} are merged and the others copied")
+    click.echo(f"reads       {_bytes(made['bytes_read'])} in {made['passes']} pass{'es' if made['passes'] > 1 else ''}")
+    shards = ", ".join(shard["file"] for shard in made["shards"][:3]) + (", …" if made["shards"][3:] else "")
+    click.echo(f"writes      {_bytes(made['bytes_written'])}: {shards}")
+    click.echo(f"memory      at most {_bytes(made['peak_memory'])} with {made['threads']} threads")
+    for note in made["left_out"]:
+        click.echo(f"left out    {note}")
+    for warning in made["warnings"]:
+        click.echo(f"warning     {warning}")
+    for step in made.get("steps", []):
+        sources = ", ".join(f"{source['model']}:{source['tensor']}" for source in step["sources"])
+        how = f"copied, {step['copied_because']}" if step["copied_because"] else json.dumps(step["parameters"])
+        click.echo(f"{step['tensor']}  {step['dtype']}{step['shape']}  {how}  ← {sources}")
+
+
+@main.command()
+@click.argument("recipe", type=RECIPE)
+@URL
+@click.option("--wait", is_flag=True, help="Watch the job to its end.")
+@click.option(
+    "--download",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Then download the result, checked by sha256 (implies --wait).",
+)
+def submit(recipe: Path, url: str, wait: bool, download: Path | None) -> None:
+    """POST RECIPE to a service; prints the job's id."""
+    with _told():
+        from app.client import Client
+
+        text = sys.stdin.read() if str(recipe) == "-" else recipe.read_text()
+        with Client(url) as client:
+            job = client.submit(text)
+            click.echo(job["id"])
+            if wait or download:
+                with _progress_bar() as report:
+                    job = client.wait(job["id"], report)
+                for warning in job["warnings"]:
+                    click.echo(f"warning: {warning}", err=True)
+            if download:
+                client.download(job["id"], download)
+                click.echo(str(download))
+
+
+def _leave(*_: object) -> None:
+    """SIGTERM is Ctrl-C: what was started is stopped on the way out."""
+    raise KeyboardInterrupt
+
+
+def _settings(data: Path | None, models: tuple[Path, ...]) -> Any:
+    from workers.settings import Settings
+
+    given: dict[str, Any] = {}
+    if data is not None:
+        given["data"] = data
+    if models:
+        given["model_roots"] = list(models)
+    return Settings(**given)
+
+
+def _read(path: Path) -> Recipe:
+    from merge_core.recipe import Recipe
+
+    return Recipe.from_text(sys.stdin.read() if str(path) == "-" else path.read_bytes())
+
+
+def _size(written: str | None) -> int | None:
+    from merge_core.sizes import parse_bytes
+
+    try:
+        return None if written is None else int(parse_bytes(written))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _bytes(count: float) -> str:
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.0f} bytes" if units[0] == "bytes" else f"{count:.1f} {units[0]}"
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Expected failures as one message and exit status 1, without a traceback."""
+    try:
+        yield
+    except WeightsmithError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Any]:
+    """A bar with rate and time left on a terminal, a line every few seconds elsewhere; yields the function to report
+    to."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:>24.24}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+        task = bar.add_task("planning", total=None)
+
+        def report(progress: MergeProgress) -> None:
+            total = progress.bytes_read_total + progress.bytes_written_total
+            bar.update(
+                task,
+                description=progress.phase,
+                completed=progress.bytes_read + progress.bytes_written,
+                total=total or None,
+            )
+
+        yield report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""`create_app`: routers, error handlers, and what lives as long as the service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from app import errors
+from app.routes import files, health, merges, methods, recipes
+from merge_core import __version__
+from merge_core.recipe import MAX_RECIPE_BYTES
+from workers.celery_app import make_celery
+from workers.jobs import JobStore
+from workers.queue import Queue
+from workers.settings import Settings
+
+DESCRIPTION = """
+Merge model weights: POST a recipe (mergekit's format, YAML or JSON), watch the job, download the checkpoint.
+
+Errors are problems as in RFC 9457: `type`, `title`, `status`, `detail`, `code`, and `errors` with a JSON pointer into
+the recipe, a tensor or a file for each place that is wrong.
+"""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The service for these settings (the environment's by default)."""
+    settings = settings or Settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        store = JobStore(settings)
+        app.state.queue = Queue(store, make_celery(settings))
+        yield
+        store.close()
+
+    app = FastAPI(
+        title="Weightsmith",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        max_body_size=MAX_RECIPE_BYTES,
+    )
+    app.state.settings = settings
+    errors.install(app)
+    for module in (merges, files, recipes, methods, health):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,121 @@
+"""Response bodies."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Self
+
+from pydantic import BaseModel, Field
+
+from workers.jobs import Job, JobState
+
+
+class Urls(BaseModel):
+    """Where to go on from a job."""
+
+    self: str
+    cancel: str
+    files: str
+
+
+class JobRead(BaseModel):
+    """One merge. Times are RFC 3339, UTC."""
+
+    id: str
+    status: JobState
+    phase: str = Field(description="what the worker is doing; empty unless running")
+    progress: dict[str, Any] = Field(
+        description="tensors and bytes done of how many, rate in bytes per second, seconds left, tensor at work"
+    )
+    attempt: int
+    error: dict[str, Any] | None = Field(description="the problem that a failed job ended in")
+    warnings: list[str]
+    recipe: dict[str, Any]
+    plan: dict[str, Any]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    urls: Urls
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """The job as its resource."""
+        path = f"/v1/merges/{job.id}"
+        return cls(
+            id=job.id,
+            status=JobState(job.state),
+            phase=job.phase,
+            progress=job.progress,
+            attempt=job.attempt,
+            error=job.error,
+            warnings=job.warnings,
+            recipe=job.recipe,
+            plan=job.plan,
+            created_at=_moment(job.created_at),
+            started_at=None if job.started_at is None else _moment(job.started_at),
+            finished_at=None if job.finished_at is None else _moment(job.finished_at),
+            urls=Urls(self=path, cancel=f"{path}/cancel", files=f"{path}/files"),
+        )
+
+
+class JobPage(BaseModel):
+    """Merges, newest first; `next` is the `after` of the following page."""
+
+    data: list[JobRead]
+    has_more: bool
+    next: str | None
+
+
+class FileRead(BaseModel):
+    """One file of a finished merge."""
+
+    path: str
+    size: int
+    sha256: str
+    url: str
+
+
+class FileList(BaseModel):
+    """The files of a finished merge."""
+
+    data: list[FileRead]
+
+
+class Validation(BaseModel):
+    """What a recipe would do, from headers alone."""
+
+    plan: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+class MethodRead(BaseModel):
+    """A merge method with one meaning of its name."""
+
+    name: str
+    semantics: str = Field(description="whose meaning: mergekit's (the default) or the paper's (`semantics: paper`)")
+    title: str
+    summary: str
+    description: str
+    paper: str
+    base: str
+    models: dict[str, int | None]
+    scopes: list[str]
+    per_model: list[str] = Field(description="parameters that may differ per model")
+    parameters: dict[str, Any] = Field(description="JSON Schema")
+
+
+class MethodList(BaseModel):
+    """Every merge method."""
+
+    data: list[MethodRead]
+
+
+class Health(BaseModel):
+    """Whether the service is up, and what it depends on."""
+
+    status: str
+    checks: dict[str, bool] = {}
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

@@ -1,0 +1,1 @@
+"""Programs that measure and show; nothing in the package needs them."""

@@ -1,0 +1,212 @@
+"""The result beside the weights: lock, model card, recipe, config and tokenizer files.
+
+`merge.lock.json` says all that is needed to make the same bytes again and to prove that they are: recipe, seed,
+versions, sha256 of every file that was read and written, a digest per tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from merge_core import __version__
+from merge_core.checkpoint import Checkpoint
+from merge_core.errors import Canceled
+from merge_core.plan import Plan
+from merge_core.shards import WrittenFile, write_text
+
+LOCK_NAME = "merge.lock.json"
+CARD_NAME = "README.md"
+RECIPE_NAME = "mergekit_config.yml"
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+_MAX_COPIED = 256 * 2**20
+_READ = 2**22
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished merge: where it is, its files, the digest of every tensor, and what the user should know."""
+
+    folder: Path
+    files: tuple[WrittenFile, ...]
+    tensors: Mapping[str, str]
+    warnings: tuple[str, ...]
+    resumed_tensors: int = 0
+
+
+class SourceHashes:
+    """sha256 of every shard that a plan reads, computed beside the merge."""
+
+    def __init__(self, plan: Plan, checkpoints: Sequence[Checkpoint], stop: Callable[[], bool]) -> None:
+        self._stop, self._closed = stop, False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        read = {(source.model, source.info.file) for step in plan.steps for source in step.reads}
+        self._found: dict[tuple[int, str], Future[str]] = {
+            (model, file): self._pool.submit(self._sha256, checkpoints[model].shards[file].path)
+            for model, file in sorted(read)
+        }
+
+    def result(self) -> dict[tuple[int, str], str]:
+        """(model, file) → sha256; waits for the last one."""
+        return {which: future.result() for which, future in self._found.items()}
+
+    def close(self) -> None:
+        self._closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _sha256(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while data := file.read(_READ):
+                if self._closed or self._stop():
+                    raise Canceled("the merge was canceled")
+                digest.update(data)
+        return digest.hexdigest()
+
+
+def write_companions(
+    plan: Plan,
+    checkpoints: Sequence[Checkpoint],
+    folder: Path,
+    *,
+    weights: Sequence[WrittenFile],
+    tensors: Mapping[str, str],
+    sources: Mapping[tuple[int, str], str],
+    warnings: Sequence[str],
+) -> list[WrittenFile]:
+    """Write everything beside the weights into `folder`; the lock, which names all other files, comes last."""
+    donor = checkpoints[plan.donor]
+    files = list(weights)
+    if donor.config:
+        files.append(
+            write_text(folder / "config.json", json.dumps(_edited_config(plan, donor.config), indent=2) + "\n")
+        )
+    if donor.folder is not None:
+        files += [
+            _copy(donor.folder / name, folder / name)
+            for name in COPIED
+            if (donor.folder / name).is_file() and (donor.folder / name).stat().st_size <= _MAX_COPIED
+        ]
+    files.append(write_text(folder / RECIPE_NAME, plan.recipe.to_yaml()))
+    files.append(write_text(folder / CARD_NAME, model_card(plan, warnings)))
+    lock = {
+        "version": 1,
+        "made_with": {"weightsmith": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": platform.machine(),
+        "exact_on": "any machine",
+        "recipe": plan.recipe.canonical(),
+        "seed": plan.recipe.seed,
+        "plan": plan.digest,
+        "sources": [_source(plan, checkpoints, model, sources) for model in range(len(plan.models))],
+        "files": [asdict(file) for file in files],
+        "tensors": {name: {"sha256": tensors[name]} for name in sorted(tensors)},
+        "left_out": list(plan.left_out),
+        "warnings": list(warnings),
+    }
+    files.append(write_text(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n"))
+    return files
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """A finished artifact from its lock."""
+    lock_file = folder / LOCK_NAME
+    raw = lock_file.read_bytes()
+    lock = json.loads(raw)
+    files = [WrittenFile(**file) for file in lock["files"]]
+    files.append(WrittenFile(LOCK_NAME, len(raw), hashlib.sha256(raw).hexdigest()))
+    return Artifact(
+        folder,
+        tuple(files),
+        {name: entry["sha256"] for name, entry in lock["tensors"].items()},
+        tuple(lock["warnings"]),
+    )
+
+
+def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
+    """The README of the merged model, in the Hub's conventions."""
+    method = plan.recipe.method
+    models = [str(model) for model in plan.models]
+    named = [model for model in models if _HUB_ID.fullmatch(model)]
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "weightsmith", plan.recipe.merge_method]}
+    if named:
+        front = {"base_model": named, "base_model_relation": "merge"} | front
+    title = plan.recipe.name or f"{plan.recipe.merge_method} merge"
+    paragraphs = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {' '.join(title.split())}",
+        f"Merged with Weightsmith {__version__} by [{method.title}]({method.paper}).",
+        "## Models\n\n"
+        + "\n".join(
+            f"- `{model}`{' (base)' if plan.models[i] == plan.recipe.base_model else ''}"
+            for i, model in enumerate(models)
+        ),
+        f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```",
+    ]
+    if notes := [*plan.left_out, *warnings]:
+        paragraphs.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes))
+    paragraphs.append(
+        f"`{LOCK_NAME}` holds the sha256 of every file that was read and written and of every tensor; the same recipe "
+        "on the same models gives the same bytes."
+    )
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _edited_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    edited = dict(config)
+    edit = plan.config_edit
+    if edit.layers:
+        for key, value in config.items():
+            if isinstance(value, list) and len(value) == edit.count_before and key != "architectures":
+                edited[key] = [value[layer] for layer in edit.layers]
+        if edit.count_key:
+            edited[edit.count_key] = len(edit.layers)
+    if written := plan.recipe.out_dtype or plan.recipe.dtype:
+        edited["dtype" if "dtype" in config else "torch_dtype"] = written
+    return edited
+
+
+def _source(
+    plan: Plan, checkpoints: Sequence[Checkpoint], model: int, sources: Mapping[tuple[int, str], str]
+) -> dict[str, Any]:
+    shards = checkpoints[model].shards
+    return {
+        "model": str(plan.models[model]),
+        "commit": None,
+        "files": [
+            {"path": file, "size": shards[file].size, "sha256": digest}
+            for (index, file), digest in sources.items()
+            if index == model
+        ],
+    }
+
+
+def _copy(source: Path, target: Path) -> WrittenFile:
+    shutil.copyfile(source, target)
+    data = target.read_bytes()
+    return WrittenFile(target.name, len(data), hashlib.sha256(data).hexdigest())

@@ -1,0 +1,38 @@
+"""Passthrough: one model's tensors as they are, for stacking layers ("frankenmerges").
+
+θ = s · θ₁
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from merge_core.method import Block, Known, MergeMethod, PerModel, spread
+from merge_core.task_vectors import column
+
+
+class Passthrough(MergeMethod):
+    """Copy one model, bit for bit where no scale is given.
+
+    >>> Passthrough(scale=(0.5,)).merge(Block.of([[2.0, 4.0]]), {})
+    tensor([1., 2.])
+    """
+
+    name: ClassVar[str] = "passthrough"
+    title: ClassVar[str] = "Copy (layer stacking)"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2312.15166"
+    base: ClassVar[Literal["required", "model"]] = "model"
+    count: ClassVar[tuple[int, int | None]] = (1, 1)
+    workspace: ClassVar[tuple[int, int]] = (1, 1)
+
+    scale: PerModel = Field((1.0,), description="s: factor on the copied weights")
+
+    @property
+    def is_copy(self) -> bool:
+        return self.scale == (1.0,)
+
+    def merge(self, block: Block, known: Known) -> Tensor:
+        return (block.models * column(spread(self.scale, 1), block.models))[0]

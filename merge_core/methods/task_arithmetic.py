@@ -1,0 +1,41 @@
+"""Task arithmetic (Ilharco et al., 2023): add scaled task vectors to the base.
+
+δᵢ = θᵢ − θ₀        θ = θ₀ + λ Σᵢ wᵢ δᵢ
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from merge_core.method import Block, Known, MergeMethod, PerModel, spread
+from merge_core.task_vectors import column, total, weighted_mean
+
+
+class TaskArithmetic(MergeMethod):
+    """Add what each model learned; a negative weight takes it away.
+
+    >>> block = Block.of([[3.0, 1.0], [1.0, 2.0]], base=[1.0, 1.0])
+    >>> TaskArithmetic(weight=(0.5, -1.0)).merge(block, {})
+    tensor([2., 0.])
+    """
+
+    name: ClassVar[str] = "task_arithmetic"
+    title: ClassVar[str] = "Task arithmetic"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2212.04089"
+
+    weight: PerModel = Field(description="wᵢ: coefficient of each task vector")
+    normalize: bool = Field(False, description="divide by the sum of the weights")
+    lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the summed task vectors")
+    density: PerModel = Field((1.0,), description="read for mergekit's sake; has no effect here")
+    rescale: bool = Field(False, description="read for mergekit's sake; has no effect here")
+    int8_mask: bool = Field(False, description="read for mergekit's sake; has no effect")
+
+    def merge(self, block: Block, known: Known) -> Tensor:
+        assert block.base is not None
+        weights = column(spread(self.weight, len(block.models)), block.models)
+        weighted = block.deltas * weights
+        summed = weighted_mean(weighted, weights) if self.normalize else total(weighted)
+        return block.base + summed * self.lambda_

@@ -1,0 +1,179 @@
+"""What will be done, as data: one step per output tensor, its shards, its memory. `planner.py` makes it.
+
+A plan is made from headers and configs alone; the worker is held to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from merge_core import __version__
+from merge_core.checkpoint import TensorInfo
+from merge_core.dtypes import FLOAT32, FLOAT64, DType
+from merge_core.layout import ShardLayout
+from merge_core.method import MergeMethod, Scope
+from merge_core.recipe import ModelRef, Recipe, canonical_json
+from merge_core.statistics import Grains
+
+
+@dataclass(frozen=True)
+class Source:
+    """One stored tensor that a step reads: `model` is an index into `Plan.models`."""
+
+    model: int
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one output tensor comes to be.
+
+    Without a `method` the first source is copied, and `reason` says why; its other sources are only compared with it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    sources: tuple[Source, ...]
+    base: Source | None = None
+    method: MergeMethod | None = None
+    reason: str = ""
+
+    @property
+    def grains(self) -> Grains:
+        return Grains.of(self.shape)
+
+    @property
+    def working(self) -> DType:
+        """What the arithmetic is done in: float32, or float64 where a source is stored so."""
+        return FLOAT64 if any(source.info.dtype is FLOAT64 for source in self.reads) else FLOAT32
+
+    @property
+    def reads(self) -> tuple[Source, ...]:
+        return self.sources if self.base is None else (self.base, *self.sources)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of memory per element of a block in work, temporaries included."""
+        if self.method is None:
+            return 2 * self.dtype.itemsize + 16
+        per_model, fixed = self.method.workspace
+        arrays = len(self.reads) + 1 + per_model * len(self.sources) + fixed
+        return (
+            arrays * self.working.itemsize
+            + 2 * self.dtype.itemsize
+            + max(source.info.dtype.itemsize for source in self.reads)
+        )
+
+
+@dataclass(frozen=True)
+class TiedPair:
+    """Two stored tensors that the config calls one; that they are equal is checked when the merge runs."""
+
+    model: int
+    tensor: TensorInfo
+    partner: TensorInfo
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Threads, elements per block, and the peak they lead to (bytes, the whole process)."""
+
+    threads: int
+    block_elements: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class ConfigEdit:
+    """What `config.json` must say differently: the layers of the donor that the output has, in order."""
+
+    count_key: str | None = None
+    layers: tuple[int, ...] = ()
+    count_before: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will happen, as data."""
+
+    recipe: Recipe
+    models: tuple[ModelRef, ...]
+    donor: int
+    scope: Scope
+    steps: tuple[Step, ...]
+    shards: tuple[ShardLayout, ...]
+    memory: MemoryPlan
+    sources_digest: str
+    config_edit: ConfigEdit = field(default_factory=ConfigEdit)
+    tied: tuple[TiedPair, ...] = ()
+    left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, Step]:
+        return {step.name: step for step in self.steps}
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for two merges that write the same bytes: recipe, sources, version, output layout."""
+        layout = [hashlib.sha256(shard.header).hexdigest() for shard in self.shards]
+        text = canonical_json([__version__, self.recipe.canonical(), self.sources_digest, layout])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def measured(self) -> tuple[Step, ...]:
+        """The steps that a method works on, in name order: what the scope `model` sums over."""
+        return tuple(sorted((step for step in self.steps if step.method), key=lambda step: step.name))
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def passes(self) -> int:
+        """The most times that one tensor is read."""
+        return max((1 + len(step.method.stages(self.scope)) if step.method else 1 for step in self.steps), default=1)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes read from the models, every pass counted (a pass that proves needless is skipped)."""
+        return sum(
+            (1 + len(step.method.stages(self.scope)) if step.method else 1)
+            * sum(source.info.nbytes for source in step.reads)
+            for step in self.steps
+        )
+
+    def to_dict(self, *, steps: bool = False) -> dict[str, Any]:
+        """The plan for people and for JSON; `steps` adds one entry per output tensor."""
+        plan = {
+            "method": self.recipe.merge_method,
+            "semantics": self.recipe.method.semantics,
+            "scope": self.scope,
+            "models": [str(model) for model in self.models],
+            "donor": str(self.models[self.donor]),
+            "tensors": len(self.steps),
+            "tensors_merged": len(self.measured),
+            "passes": self.passes,
+            "bytes_read": self.input_bytes,
+            "bytes_written": self.output_bytes,
+            "peak_memory": self.memory.peak,
+            "threads": self.memory.threads,
+            "shards": [{"file": shard.file, "size": shard.size, "tensors": len(shard.slots)} for shard in self.shards],
+            "left_out": list(self.left_out),
+            "warnings": list(self.warnings),
+        }
+        return plan | ({"steps": [self._step_dict(step) for step in self.steps]} if steps else {})
+
+    def _step_dict(self, step: Step) -> dict[str, Any]:
+        return {
+            "tensor": step.name,
+            "shape": list(step.shape),
+            "dtype": str(step.dtype),
+            "sources": [{"model": str(self.models[source.model]), "tensor": source.info.name} for source in step.reads],
+            "parameters": step.method.model_dump(by_alias=True) if step.method else None,
+            "copied_because": step.reason or None,
+        }

@@ -1,0 +1,481 @@
+"""What the user asked for: mergekit's recipe format, read strictly, with a few keys of our own.
+
+A recipe is YAML or the same as JSON. Unknown keys are refused with a suggestion, or listed as warnings under
+`unknown_keys: warn`. Keys of ours: `seed`, `semantics`, `scope`, `exclude`, `allow_nonfinite`, `outputs`, `limits`,
+`unknown_keys`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from merge_core.errors import Problem, RecipeError
+from merge_core.method import MergeMethod, Scope, Semantics
+from merge_core.methods import METHODS, find_method
+from merge_core.sizes import Bytes
+
+MAX_RECIPE_BYTES = 256 * 1024
+MAX_DEPTH = 32
+_TOKENIZER_LATER = "building a tokenizer is not supported yet; without this key the base's tokenizer files are copied"
+LATER = {
+    "modules": "recipes with modules are not supported yet; use models or slices",
+    "tokenizer": _TOKENIZER_LATER,
+    "tokenizer_source": _TOKENIZER_LATER,
+    "chat_template": "setting a chat template is not supported yet; without this key the base's is copied",
+}
+MIN_MEMORY = 512 * 2**20
+
+Scalar = float | str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One case of a setting: for tensor names that contain `filter`, a value or a gradient over the layers."""
+
+    values: tuple[Scalar, ...]
+    filter: str | None = None
+
+    def matches(self, tensor: str) -> bool:
+        return self.filter in (None, "*") or self.filter in tensor
+
+    def at(self, place: float) -> Scalar:
+        """The value at `place` (0 first layer, 1 last layer), interpolated linearly."""
+        position = place * (len(self.values) - 1)
+        lower = math.floor(position)
+        upper = min(lower + 1, len(self.values) - 1)
+        low, high, share = self.values[lower], self.values[upper], position - lower
+        if isinstance(low, str) or isinstance(high, str):
+            return low
+        return low if share == 0 else (1 - share) * low + share * high
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A parameter as written: a number, a gradient `[0, 0.5, 1]`, or a list of `{filter, value}` of which the first
+    match counts."""
+
+    entries: tuple[Entry, ...]
+    written: Any
+
+    def evaluate(self, tensor: str, place: float) -> Scalar | None:
+        """The value for one tensor, or None where no entry matches it."""
+        return next((entry.at(place) for entry in self.entries if entry.matches(tensor)), None)
+
+    @classmethod
+    def parse(cls, written: Any) -> Self:
+        """Raises ValueError on anything that is not a setting."""
+        if isinstance(written, cls):
+            return written
+        if isinstance(written, Mapping):
+            raise ValueError("a {filter, value} entry stands in a list: put a dash before it")
+        if not isinstance(written, list):
+            return cls((Entry((_scalar(written),)),), written)
+        if not written:
+            raise ValueError("an empty list is no value")
+        if all(isinstance(item, Mapping) for item in written):
+            return cls(tuple(_conditional(item) for item in written), written)
+        if any(isinstance(item, Mapping) for item in written):
+            raise ValueError("a list holds numbers (a gradient) or {filter, value} entries, not both")
+        return cls((Entry(tuple(_number(item) for item in written)),), written)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        write = core_schema.plain_serializer_function_ser_schema(lambda setting: setting.written)
+        return core_schema.no_info_plain_validator_function(cls.parse, serialization=write)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        value = {
+            "anyOf": [
+                {"type": "number"},
+                {"type": "boolean"},
+                {"type": "array", "items": {"type": "number"}, "minItems": 1},
+            ]
+        }
+        entry = {
+            "type": "object",
+            "properties": {"filter": {"type": "string"}, "value": value},
+            "required": ["value"],
+            "additionalProperties": False,
+        }
+        return {"anyOf": [*value["anyOf"], {"type": "string"}, {"type": "array", "items": entry, "minItems": 1}]}
+
+
+def _scalar(written: Any) -> Scalar:
+    if isinstance(written, str):
+        try:
+            return _number(written)
+        except ValueError:
+            return written
+    return _number(written)
+
+
+def _number(written: Any) -> float:
+    if isinstance(written, bool | int | float | str):
+        try:
+            number = float(written)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{str(written)[:60]!r} is not a number") from None
+        if math.isfinite(number):
+            return number
+    raise ValueError(f"{str(written)[:60]!r} is not a finite number")
+
+
+def _conditional(written: Mapping[str, Any]) -> Entry:
+    if unknown := sorted(map(str, set(written) - {"filter", "value"})):
+        raise ValueError(f"an entry has only filter and value, not {', '.join(unknown)}")
+    if "value" not in written:
+        raise ValueError("an entry needs a value")
+    pattern, value = written.get("filter"), written["value"]
+    if pattern is not None and not isinstance(pattern, str):
+        raise ValueError("a filter is a piece of a tensor name")
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("an empty list is no value")
+        return Entry(tuple(_number(item) for item in value), pattern)
+    return Entry((_scalar(value),), pattern)
+
+
+class ModelRef(BaseModel):
+    """Which model: `path[@revision][+adapter[@revision]]`, a local folder or file, later a Hub id.
+
+    >>> str(ModelRef.model_validate("org/model@main+org/adapter"))
+    'org/model@main+org/adapter'
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, written: Any, handler: ValidatorFunctionWrapHandler) -> Self:
+        if isinstance(written, Mapping) and not {"path", "adapter"} & set(written):
+            if not set(written) <= {"model", "lora", "override_architecture"} or "model" not in written:
+                raise ValueError("a model is a text, or {model: {path, revision}, lora: …}")
+            base, lora = _dict_part(written["model"]), _dict_part(written.get("lora"))
+            written = base if lora is None else f"{base}+{lora}"
+        if isinstance(written, str):
+            return handler(cls._split(written))  # type: ignore[no-any-return]
+        return handler(written)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _split(text: str) -> dict[str, str | None]:
+        if text.count("+") > 1 or any(part.count("@") > 1 for part in text.split("+")):
+            raise ValueError(f"{text[:200]!r} has more than one '+', or more than one '@' in a part")
+        model, _, adapter = text.partition("+")
+        path, _, revision = model.partition("@")
+        if not path or "\0" in text:
+            raise ValueError(f"{text[:200]!r} names no model")
+        return {"path": path, "revision": revision or None, "adapter": adapter or None}
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.path}{revision}" + (f"+{self.adapter}" if self.adapter else "")
+
+
+def _dict_part(part: Any) -> str | None:
+    if part is None or isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and set(part) <= {"path", "revision"} and isinstance(part.get("path"), str):
+        return f"{part['path']}@{part['revision']}" if part.get("revision") else str(part["path"])
+    raise ValueError("a model part is a text or {path, revision}")
+
+
+DTypeName = Annotated[
+    Literal["float64", "float32", "float16", "bfloat16"],
+    BeforeValidator(lambda written: written.removeprefix("torch.") if isinstance(written, str) else written),
+]
+Parameters = Annotated[dict[str, Setting], BeforeValidator(lambda written: {} if written is None else written)]
+
+
+class _Keys(BaseModel):
+    """Keeps keys it does not know, so that all of them can be reported at once."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class ModelEntry(_Keys):
+    """One of `models`."""
+
+    model: ModelRef
+    parameters: Parameters = {}
+
+
+class SliceSource(_Keys):
+    """One of a slice's `sources`: layers `layer_range[0]` to `layer_range[1]` (exclusive) of a model."""
+
+    model: ModelRef
+    layer_range: tuple[int, int]
+    parameters: Parameters = {}
+
+
+class Slice(_Keys):
+    """One run of output layers, made from equally many layers of each source."""
+
+    sources: list[SliceSource] = Field(min_length=1, max_length=64)
+    base_model: ModelRef | None = None
+    parameters: Parameters = {}
+    residual_weight: Any = Field(None, description="read for mergekit's sake; has no effect")
+
+
+class Outputs(_Keys):
+    """How the result is stored. `max_shard_size`: the most bytes of tensors in one file."""
+
+    max_shard_size: Bytes = Field(5 * 10**9, ge=1)
+
+
+class Limits(_Keys):
+    """What the merge may use; never changes a byte of the result."""
+
+    memory: Bytes = Field(2**30, ge=MIN_MEMORY, description="bytes of memory for the whole process")
+    threads: int | None = Field(None, ge=1, le=1024)
+
+
+class Recipe(_Keys):
+    """A merge recipe. `Recipe.from_text` reads YAML or JSON, `Recipe.from_data` what was parsed already."""
+
+    merge_method: str
+    models: list[ModelEntry] | None = Field(None, min_length=1, max_length=64)
+    slices: list[Slice] | None = Field(None, min_length=1, max_length=1000)
+    base_model: ModelRef | None = None
+    parameters: Parameters = {}
+    dtype: DTypeName | None = Field(None, description="number format of the output (arithmetic is float32)")
+    out_dtype: DTypeName | None = Field(None, description="number format of the output; goes before dtype")
+    name: str | None = Field(None, max_length=200, description="a title for the model card")
+    seed: int = Field(0, ge=0, lt=2**63, description="of all random numbers")
+    semantics: Semantics = Field("mergekit", description="whose meaning of a method name counts where two differ")
+    scope: Scope | None = Field(None, description="whether thresholds are taken per tensor or over the whole model")
+    exclude: list[str] = Field([], max_length=1000, description="pieces of tensor names that are copied from the base")
+    allow_nonfinite: bool = Field(False, description="let NaN and infinity through instead of refusing them")
+    outputs: Outputs = Outputs()
+    limits: Limits = Limits()
+    unknown_keys: Literal["error", "warn"] = "error"
+
+    _warnings: list[str] = []
+
+    @property
+    def method(self) -> type[MergeMethod]:
+        return find_method(self.merge_method, self.semantics)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Keys that were ignored, one sentence each (only under `unknown_keys: warn`)."""
+        return tuple(self._warnings)
+
+    @classmethod
+    def from_text(cls, text: str | bytes) -> Self:
+        """Read YAML or JSON. Raises `RecipeError`."""
+        return cls.from_data(_load(text))
+
+    @classmethod
+    def from_data(cls, data: Any) -> Self:
+        """Read parsed YAML or JSON. Raises `RecipeError` naming every key that is wrong."""
+        if not isinstance(data, Mapping):
+            raise RecipeError("a recipe is a mapping with merge_method and models or slices")
+        if later := [key for key in LATER if data.get(key) is not None]:
+            raise RecipeError.of(Problem(LATER[key], f"#/{key}") for key in later)
+        if "merge_method" not in data and {"experts", "gate_mode"} & set(data):
+            raise RecipeError("this is a mixture-of-experts recipe (mergekit-moe), which is not a merge of weights")
+        if "merge_method" not in data and {"genome", "tasks"} <= set(data):
+            raise RecipeError("this is an evolutionary search (mergekit-evolve), not a merge recipe")
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError.of(_problems(error)) from None
+        problems = [*recipe._structure()]
+        if recipe.merge_method in METHODS:
+            unknown = [*_unknown_keys(recipe, "#"), *recipe._unknown_parameters()]
+            if recipe.unknown_keys == "error":
+                problems += unknown
+            else:
+                recipe._warnings = [f"{problem}; ignored" for problem in unknown]
+        if problems:
+            raise RecipeError.of(problems)
+        return recipe
+
+    def to_data(self) -> dict[str, Any]:
+        """The recipe as it was given, tidied: plain data that `from_data` reads back."""
+        plain = _plain_models(self.model_dump(mode="json", exclude_unset=True))
+        assert isinstance(plain, dict)
+        return plain
+
+    def to_yaml(self) -> str:
+        """`to_data` as text."""
+        return yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True)
+
+    def canonical(self) -> dict[str, Any]:
+        """What the recipe means: without what cannot change a byte of any tensor."""
+        return {key: value for key, value in self.to_data().items() if key not in ("limits", "outputs")}
+
+    def parameter_blocks(self) -> Iterator[tuple[str, Parameters, bool]]:
+        """Every `parameters` mapping: its JSON pointer, itself, and whether it stands beside one model."""
+        yield "#/parameters", self.parameters, False
+        for i, entry in enumerate(self.models or []):
+            yield f"#/models/{i}/parameters", entry.parameters, True
+        for i, piece in enumerate(self.slices or []):
+            yield f"#/slices/{i}/parameters", piece.parameters, False
+            for j, source in enumerate(piece.sources):
+                yield f"#/slices/{i}/sources/{j}/parameters", source.parameters, True
+
+    def _structure(self) -> Iterator[Problem]:
+        if (self.models is None) == (self.slices is None):
+            yield Problem("give exactly one of models and slices")
+        if self.merge_method not in METHODS:
+            yield Problem(
+                f"there is no method {self.merge_method[:60]!r}{_suggest(self.merge_method, METHODS)}", "#/merge_method"
+            )
+            return
+        if self.scope is not None and self.scope not in self.method.scopes:
+            scopes = ", ".join(self.method.scopes)
+            yield Problem(f"{self.merge_method} measures over {scopes}, not over {self.scope}", "#/scope")
+        for i, pattern in enumerate(self.exclude):
+            if not pattern:
+                yield Problem("an empty pattern would exclude every tensor", f"#/exclude/{i}")
+        for i, entry in enumerate(self.models or []):
+            if entry.model in [other.model for other in (self.models or [])[:i]]:
+                yield Problem(f"{entry.model} is listed twice", f"#/models/{i}/model")
+        for i, piece in enumerate(self.slices or []):
+            yield from self._slice_structure(i, piece)
+
+    def _slice_structure(self, index: int, piece: Slice) -> Iterator[Problem]:
+        lengths = []
+        for j, source in enumerate(piece.sources):
+            first, last = source.layer_range
+            if not 0 <= first < last:
+                yield Problem(
+                    f"layer_range [{first}, {last}] names no layers", f"#/slices/{index}/sources/{j}/layer_range"
+                )
+            lengths.append(last - first)
+            if source.model in [other.model for other in piece.sources[:j]]:
+                yield Problem(f"{source.model} is listed twice in this slice", f"#/slices/{index}/sources/{j}/model")
+        if len(set(lengths)) > 1:
+            yield Problem(
+                f"the sources of a slice must span equally many layers, not {lengths}", f"#/slices/{index}/sources"
+            )
+
+    def _unknown_parameters(self) -> Iterator[Problem]:
+        known = self.method.parameters()
+        meaning = (
+            f"{self.merge_method} (semantics: {self.method.semantics})"
+            if len(METHODS[self.merge_method]) > 1
+            else self.merge_method
+        )
+        for pointer, parameters, beside_model in self.parameter_blocks():
+            for name in parameters:
+                if name not in known:
+                    has = ", ".join(known)
+                    yield Problem(
+                        f"{meaning} has no parameter {name!r}{_suggest(name, known)} (it has {has})",
+                        f"{pointer}/{name}",
+                    )
+                elif beside_model and not known[name]:
+                    yield Problem(
+                        f"{name} is for all models alike: put it under the recipe's or the slice's parameters",
+                        f"{pointer}/{name}",
+                    )
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without aliases (they can expand without end) and without duplicate keys."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise RecipeError("the recipe uses a YAML alias (*name); write the value out")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise RecipeError(f"the recipe is nested deeper than {MAX_DEPTH} levels")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"line {key_node.start_mark.line + 1}: a key must be a plain text")
+            if key_node.value in seen:
+                raise RecipeError(f"line {key_node.start_mark.line + 1}: key {key_node.value[:60]!r} appears twice")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str | bytes) -> Any:
+    if len(text) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"the recipe has {len(text):,} bytes; at most {MAX_RECIPE_BYTES:,} are read")
+    try:
+        documents = list(yaml.load_all(text, _RecipeLoader))
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise RecipeError(f"the recipe is not valid YAML: {line}{error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise RecipeError(f"the recipe is not valid YAML: {error}") from None
+    documents = [document for document in documents if document is not None]
+    if len(documents) > 1:
+        raise RecipeError("the recipe has several documents; recipes in stages are not supported yet")
+    return documents[0] if documents else None
+
+
+def _problems(error: ValidationError) -> Iterator[Problem]:
+    for found in error.errors():
+        pointer = "#/" + "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in found["loc"])
+        detail = str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
+        if found["type"] == "missing" and found["loc"] == ("merge_method",):
+            detail = f"say which method: one of {', '.join(METHODS)}"
+        yield Problem(detail, pointer)
+
+
+def _unknown_keys(model: _Keys, pointer: str) -> Iterator[Problem]:
+    """Keys that no part of the recipe knows, wherever they stand."""
+    for name in model.model_extra or {}:
+        yield Problem(f"unknown key {name[:60]!r}{_suggest(name, type(model).model_fields)}", f"{pointer}/{name}")
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, _Keys):
+            yield from _unknown_keys(value, f"{pointer}/{name}")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            for i, item in enumerate(value):
+                if isinstance(item, _Keys):
+                    yield from _unknown_keys(item, f"{pointer}/{name}/{i}")
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name[:60], list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _plain_models(data: Any) -> Any:
+    """Model references as the texts that people write."""
+    if isinstance(data, dict):
+        if set(data) <= {"path", "revision", "adapter"} and "path" in data:
+            return str(ModelRef.model_validate(data))
+        return {key: _plain_models(value) for key, value in data.items()}
+    return [_plain_models(item) for item in data] if isinstance(data, list) else data
+
+
+def canonical_json(data: Any) -> str:
+    """One text for equal data: sorted keys, no spaces."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,168 @@
+"""What a pass over the inputs can know: statistics that add up over disjoint grains, in any order, to the same bits.
+
+Counts are integers, so any order gives the same sum. Floating-point sums follow the grain rule (`GrainSums`). A
+statistic is small, merges with `add`, and crosses workers as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+GRAIN_ELEMENTS = 2**16
+Counters = NDArray[np.int64]
+Sums = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Grains:
+    """How one output tensor is cut into grains of whole rows: a function of its shape only.
+
+    A 1-D tensor counts each element as a row of one; a 0-d tensor is one row.
+
+    >>> Grains.of((1000, 3, 100))
+    Grains(rows=1000, width=300, size=218)
+    >>> Grains.of((1000, 3, 100)).count
+    5
+    """
+
+    rows: int
+    width: int
+    size: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Self:
+        rows = shape[0] if shape else 1
+        width = math.prod(shape[1:])
+        return cls(rows, width, max(1, GRAIN_ELEMENTS // max(1, width)))
+
+    @property
+    def count(self) -> int:
+        return -(-self.rows // self.size)
+
+    def row_range(self, first: int, last: int) -> tuple[int, int]:
+        """Rows of the grains `first` to `last` (exclusive)."""
+        return first * self.size, min(last * self.size, self.rows)
+
+
+class Statistic(Protocol):
+    """Adds up over disjoint sets of grains, in any order, to the same value."""
+
+    def add(self, other: Self) -> None: ...
+
+
+@dataclass
+class Counts:
+    """Integer counts of any shape: histograms, sign votes."""
+
+    values: Counters
+
+    def add(self, other: Self) -> None:
+        self.values += other.values
+
+
+@dataclass
+class GrainCounts:
+    """Integer counts kept apart per grain, so that a running total in tensor-name and grain order can be asked for."""
+
+    values: dict[tuple[str, int], Counters] = field(default_factory=dict)
+
+    def add(self, other: Self) -> None:
+        self.values.update(other.values)
+
+    def before(self) -> dict[str, dict[int, list[int]]]:
+        """Tensor → grain → the total of all grains that come before it."""
+        totals: dict[str, dict[int, list[int]]] = {}
+        running: Counters | int = 0
+        for tensor, grain in sorted(self.values):
+            here = self.values[tensor, grain]
+            totals.setdefault(tensor, {})[grain] = (running + np.zeros_like(here)).tolist()
+            running = running + here
+        return totals
+
+
+@dataclass
+class GrainSums:
+    """Floating-point sums with one meaning, whatever the blocks: float64 by the grain rule.
+
+    Inside a grain by halving (`grain_sums`); over grains by the binary tree of grain indices; over tensors in name
+    order. Partial trees hold O(log n) nodes: `(level, index)` is the sum of the grains `index·2^level` to
+    `(index+1)·2^level`."""
+
+    grains: dict[str, int] = field(default_factory=dict)
+    nodes: dict[str, dict[tuple[int, int], Sums]] = field(default_factory=dict)
+
+    def put(self, tensor: str, grains: int, index: int, value: Sums) -> None:
+        self.grains[tensor] = grains
+        self._carry(self.nodes.setdefault(tensor, {}), (0, index), value)
+
+    def add(self, other: Self) -> None:
+        self.grains |= other.grains
+        for tensor, nodes in other.nodes.items():
+            mine = self.nodes.setdefault(tensor, {})
+            for node, value in nodes.items():
+                self._carry(mine, node, value)
+
+    def total(self) -> Sums:
+        """The whole sum; every grain of every tensor must have been put."""
+        total: Sums | None = None
+        for tensor in sorted(self.nodes):
+            value = self._root(tensor)
+            total = value if total is None else total + value
+        return np.zeros(()) if total is None else total
+
+    @staticmethod
+    def _carry(nodes: dict[tuple[int, int], Sums], node: tuple[int, int], value: Sums) -> None:
+        level, index = node
+        while (sibling := nodes.pop((level, index ^ 1), None)) is not None:
+            value = sibling + value if index & 1 else value + sibling
+            level, index = level + 1, index >> 1
+        nodes[level, index] = value
+
+    def _root(self, tensor: str) -> Sums:
+        pending, count, level = dict(self.nodes[tensor]), self.grains[tensor], 0
+        while count > 1:
+            if count & 1 and (last := pending.pop((level, count - 1), None)) is not None:
+                self._carry(pending, (level + 1, count >> 1), last)
+            count, level = (count + 1) >> 1, level + 1
+        return pending[level, 0]
+
+
+def grain_sums(values: Tensor, grain_elements: int) -> Sums:
+    """Sum each grain of a flat run of whole grains by halving: `[..., elements]` → `[grains, ...]`, float64.
+
+    The last grain may be short. Halving adds element i to element i + ⌈n/2⌉, so the result depends on the grain alone.
+    """
+    *lead, elements = values.shape
+    whole = elements // grain_elements * grain_elements
+    sums = []
+    if whole:
+        sums.append(_halve(values[..., :whole].reshape(*lead, -1, grain_elements)).movedim(-1, 0))
+    if whole < elements:
+        sums.append(_halve(values[..., whole:]).unsqueeze(0))
+    return np.asarray(torch.cat(sums).numpy()) if sums else np.zeros((0, *lead))
+
+
+def _halve(values: Tensor) -> Tensor:
+    values = values.to(torch.float64)
+    while (length := values.shape[-1]) > 1:
+        half = (length + 1) // 2
+        folded = values[..., :half].clone()
+        folded[..., : length - half] += values[..., half:]
+        values = folded
+    return values[..., 0]
+
+
+def add_up(totals: dict[str, Statistic], found: Mapping[str, Statistic]) -> None:
+    """Add one block's statistics to the totals, by name."""
+    for name, statistic in found.items():
+        if name in totals:
+            totals[name].add(statistic)
+        else:
+            totals[name] = statistic

@@ -1,0 +1,96 @@
+"""Trim, elect sign, disjoint merge: the official TIES procedure (Yadav et al., 2023, section 4), on any task vectors.
+
+TIES applies it to the task vectors themselves, DARE-TIES to what DARE leaves of them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merge_core.method import Block, Known, MergeMethod, Scope, Stage
+from merge_core.stages import SignVotes, SquaredNorms, kept, largest
+from merge_core.task_vectors import column, total
+
+Election = Literal["mass", "normfrac", "normmass"]
+Aggregate = Literal["mean", "sum", "max"]
+
+
+class TrimElectMerge(MergeMethod):
+    """Base of the official TIES variants: `vectors` says what is trimmed, `trim_to` the share that is kept.
+
+    Of N entries int(N · share) + 1 are kept, and all that equal the smallest of them.
+    """
+
+    scopes: ClassVar[tuple[Scope, ...]] = ("model", "tensor")
+    workspace: ClassVar[tuple[int, int]] = (8, 8)
+
+    lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the merged task vector")
+    aggregate: Aggregate = Field("mean", description="what is made of the entries that agree")
+    election: Election = Field(
+        "mass",
+        description="how a sign is elected: mass sums the entries; normfrac takes the sign of the entry with the "
+        "largest share of its vector's squared norm; normmass sums the signed shares",
+    )
+
+    @property
+    @abstractmethod
+    def trim_to(self) -> float:
+        """The share of entries kept."""
+
+    @abstractmethod
+    def vectors(self, block: Block) -> Tensor:
+        """The task vectors to merge: `[models, rows, ...]`."""
+
+    def stages(self, scope: Scope) -> Sequence[Stage]:
+        ranks = largest(self._score, self._keep, cut_ties=False) if self.trim_to < 1 else []
+        norms = [] if self.election == "mass" else [SquaredNorms(self._trimmed)]
+        return [*ranks, *norms, SignVotes(self._vote)]
+
+    def merge(self, block: Block, known: Known) -> Tensor:
+        assert block.base is not None
+        trimmed = self._trimmed(block, known)
+        sign = self._elect(trimmed, known)
+        sign = torch.where(sign == 0, torch.full_like(sign, known["majority"]), sign)
+        agrees = torch.where(sign > 0, trimmed > 0, trimmed < 0)
+        chosen = torch.where(agrees, trimmed, torch.zeros_like(trimmed))
+        return block.base + self._combine(chosen, sign) * self.lambda_
+
+    def _combine(self, chosen: Tensor, sign: Tensor) -> Tensor:
+        if self.aggregate == "sum":
+            return total(chosen)
+        if self.aggregate == "max":
+            return chosen.abs().amax(dim=0) * sign
+        return total(chosen) / (chosen != 0).sum(dim=0).clamp(min=1).to(chosen.dtype)
+
+    def _vote(self, block: Block, known: Known) -> Tensor:
+        return self._elect(self._trimmed(block, known), known)
+
+    def _elect(self, trimmed: Tensor, known: Known) -> Tensor:
+        if self.election == "mass":
+            return torch.sign(total(trimmed))
+        squares = column([square if square > 0 else 1.0 for square in known["squares"]], trimmed)
+        shares = trimmed * trimmed / squares
+        if self.election == "normmass":
+            return torch.sign(total(torch.sign(trimmed) * shares))
+        return torch.sign(torch.gather(trimmed, 0, shares.argmax(dim=0, keepdim=True)))[0]
+
+    def _score(self, block: Block) -> Tensor:
+        return self.vectors(block).abs().to(torch.float32)
+
+    def _keep(self, model: int, entries: int) -> int:
+        return int(entries * self.trim_to) + 1
+
+    def _mask(self, block: Block, known: Known) -> Tensor:
+        if self.trim_to >= 1:
+            return torch.ones(block.models.shape, dtype=torch.bool)
+        return kept(self._score(block), block, known)
+
+    def _trimmed(self, block: Block, known: Known) -> Tensor:
+        vectors = self.vectors(block)
+        return torch.where(self._mask(block, known), vectors, torch.zeros_like(vectors))

@@ -1,0 +1,123 @@
+"""Tiny checkpoints: several shards, mixed number formats, an empty and a 0-d tensor, an integer buffer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], *, shards: int = 1, config: Mapping[str, Any] | None = None
+) -> Path:
+    """The Hugging Face layout: tensors dealt out in runs to so many files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(tensors)
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        weight_map = {
+            name: f"model-{i * shards // len(names) + 1:05d}-of-{shards:05d}.safetensors"
+            for i, name in enumerate(names)
+        }
+        for file in set(weight_map.values()):
+            save_file({name: tensors[name] for name in names if weight_map[name] == file}, folder / file)
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def mixed_tensors(seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """A layered model with one of everything; fine-tunes of it differ in their random part only."""
+    origin = torch.Generator().manual_seed(0)
+    own = torch.Generator().manual_seed(seed)
+
+    def weight(*shape: int, stored: torch.dtype = dtype) -> Tensor:
+        start = torch.randn(shape, generator=origin)
+        return (start + 0.1 * torch.randn(shape, generator=own) * (seed > 0)).to(stored)
+
+    tensors = {"model.embed_tokens.weight": weight(96, 24)}
+    for layer in range(3):
+        tensors |= {
+            f"model.layers.{layer}.self_attn.q_proj.weight": weight(24, 24),
+            f"model.layers.{layer}.mlp.up_proj.weight": weight(40, 24, stored=torch.float16),
+            f"model.layers.{layer}.mlp.down_proj.weight": weight(24, 40, stored=torch.float32),
+            f"model.layers.{layer}.input_layernorm.weight": weight(24),
+        }
+    return tensors | {
+        "model.norm.weight": weight(24),
+        "model.scale": weight(),
+        "model.double": weight(7, 5, stored=torch.float64),
+        "model.nothing": torch.zeros(0, 4, dtype=dtype),
+        "model.steps": torch.tensor([3, 1, 4], dtype=torch.int64),
+        "model.mask": torch.tensor([True, False]),
+        "lm_head.weight": weight(96, 24),
+    }
+
+
+CONFIG = {
+    "model_type": "tiny",
+    "num_hidden_layers": 3,
+    "vocab_size": 96,
+    "hidden_size": 24,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder with `base` and three fine-tunes `m0`, `m1`, `m2`, in two shards each."""
+    folder = tmp_path / "models"
+    for seed, name in enumerate(["base", "m0", "m1", "m2"]):
+        write_checkpoint(folder / name, mixed_tensors(seed), shards=2, config=CONFIG)
+    return folder
+
+
+METHOD_RECIPES: dict[str, dict[str, Any]] = {
+    "linear": {"merge_method": "linear", "parameters": {"weight": 1}},
+    "slerp": {"merge_method": "slerp", "base_model": "base", "parameters": {"t": 0.3}},
+    "task_arithmetic": {"merge_method": "task_arithmetic", "base_model": "base", "parameters": {"weight": 0.5}},
+    "ties": {"merge_method": "ties", "base_model": "base", "parameters": {"weight": 1, "density": 0.2}},
+    "ties-rescaled": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "parameters": {"weight": 1, "density": 0.2, "rescale": True, "normalize": False},
+    },
+    "ties-model": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "scope": "model",
+        "parameters": {"weight": 1, "density": 0.2},
+    },
+    "ties-paper": {"merge_method": "ties", "base_model": "base", "semantics": "paper"},
+    "ties-paper-norms": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "semantics": "paper",
+        "scope": "tensor",
+        "parameters": {"election": "normmass", "aggregate": "max"},
+    },
+    "dare_linear": {"merge_method": "dare_linear", "base_model": "base", "parameters": {"weight": 0.5, "density": 0.4}},
+    "dare_linear-paper": {"merge_method": "dare_linear", "base_model": "base", "semantics": "paper"},
+    "dare_ties": {"merge_method": "dare_ties", "base_model": "base", "parameters": {"weight": 0.5, "density": 0.4}},
+    "dare_ties-paper": {"merge_method": "dare_ties", "base_model": "base", "semantics": "paper"},
+    "passthrough": {"merge_method": "passthrough"},
+}
+"""Every method with every meaning, on the models of the `models` fixture (see `method_recipe`)."""
+
+
+def method_recipe(title: str, **keys: Any) -> dict[str, Any]:
+    """One of `METHOD_RECIPES`, complete, with further top-level keys."""
+    recipe = METHOD_RECIPES[title]
+    names = ["m0"] if recipe["merge_method"] in ("slerp", "passthrough") else ["m0", "m1", "m2"]
+    return {**recipe, "models": [{"model": name} for name in names], **keys}

@@ -1,0 +1,299 @@
+"""Runs golden cases: outputs of the authors' own code against whole merges of ours.
+
+    python -m tests.golden FOLDER
+
+FOLDER holds `manifest.json` with `cases`, each `id, method, params, inputs, output, tolerance, notes`, and the tensors
+they name. Prints a line per case and last `N passed, N failed, N skipped`; exits with 1 if a case failed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from merge_core.merge import merge
+from merge_core.method import Randomness
+from merge_core.recipe import Recipe
+
+Case = Mapping[str, Any]
+
+
+class Skip(Exception):
+    """The case is about something that is not here; the message says what."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One case in our own terms."""
+
+    recipe: dict[str, Any]
+    keep_masks: Sequence[str] = ()
+
+
+class RecordedMasks(Randomness):
+    """Instead of random numbers: the authors' masks (1 = kept), as numbers that any drop rate sorts the same way."""
+
+    def __init__(self, masks: Sequence[Mapping[str, Tensor]]) -> None:
+        super().__init__(0)
+        self.masks = masks
+
+    def uniform(self, tensor: str, model: int, start: int, count: int) -> Tensor:
+        if tensor not in self.masks[model]:
+            return torch.ones(count)
+        return self.masks[model][tensor].flatten()[start : start + count].to(torch.float32)
+
+
+def _models(case: Case, **parameters: Sequence[float]) -> list[dict[str, Any]]:
+    paths = case["inputs"]["models"]
+    return [
+        {"model": path, "parameters": {name: values[i] for name, values in parameters.items()}}
+        for i, path in enumerate(paths)
+    ]
+
+
+def _each(values: Mapping[str, float] | float, count: int) -> list[float]:
+    return list(values.values()) if isinstance(values, Mapping) else [values] * count
+
+
+def _mergekit(case: Case) -> Run:
+    """`mergekit/NAME`: our default meaning of the name is mergekit's, so its parameters are ours."""
+    name, params = case["method"].removeprefix("mergekit/"), dict(case["params"])
+    count = len(case["inputs"]["models"])
+    per_model = {key: _each(params.pop(key), count) for key in ("weight", "density", "scale") if key in params}
+    recipe = {
+        "merge_method": name,
+        "models": _models(case, **per_model),
+        "parameters": {key: value for key, value in params.items() if not key.startswith("_")},
+    }
+    if case["inputs"].get("base"):
+        recipe["base_model"] = case["inputs"]["base"]
+    return Run(recipe, case["inputs"].get("keep_masks", ()))
+
+
+def _uniform_soup(case: Case) -> Run:
+    count = len(case["inputs"]["models"])
+    return Run({"merge_method": "linear", "models": _models(case, weight=[1.0] * count)} | _out_dtype(case))
+
+
+def _slerp(case: Case) -> Run:
+    first, second = case["inputs"]["models"]
+    return Run(
+        {
+            "merge_method": "slerp",
+            "base_model": first,
+            "models": [{"model": second}],
+            "parameters": {"t": case["params"]["t"]},
+        }
+    )
+
+
+def _task_arithmetic(case: Case) -> Run:
+    params = case["params"]
+    scale = -params["scaling"] if params.get("negate") else params["scaling"]
+    models = _models(case, weight=[1.0] * len(case["inputs"]["models"]))
+    parameters = {"lambda": scale}
+    return Run(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": case["inputs"]["base"],
+            "models": models,
+            "parameters": parameters,
+        }
+        | _out_dtype(case)
+    )
+
+
+def _ties(case: Case) -> Run:
+    params = case["params"]
+    rate = params.get("param_value_mask_rate")
+    parameters = {
+        "lambda": params.get("scaling", 1.0),
+        "density": params["density"] if rate is None else _density_of_mask_rate(case, rate),
+        "aggregate": params.get("merge_func", "mean").removeprefix("dis-"),
+        "election": params.get("sign", "mass").split(",")[0],
+    }
+    recipe = {
+        "merge_method": "ties",
+        "semantics": "paper",
+        "scope": "model" if params.get("scope", "global").startswith("global") else "tensor",
+        "base_model": case["inputs"]["base"],
+        "models": _models(case),
+        "parameters": parameters,
+    }
+    return Run(recipe | _out_dtype(case))
+
+
+def _dare(case: Case) -> Run:
+    params = case["params"]
+    count = len(case["inputs"]["models"])
+    if params["rescale_factor"] != "1/(1-p)":
+        raise Skip(f"no method rescales by {params['rescale_factor']}")
+    parameters: dict[str, Any] = {"drop_rate": params["p"], "rescale": params["rescale"]}
+    recipe: dict[str, Any] = {"semantics": "paper", "base_model": case["inputs"]["base"], "models": _models(case)}
+    if params["combine"] == "average_merging":
+        recipe |= {"merge_method": "dare_linear"}
+        parameters |= {"weight": 1 / count, "lambda": 1.0}
+    elif params["combine"] == "task_arithmetic":
+        recipe |= {"merge_method": "dare_linear"}
+        parameters |= {"lambda": params["scaling"]}
+    elif params["combine"] == "ties_merging":
+        recipe |= {"merge_method": "dare_ties"}
+        parameters |= {
+            "ties_density": _density_of_mask_rate(case, params["ties_param_value_mask_rate"]),
+            "lambda": params["scaling"],
+        }
+    else:
+        raise Skip(f"DARE before {params['combine']} is not a method here")
+    if params.get("exclude"):
+        recipe["exclude"] = [pattern.replace(".*", "") for pattern in params["exclude"]]
+    return Run(recipe | {"parameters": parameters}, case["inputs"]["keep_masks"])
+
+
+def _density_of_mask_rate(case: Case, rate: float) -> float:
+    """MergeLM keeps |δ| ≥ its int(N · rate)-th smallest, TIES int(N · density) + 1 entries: the density that means the
+    same."""
+    entries = sum(
+        tensor.numel()
+        for tensor in load_file(_folder(case) / case["inputs"]["base"]).values()
+        if tensor.is_floating_point()
+    )
+    return (entries - int(entries * rate) + 0.5) / entries
+
+
+def _out_dtype(case: Case) -> dict[str, Any]:
+    return {"out_dtype": case["params"]["out_dtype"]} if "out_dtype" in case["params"] else {}
+
+
+def _folder(case: Case) -> Path:
+    return Path(case["folder"])
+
+
+ADAPTERS: dict[str, Callable[[Case], Run]] = {
+    "uniform_soup": _uniform_soup,
+    "slerp": _slerp,
+    "task_arithmetic": _task_arithmetic,
+    "ties": _ties,
+    "dare": _dare,
+    **{
+        f"mergekit/{name}": _mergekit
+        for name in ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "passthrough")
+    },
+}
+WHOLE_RECIPES = {
+    f"mergekit-yaml/{name}"
+    for name in ("linear", "slerp", "task_arithmetic", "ties", "passthrough", "dare_linear", "dare_ties")
+}
+
+
+def run_case(folder: Path, case: Case, scratch: Path) -> str:
+    """What is wrong with our result: empty if nothing is. Raises `Skip`."""
+    case = {**case, "folder": str(folder)}
+    if "informative" in str(case.get("notes", "")).lower():
+        raise Skip("informative only, says its note")
+    if case["method"] in WHOLE_RECIPES:
+        return _run_whole_recipe(folder, case, scratch)
+    if case["method"] not in ADAPTERS:
+        raise Skip(f"no method {case['method']} here yet")
+    run = ADAPTERS[case["method"]](case)
+    recipe = json.loads(json.dumps(run.recipe))
+    for entry in recipe["models"]:
+        entry["model"] = str(folder / entry["model"])
+    if "base_model" in recipe:
+        recipe["base_model"] = str(folder / recipe["base_model"])
+    randomness = RecordedMasks([load_file(folder / path) for path in run.keep_masks]) if run.keep_masks else None
+    merge(Recipe.from_data(recipe), scratch / "out", randomness=randomness)
+    integers = load_file(recipe.get("base_model") or recipe["models"][0]["model"])
+    return _compare(
+        load_file(scratch / "out" / "model.safetensors"),
+        load_file(folder / case["output"]),
+        case["tolerance"],
+        integers,
+    )
+
+
+def _run_whole_recipe(folder: Path, case: Case, scratch: Path) -> str:
+    """A `mergekit_config.yml` on checkpoints with a config: weights and config must come out alike."""
+    recipe, inputs = json.loads(json.dumps(case["params"]["config"])), case["inputs"]
+    for name, path in [("base", inputs.get("base")), *((f"m{i}", path) for i, path in enumerate(inputs["models"]))]:
+        if path:
+            (scratch / name).mkdir()
+            (scratch / name / "config.json").write_text(json.dumps(inputs["config"]))
+            save_file(load_file(folder / path), scratch / name / "model.safetensors")
+    merge(Recipe.from_data(recipe), scratch / "out", roots=[scratch])
+    config, expected = json.loads((scratch / "out" / "config.json").read_text()), case.get("expected") or {}
+    wrong = [
+        f"config.json says {key} = {config.get(key)}, expected {value}"
+        for key, value in expected.items()
+        if key in config and config[key] != value
+    ]
+    if "dtype" in expected and expected["dtype"] not in (config.get("dtype"), config.get("torch_dtype")):
+        wrong.append(f"config.json does not say dtype {expected['dtype']}")
+    ours = load_file(scratch / "out" / "model.safetensors")
+    return "; ".join(filter(None, [*wrong, _compare(ours, load_file(folder / case["output"]), case["tolerance"], {})]))
+
+
+def _compare(
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    tolerance: Mapping[str, float],
+    originals: Mapping[str, Tensor],
+) -> str:
+    if ours.keys() != theirs.keys():
+        return f"other tensors: {sorted(ours.keys() ^ theirs.keys())[:5]}"
+    for name, expected in theirs.items():
+        got = ours[name]
+        if got.shape != expected.shape:
+            return f"{name} is {list(got.shape)}, expected {list(expected.shape)}"
+        if not got.is_floating_point():
+            # Buffers that official code averages into floats stay as they are here, by contract.
+            if not torch.equal(got, originals.get(name, expected)):
+                return f"{name} holds integers, and they were changed"
+            continue
+        if "max_ulp_bf16" in tolerance:
+            if got.dtype != torch.bfloat16:
+                return f"{name} is {got.dtype}, expected bfloat16"
+            if (distance := int(_ulps(got, expected).max()) if got.numel() else 0) > tolerance["max_ulp_bf16"]:
+                return f"{name} is {distance} ulp away"
+        elif not torch.allclose(got.double(), expected.double(), rtol=tolerance["rtol"], atol=tolerance["atol"]):
+            return f"{name} is {float((got.double() - expected.double()).abs().max()):.3g} away"
+    return ""
+
+
+def _ulps(one: Tensor, other: Tensor) -> Tensor:
+    """Distance in bf16 numbers that lie between."""
+
+    def ordered(values: Tensor) -> Tensor:
+        bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int32)
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (ordered(one) - ordered(other)).abs()
+
+
+def main(folder: Path) -> int:
+    """Run every case of a folder, print a line each and the count; 1 if any failed."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    for case in json.loads((folder / "manifest.json").read_text())["cases"]:
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                wrong = run_case(folder, case, Path(scratch))
+                outcome, why = ("failed", wrong) if wrong else ("passed", "")
+            except Skip as reason:
+                outcome, why = "skipped", str(reason)
+            except Exception as error:
+                outcome, why = "failed", f"{type(error).__name__}: {error}"
+        counts[outcome] += 1
+        print(f"{outcome}  {case['id']}{f'  ({why})' if why else ''}")
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    return 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,153 @@
+"""The laws that every method obeys, whatever its name; a new method is tested by being registered."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from merge_core.method import Block, Known, MergeMethod, Randomness, Scope
+from merge_core.methods import METHODS
+from merge_core.statistics import Grains, Statistic, add_up
+
+EVERY = [(method, scope) for meanings in METHODS.values() for method in meanings.values() for scope in method.scopes]
+IDS = [f"{method.name}-{method.semantics}-{scope}" for method, scope in EVERY]
+every_method = pytest.mark.parametrize(("method", "scope"), EVERY, ids=IDS)
+SHARES = {"density": 0.3, "drop_rate": 0.6, "ties_density": 0.3}
+
+
+def example(method: type[MergeMethod], models: int) -> MergeMethod:
+    """The method with parameters that make it do all its work."""
+    values: dict[str, Any] = {}
+    for name, is_per_model in method.parameters().items():
+        value = SHARES.get(name, 0.7 if name in method.required_parameters() else None)
+        if value is not None:
+            values[name] = (value,) * models if is_per_model else value
+    if "rescale" in method.parameters():
+        values["rescale"] = True
+    return method.model_validate(values)
+
+
+def count_of(method: type[MergeMethod]) -> int:
+    return method.count[1] or 3
+
+
+def make(
+    method: type[MergeMethod], shape: tuple[int, ...], *, seed: int = 0, scale: float = 0.1
+) -> tuple[Tensor, Tensor | None]:
+    """Models on a bf16 grid, so that ties and cancellations are common, and a base where one is needed."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator).bfloat16().float()
+    deltas = scale * torch.randn((count_of(method), *shape), generator=generator)
+    return (base + deltas).bfloat16().float(), base if method.base == "required" else None
+
+
+def run(
+    method: MergeMethod,
+    scope: Scope,
+    models: Tensor,
+    base: Tensor | None,
+    grains: Grains,
+    length: int,
+    *,
+    scattered: bool = False,
+) -> Tensor:
+    """Measure and merge one tensor in blocks of `length` grains; scattered: two workers hold alternate blocks."""
+    blocks = []
+    for first in range(0, grains.count, length):
+        last = min(first + length, grains.count)
+        rows = (
+            (..., slice(*grains.row_range(first, last)), *[slice(None)] * (models.ndim - 2)) if models.ndim > 1 else ...
+        )
+        blocks.append(Block(models[rows], None if base is None else base[rows], "t", grains, first, Randomness(5)))
+    known: Known = {}
+    for stage in method.stages(scope):
+        if not stage.needed(known):
+            continue
+        workers: list[dict[str, Statistic]] = [{}, {}]
+        for i, block in reversed(list(enumerate(blocks))) if scattered else enumerate(blocks):
+            add_up(workers[i % 2 if scattered else 0], stage.observe(block, known))
+        add_up(workers[1], workers[0])
+        stage.finish(workers[1], known)
+        known = json.loads(json.dumps(known))
+    merged = [method.merge(block, known) for block in blocks]
+    return torch.cat(merged) if models.ndim > 1 else merged[0]
+
+
+@every_method
+def test_any_blocks_on_any_workers_give_the_same_bytes(method: type[MergeMethod], scope: Scope) -> None:
+    models, base = make(method, (211, 9))
+    grains = Grains(211, 9, 2)
+    chosen = example(method, len(models))
+
+    whole = run(chosen, scope, models, base, grains, 1000)
+
+    for length in (1, 3, 7, 100):
+        for scattered in (False, True):
+            cut = run(chosen, scope, models, base, grains, length, scattered=scattered)
+            assert torch.equal(cut.view(torch.int32), whole.view(torch.int32)), f"blocks of {length} grains"
+
+
+@every_method
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (4, 3), (2, 3, 2, 2)])
+def test_keeps_shape_dtype_and_inputs(method: type[MergeMethod], scope: Scope, shape: tuple[int, ...]) -> None:
+    models, base = make(method, shape)
+    before = models.clone(), None if base is None else base.clone()
+
+    merged = run(example(method, len(models)), scope, models, base, Grains.of(shape), 1)
+
+    assert merged.shape == shape and merged.dtype == torch.float32
+    assert torch.isfinite(merged).all()
+    assert torch.equal(models, before[0]) and (base is None or torch.equal(base, before[1]))
+
+
+@pytest.mark.parametrize(("method", "scope"), [(method, scope) for method, scope in EVERY if method.base == "required"])
+def test_models_that_learned_nothing_leave_the_base(method: type[MergeMethod], scope: Scope) -> None:
+    models, base = make(method, (30, 4), scale=0.0)
+    assert base is not None
+
+    merged = run(example(method, len(models)), scope, models, base, Grains.of((30, 4)), 1)
+
+    torch.testing.assert_close(merged, base, rtol=1e-6, atol=1e-6)
+
+
+@every_method
+def test_constant_and_all_zero_tensors_stay_finite(method: type[MergeMethod], scope: Scope) -> None:
+    for value in (0.0, 1.0):
+        models = torch.full((count_of(method), 6, 5), value)
+        base = torch.zeros(6, 5) if method.base == "required" else None
+        assert torch.isfinite(run(example(method, len(models)), scope, models, base, Grains.of((6, 5)), 1)).all()
+
+
+@every_method
+def test_is_documented_with_a_paper_and_a_worked_example(method: type[MergeMethod], scope: Scope) -> None:
+    described = inspect.getdoc(method) or ""
+    assert ">>>" in described, "an example small enough to check by hand"
+    assert method.paper.startswith("https://")
+    schema = method.model_json_schema(by_alias=True)
+    assert all("description" in entry for entry in schema.get("properties", {}).values())
+    assert schema["additionalProperties"] is False
+
+
+@every_method
+def test_workspace_covers_what_is_held_at_once(method: type[MergeMethod], scope: Scope) -> None:
+    """The largest sum of live tensors, counted by torch itself, stays within what the plan reckons with."""
+    shape = (256, 256)
+    models, base = make(method, shape)
+    chosen = example(method, len(models))
+    grains = Grains.of(shape)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(chosen, scope, models, base, grains, 1)
+    live = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    per_model, fixed = method.workspace
+    block = models[0].numel() * 4
+    histograms = 2 * len(models) * (2**15 + 2**16) * 8
+    assert peak <= (per_model * len(models) + fixed + 1) * block + histograms

@@ -1,0 +1,76 @@
+"""The Celery app and its options. Imports no torch: a forked child that inherits torch's threads hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_init
+
+from workers.settings import WORKER_VARIABLE, Settings
+
+PARENT_SECONDS = 1.0
+
+
+def make_celery(settings: Settings) -> Celery:
+    """A Celery app on Redis where `REDIS_URL` is set, else on kombu's filesystem broker in the data folder.
+
+    No result backend: the job's row in the database is the truth, a message only says that it is worth a look.
+    """
+    if settings.redis_url:
+        broker, options = (
+            settings.redis_url,
+            {"visibility_timeout": 86_400, "socket_connect_timeout": 3, "socket_timeout": 30},
+        )
+    else:
+        broker, options = "filesystem://", _filesystem_options(settings)
+    app = Celery("weightsmith", broker=broker, include=["workers.tasks"])
+    app.conf.update(
+        broker_transport_options=options,
+        broker_connection_retry_on_startup=True,
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        task_ignore_result=True,
+        task_serializer="json",
+        accept_content=["json"],
+        worker_prefetch_multiplier=1,
+        worker_concurrency=1,
+        worker_max_tasks_per_child=1,
+        worker_soft_shutdown_timeout=5,
+        worker_hijack_root_logger=False,
+    )
+    return app
+
+
+def _filesystem_options(settings: Settings) -> dict[str, Any]:
+    queue = str(settings.broker / "queue")
+    return {
+        "data_folder_in": queue,
+        "data_folder_out": queue,
+        "control_folder": str(settings.broker / "control"),
+        "polling_interval": 0.1,
+    }
+
+
+@worker_init.connect
+def _before_forking(**_: object) -> None:
+    Settings().prepare()
+    if "torch" in sys.modules:
+        raise RuntimeError("torch was imported before the worker forked; its children would hang")
+    if WORKER_VARIABLE in os.environ:
+        threading.Thread(target=_die_with, args=(os.getppid(),), name="parent", daemon=True).start()
+
+
+def _die_with(supervisor: int) -> None:
+    """End the worker and its children when its supervisor is gone, however that went."""
+    while os.getppid() == supervisor:
+        time.sleep(PARENT_SECONDS)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+celery_app = make_celery(Settings())

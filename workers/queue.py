@@ -1,0 +1,90 @@
+"""Submit, cancel, reap: the only module that sends messages. Losing any of them loses nothing."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from workers.jobs import FINISHED, Job, JobStore
+from workers.settings import Settings
+
+RUN_MERGE = "weightsmith.run_merge"
+log = logging.getLogger(__name__)
+
+
+class Queue:
+    """The store and the broker together."""
+
+    def __init__(self, store: JobStore, celery_app: Celery) -> None:
+        self.store, self.celery_app = store, celery_app
+
+    def submit(self, recipe: Mapping[str, Any], plan: Mapping[str, Any], warnings: Sequence[str] = ()) -> Job:
+        """Make a job and announce it. With no broker it waits in the database until the reaper can announce it."""
+        job = self.store.add(recipe, plan, warnings)
+        self._announce(job.id)
+        return job
+
+    def cancel(self, job_id: str) -> Job | None:
+        """See `JobStore.cancel`."""
+        return self.store.cancel(job_id)
+
+    def reap(self) -> None:
+        """Put right what kills and lost messages left: meant to be called about every second, by any number of
+        processes."""
+        given_back = self.store.give_back_expired()
+        self.after_give_back(given_back)
+        for job_id in self.store.give_up():
+            remove_partial(self.store.settings, job_id)
+        for job_id in self.store.overdue():
+            self._announce(job_id)
+
+    def after_give_back(self, job_ids: Sequence[str]) -> None:
+        """Announce jobs that were queued again, and remove what canceled ones left."""
+        for job_id in job_ids:
+            job = self.store.get(job_id)
+            if job is not None and job.state in FINISHED:
+                remove_partial(self.store.settings, job_id)
+            elif job is not None:
+                self._announce(job_id)
+
+    def broker_is_reachable(self) -> bool:
+        try:
+            with self.celery_app.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=1, timeout=2)
+        except (OperationalError, OSError):
+            return False
+        return True
+
+    def _announce(self, job_id: str) -> None:
+        try:
+            self.celery_app.send_task(RUN_MERGE, args=[job_id], retry=False)
+        except (OperationalError, OSError) as error:
+            log.warning("no broker for %s now, it will be announced later: %s", job_id, error)
+        self.store.announced(job_id)
+
+
+def artifact_folder(settings: Settings, job_id: str) -> Path:
+    """Where a job's finished artifact is."""
+    return settings.artifacts / job_id
+
+
+def partial_folder(settings: Settings, job_id: str, attempt: int) -> Path:
+    """Where one attempt's unfinished output grows."""
+    return settings.artifacts / f".{job_id}.{attempt}.partial"
+
+
+def partial_folders(settings: Settings, job_id: str) -> list[Path]:
+    """What the attempts at a job left unfinished."""
+    return sorted(settings.artifacts.glob(f".{job_id}.*.partial"))
+
+
+def remove_partial(settings: Settings, job_id: str) -> None:
+    """Leave nothing half-written behind."""
+    for folder in partial_folders(settings, job_id):
+        shutil.rmtree(folder, ignore_errors=True)

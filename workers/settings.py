@@ -1,0 +1,66 @@
+"""The environment, read once, shared by the service and its workers."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from merge_core.sizes import Bytes
+
+WORKER_VARIABLE = "WEIGHTSMITH_WORKER"
+"""Set by a supervisor: the name under which its worker's leases can be told from others."""
+
+
+def _split_paths(written: object) -> object:
+    return [Path(part) for part in written.split(os.pathsep) if part] if isinstance(written, str) else written
+
+
+class Settings(BaseSettings):
+    """`WEIGHTSMITH_DATA=/srv/weightsmith`, `WEIGHTSMITH_MODEL_ROOTS=/models:/more`, `REDIS_URL`, `DATABASE_URL`, …
+
+    Everything has a default under which one machine needs no other service: SQLite and a filesystem broker in the data
+    folder."""
+
+    model_config = SettingsConfigDict(env_prefix="WEIGHTSMITH_", populate_by_name=True)
+
+    data: Path = Field(Path("weightsmith-data"), description="where jobs, artifacts and the embedded broker live")
+    model_roots: Annotated[list[Path], NoDecode, BeforeValidator(_split_paths)] = Field(
+        [],
+        description="folders that recipes may name models in, separated by colons (default: models in the data folder)",
+    )
+    redis_url: str | None = Field(None, validation_alias=AliasChoices("redis_url", "REDIS_URL"))
+    database_url: str | None = Field(None, validation_alias=AliasChoices("database_url", "DATABASE_URL"))
+    max_memory: Bytes = Field(4 * 2**30, description="the most that a recipe's limits.memory may ask for")
+    threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: one per core)")
+    lease_seconds: float = Field(30.0, gt=0, description="how long a silent worker keeps a job")
+    heartbeat_seconds: float = Field(0.5, gt=0, description="how often a worker reports and looks for a cancel")
+    max_attempts: int = Field(5, ge=1, description="how often a job is started before it is given up")
+    redeliver_seconds: float = Field(10.0, gt=0, description="how long a queued job waits before it is announced again")
+
+    @property
+    def roots(self) -> list[Path]:
+        return [root.absolute() for root in self.model_roots] or [self.data.absolute() / "models"]
+
+    @property
+    def artifacts(self) -> Path:
+        return self.data.absolute() / "artifacts"
+
+    @property
+    def broker(self) -> Path:
+        return self.data.absolute() / "broker"
+
+    @cached_property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.data.absolute() / 'jobs.sqlite'}"
+
+    def prepare(self) -> None:
+        """Make the folders that are missing."""
+        for folder in (self.data, self.artifacts, *([] if self.model_roots else self.roots)):
+            folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.broker, *(self.broker / name for name in ("queue", "control"))):
+            folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,0 +1,125 @@
+"""Keeps one worker process running, and the reaper beside it.
+
+A child of its own process group: when it dies, whatever it left behind is ended too, its jobs are given back at once,
+and a new one starts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+from workers.celery_app import make_celery
+from workers.jobs import JobStore
+from workers.queue import Queue
+from workers.settings import WORKER_VARIABLE, Settings
+
+REAP_SECONDS = 1.0
+STOP_SECONDS = 10.0
+STEADY_SECONDS = 60.0
+log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Starts a Celery worker for `settings` and keeps it alive until `stop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.process: subprocess.Popen[bytes] | None = None
+        self._name, self._started = "", 0.0
+        self._store = JobStore(settings)
+        self._queue = Queue(self._store, make_celery(settings))
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        self._start_worker()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the worker; a job that it was at is queued again and goes on where it was."""
+        self._stopping.set()
+        self._thread.join()
+        if self.process is not None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.warning("the worker did not stop within %s s; killing it", STOP_SECONDS)
+            self._bury()
+        self._store.close()
+
+    def wait(self) -> None:
+        """Block until `stop`."""
+        self._stopping.wait()
+
+    def _start_worker(self) -> None:
+        self._name, self._started = f"worker-{uuid.uuid4().hex[:12]}", time.monotonic()
+        # The warning against running as root is about pickled messages; ours are JSON.
+        command = [
+            sys.executable,
+            "-W",
+            "ignore::UserWarning:celery.platforms",
+            "-m",
+            "celery",
+            "--quiet",
+            "--app",
+            "workers.celery_app",
+        ]
+        command += [
+            "worker",
+            "--hostname",
+            f"{self._name}@%h",
+            "--loglevel",
+            "ERROR",
+            "--without-gossip",
+            "--without-mingle",
+        ]
+        self.process = subprocess.Popen(command, env=self._environment(), start_new_session=True)
+
+    def _environment(self) -> dict[str, str]:
+        settings = self.settings
+        ours = {
+            "WEIGHTSMITH_DATA": str(settings.data.absolute()),
+            "WEIGHTSMITH_MODEL_ROOTS": os.pathsep.join(map(str, settings.roots)),
+            "WEIGHTSMITH_LEASE_SECONDS": str(settings.lease_seconds),
+            "WEIGHTSMITH_HEARTBEAT_SECONDS": str(settings.heartbeat_seconds),
+            "WEIGHTSMITH_MAX_ATTEMPTS": str(settings.max_attempts),
+            "WEIGHTSMITH_MAX_MEMORY": str(settings.max_memory),
+            WORKER_VARIABLE: self._name,
+            # SIGTERM stops the worker without waiting for the job, which another attempt continues.
+            "REMAP_SIGTERM": "SIGQUIT",
+        }
+        ours |= {"WEIGHTSMITH_THREADS": str(settings.threads)} if settings.threads else {}
+        ours |= {"REDIS_URL": settings.redis_url} if settings.redis_url else {}
+        ours |= {"DATABASE_URL": settings.database_url} if settings.database_url else {}
+        return os.environ | ours
+
+    def _watch(self) -> None:
+        failures = 0
+        while not self._stopping.wait(REAP_SECONDS):
+            if self.process is not None and self.process.poll() is not None:
+                log.warning("the worker ended with status %s; starting another", self.process.returncode)
+                self._bury()
+                failures = failures + 1 if time.monotonic() - self._started < STEADY_SECONDS else 0
+                if self._stopping.wait(min(0.2 * 2**failures, 30)):
+                    return
+                self._start_worker()
+            try:
+                self._queue.reap()
+            except Exception:
+                log.exception("reaping failed; trying again")
+
+    def _bury(self) -> None:
+        """End what is left of the worker's process group and give back its jobs."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._queue.after_give_back(self._store.release(f"{self._name}/"))

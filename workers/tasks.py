@@ -1,0 +1,175 @@
+"""The task body: claim the job, call the core, record the outcome. Safe to deliver any number of times."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from merge_core.errors import Canceled, WeightsmithError
+from workers.celery_app import celery_app
+from workers.jobs import JobState, JobStore, Lease, LeaseLost
+from workers.problems import problem
+from workers.queue import RUN_MERGE, artifact_folder, partial_folder, partial_folders
+from workers.settings import WORKER_VARIABLE, Settings
+
+if TYPE_CHECKING:
+    from merge_core.artifact import Artifact
+    from merge_core.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+@celery_app.task(name=RUN_MERGE)
+def run_merge(job_id: str) -> None:
+    """Run a job if it is free; a message for a job that is taken or finished does nothing."""
+    settings = Settings()
+    store = JobStore(settings)
+    try:
+        lease = store.claim(job_id, f"{os.environ.get(WORKER_VARIABLE, socket.gethostname())}/{os.getpid()}")
+        if lease is not None:
+            _work(settings, store, lease)
+    finally:
+        store.close()
+
+
+def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
+    with Keeper(store, lease) as keeper:
+        try:
+            artifact = _merge(settings, lease, keeper)
+        except LeaseLost:
+            log.warning("%s passed to another worker", lease.job_id)
+        except Canceled:
+            keeper.finish(store.confirm_cancel)
+        except WeightsmithError as error:
+            outcome = problem(error)
+            keeper.finish(lambda held: store.fail(held, outcome))
+        except Exception:
+            outcome = {
+                "code": "internal-error",
+                "title": "Something is wrong with Weightsmith itself",
+                "retryable": True,
+            }
+            outcome["detail"] = "an unexpected error, which the worker's log describes"
+            keeper.finish(lambda held: store.fail(held, outcome))
+            raise
+        else:
+            files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in artifact.files]
+            keeper.finish(
+                lambda held: store.succeed(held, files=files, warnings=artifact.warnings, progress=keeper.snapshot())
+            )
+
+
+def _merge(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
+    # Here and not above: torch must be imported in the child that uses it, and only once the lease is kept alive.
+    from merge_core.artifact import read_artifact
+    from merge_core.merge import merge
+    from merge_core.recipe import Recipe
+
+    out = artifact_folder(settings, lease.job_id)
+    if out.exists():
+        # An earlier attempt died between finishing the artifact and saying so.
+        return read_artifact(out)
+    recipe = Recipe.from_data(lease.recipe)
+    return merge(
+        recipe,
+        out,
+        roots=settings.roots,
+        partial=_take_over(settings, lease),
+        memory=min(recipe.limits.memory, settings.max_memory),
+        threads=recipe.limits.threads or settings.threads,
+        report=keeper.report,
+        stop=keeper.stop,
+    )
+
+
+def _take_over(settings: Settings, lease: Lease) -> Path:
+    """This attempt's folder, with what an earlier one finished: renamed, so that a worker not quite dead can spoil
+    nothing."""
+    mine = partial_folder(settings, lease.job_id, lease.attempt)
+    for left in partial_folders(settings, lease.job_id):
+        if left != mine:
+            left.rename(mine)
+            break
+    return mine
+
+
+class Keeper:
+    """Keeps a lease alive from a thread of its own, stores the progress, and learns of cancels."""
+
+    def __init__(self, store: JobStore, lease: Lease) -> None:
+        self._store, self._lease = store, lease
+        self._progress: Progress | None = None
+        self._state = JobState.RUNNING
+        self._lost = False
+        self._done = threading.Event()
+        self._writing = threading.Lock()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def report(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def stop(self) -> bool:
+        """Whether to give the merge up; raises `LeaseLost` where it is another's by now."""
+        if self._lost:
+            raise LeaseLost(self._lease.job_id)
+        return self._state is JobState.CANCELING
+
+    def snapshot(self) -> dict[str, Any]:
+        progress = self._progress
+        if progress is None:
+            return {}
+        return {
+            "tensors_done": progress.tensors_done,
+            "tensors_total": progress.tensors_total,
+            "bytes_read": progress.bytes_read,
+            "bytes_read_total": progress.bytes_read_total,
+            "bytes_written": progress.bytes_written,
+            "bytes_written_total": progress.bytes_written_total,
+            "fraction": round(progress.fraction, 4),
+            "bytes_per_second": round(progress.rate),
+            "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left, 1),
+            "tensor": progress.tensor,
+        }
+
+    def finish(self, move: Any) -> None:
+        """Make the job's last move, with no heartbeat after it."""
+        with self._writing:
+            self._done.set()
+            try:
+                move(self._lease)
+            except LeaseLost:
+                log.warning("%s passed to another worker before its end was recorded", self._lease.job_id)
+
+    def _keep(self) -> None:
+        while not self._done.is_set():
+            with self._writing:
+                if not self._done.is_set():
+                    self._beat()
+            self._done.wait(self._store.settings.heartbeat_seconds)
+
+    def _beat(self) -> None:
+        phase = self._progress.phase if self._progress else "starting"
+        try:
+            self._state = self._store.heartbeat(self._lease, phase=phase, progress=self.snapshot())
+            if self._state is JobState.CANCELING and self._progress is None:
+                # Nothing has been begun, so there is nothing to wait for: importing torch alone can take seconds.
+                self._store.confirm_cancel(self._lease)
+        except LeaseLost:
+            self._lost = self._state is not JobState.CANCELING
+        except Exception:
+            log.exception("the lease of %s could not be renewed; trying again", self._lease.job_id)
