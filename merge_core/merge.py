@@ -15,7 +15,7 @@ from pathlib import Path
 from merge_core.artifact import Artifact, SourceHashes, write_companions
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, CheckpointNotFound, OutputExists, Problem, RecipeError, WeightsmithError
-from merge_core.execute import Execution
+from merge_core.execute import Execution, share_one_heap
 from merge_core.method import Randomness
 from merge_core.plan import Plan
 from merge_core.planner import BLOCK_ELEMENTS, make_plan, referenced_models
@@ -52,6 +52,7 @@ def merge(
     partial = partial or out.parent / f".{out.name}.partial"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExists(f"{out} exists and is not an empty folder; give another name or remove it")
+    share_one_heap()
     try:
         with opened(recipe, roots) as checkpoints:
             plan = make_plan(

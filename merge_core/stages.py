@@ -109,7 +109,7 @@ class TieCut(Stage):
         score = self.score(block).reshape(len(block.models), -1)
         equal = score == torch.tensor(known["threshold"], dtype=torch.float32).unsqueeze(1)
         per_grain = torch.split(equal, block.grains.size * block.grains.width, dim=1)
-        counts = {(block.tensor, block.first_grain + i): part.sum(dim=1).numpy() for i, part in enumerate(per_grain)}
+        counts = {(block.tensor, block.first_grain + i): part.sum(dim=1).tolist() for i, part in enumerate(per_grain)}
         return {"equals": GrainCounts(counts)}
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:

@@ -69,9 +69,12 @@ class Counts:
 
 @dataclass
 class GrainCounts:
-    """Integer counts kept apart per grain, so that a running total in tensor-name and grain order can be asked for."""
+    """Integer counts kept apart per grain, so that a running total in tensor-name and grain order can be asked for.
 
-    values: dict[tuple[str, int], Counters] = field(default_factory=dict)
+    Plain lists: arrays this small, kept while blocks come and go, would break the heap into pieces.
+    """
+
+    values: dict[tuple[str, int], list[int]] = field(default_factory=dict)
 
     def add(self, other: Self) -> None:
         self.values.update(other.values)
@@ -79,11 +82,12 @@ class GrainCounts:
     def before(self) -> dict[str, dict[int, list[int]]]:
         """Tensor → grain → the total of all grains that come before it."""
         totals: dict[str, dict[int, list[int]]] = {}
-        running: Counters | int = 0
+        running: list[int] = []
         for tensor, grain in sorted(self.values):
             here = self.values[tensor, grain]
-            totals.setdefault(tensor, {})[grain] = (running + np.zeros_like(here)).tolist()
-            running = running + here
+            running = running or [0] * len(here)
+            totals.setdefault(tensor, {})[grain] = running
+            running = [total + count for total, count in zip(running, here, strict=True)]
         return totals
 
 

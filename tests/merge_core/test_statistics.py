@@ -72,6 +72,6 @@ def test_grains_are_whole_rows_and_cover_every_row_once(shape: list[int]) -> Non
 
 
 def test_counts_before_each_grain_follow_names_and_grains() -> None:
-    counts = GrainCounts({("b", 0): np.array([5]), ("a", 1): np.array([2])})
-    counts.add(GrainCounts({("a", 0): np.array([1])}))
+    counts = GrainCounts({("b", 0): [5], ("a", 1): [2]})
+    counts.add(GrainCounts({("a", 0): [1]}))
     assert counts.before() == {"a": {0: [0], 1: [1]}, "b": {0: [3]}}

@@ -1,0 +1,323 @@
+"""Whole merges: the numbers, the same bytes always, complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import merge_core.shards
+from merge_core.artifact import LOCK_NAME, read_artifact
+from merge_core.errors import Canceled, CheckpointError, InsufficientStorage, NonFinite, OutputExists
+from merge_core.merge import merge
+from merge_core.progress import Progress
+from merge_core.recipe import Recipe
+from tests.conftest import CONFIG, METHOD_RECIPES, method_recipe, mixed_tensors, write_checkpoint
+
+
+def run(models: Path, out: Path, title: str, keys: dict[str, Any] | None = None, **options: Any) -> dict[str, str]:
+    recipe = Recipe.from_data(method_recipe(title, **(keys or {})))
+    return dict(merge(recipe, out, roots=[models], **options).tensors)
+
+
+@pytest.mark.parametrize("title", METHOD_RECIPES)
+def test_the_same_recipe_gives_the_same_bytes(models: Path, tmp_path: Path, title: str) -> None:
+    one = run(models, tmp_path / "one", title, threads=1, block_elements=2**20)
+
+    two = run(models, tmp_path / "two", title, threads=2, block_elements=1, max_shard_size=3000)
+    three = run(models, tmp_path / "three", title, threads=2, block_elements=2**20)
+
+    assert one == two == three
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 3
+    files = [
+        sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in (tmp_path / name).glob("*"))
+        for name in ("one", "three")
+    ]
+    assert files[0] == files[1]
+
+
+@pytest.fixture
+def tall(tmp_path: Path) -> Path:
+    """Models with one tensor of many grains and bf16 ties, so that blocks and threads really differ."""
+    for seed, name in enumerate(["base", "m0", "m1", "m2"]):
+        own = torch.Generator().manual_seed(seed)
+        start = torch.randn(5000, 96, generator=torch.Generator().manual_seed(99))
+        tensor = (start + 0.01 * (seed > 0) * torch.randn(5000, 96, generator=own)).bfloat16()
+        write_checkpoint(tmp_path / "tall" / name, {"model.embed.weight": tensor, "model.bias": tensor[:, 0].clone()})
+    return tmp_path / "tall"
+
+
+@pytest.mark.parametrize("title", METHOD_RECIPES)
+def test_blocks_and_threads_change_no_byte_of_a_large_tensor(tall: Path, tmp_path: Path, title: str) -> None:
+    digests = [
+        run(tall, tmp_path / f"{threads}-{elements}", title, threads=threads, block_elements=elements)
+        for threads, elements in [(1, 2**20), (2, 2**16), (2, 3 * 2**16)]
+    ]
+    assert digests[0] == digests[1] == digests[2]
+
+
+def _oracle(title: str, base: Tensor, models: list[Tensor]) -> Tensor:
+    """The equations in float64, for one tensor."""
+    theta0, thetas = base.double(), [model.double() for model in models]
+    deltas = torch.stack([theta - theta0 for theta in thetas])
+    if title == "linear":
+        return torch.stack(thetas).mean(0)
+    if title == "task_arithmetic":
+        return theta0 + 0.5 * deltas.sum(0)
+    if title == "slerp":
+        one, other = theta0.flatten(), thetas[0].flatten()
+        angle = torch.acos((one @ other) / (one.norm() * other.norm()))
+        merged = (torch.sin(0.7 * angle) * one + torch.sin(0.3 * angle) * other) / torch.sin(angle)
+        return merged.reshape(theta0.shape)
+    assert title == "ties"
+    keep = max(1, int(0.2 * base.numel()))
+    flat = deltas.reshape(len(deltas), -1)
+    order = torch.sort(-flat.float().abs(), dim=1, stable=True).indices[:, :keep]
+    trimmed = torch.zeros_like(flat).scatter(1, order, flat.gather(1, order))
+    sign = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)
+    agrees = trimmed.sign() == sign
+    mean = (trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    return theta0 + mean.reshape(theta0.shape)
+
+
+@pytest.mark.parametrize("title", ["linear", "task_arithmetic", "slerp", "ties"])
+def test_numbers_agree_with_a_float64_oracle_after_one_rounding(models: Path, tmp_path: Path, title: str) -> None:
+    run(models, tmp_path / "out", title)
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    sources = [mixed_tensors(seed) for seed in range(4)]
+    for name, merged in out.items():
+        if not merged.is_floating_point() or not merged.numel() or (title == "slerp" and merged.ndim == 0):
+            continue
+        expected = _oracle(
+            title, sources[0][name], [source[name] for source in sources[1 : 2 if title == "slerp" else 4]]
+        )
+        ulp = torch.finfo(merged.dtype).eps * expected.abs() * (0.5001 if merged.dtype.itemsize < 4 else 1) + 1e-6
+        if merged.dtype is torch.float64:
+            ulp = 1e-12 + 1e-12 * expected.abs()
+        assert ((merged.double() - expected).abs() <= ulp).all(), name
+
+
+def test_passthrough_copies_bits(models: Path, tmp_path: Path) -> None:
+    run(models, tmp_path / "out", "passthrough")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, mixed_tensors(1)[name])
+
+
+def test_output_number_formats(models: Path, tmp_path: Path) -> None:
+    run(models, tmp_path / "kept", "linear")
+    run(models, tmp_path / "one", "linear", {"dtype": "float32", "out_dtype": "float16"})
+    kept, one = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "one"))
+    for name, tensor in mixed_tensors(1).items():
+        assert kept[name].dtype == tensor.dtype
+        assert one[name].dtype == (torch.float16 if tensor.is_floating_point() else tensor.dtype)
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_integers_are_kept_and_a_difference_is_told(models: Path, tmp_path: Path) -> None:
+    changed = {**mixed_tensors(2), "model.steps": torch.tensor([9, 9, 9])}
+    for file in (models / "m1").iterdir():
+        file.unlink()
+    write_checkpoint(models / "m1", changed, config=CONFIG)
+    artifact = merge(Recipe.from_data(method_recipe("ties")), tmp_path / "out", roots=[models])
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.steps"].tolist() == [3, 1, 4]
+    assert any("model.steps differs between the models" in warning for warning in artifact.warnings)
+
+
+def test_the_artifact_says_how_it_was_made(models: Path, tmp_path: Path) -> None:
+    (models / "base" / "tokenizer.json").write_text("{}")
+    (models / "base" / "modeling_evil.py").write_text("raise SystemExit")
+    artifact = merge(Recipe.from_data(method_recipe("ties", seed=3, name="My merge")), tmp_path / "out", roots=[models])
+
+    lock = json.loads((tmp_path / "out" / LOCK_NAME).read_text())
+    assert lock["seed"] == 3 and lock["recipe"]["merge_method"] == "ties"
+    assert lock["tensors"].keys() == artifact.tensors.keys()
+    for source in lock["sources"]:
+        for file in source["files"]:
+            data = (models / source["model"] / file["path"]).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (file["size"], file["sha256"])
+    on_disk = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {file.path for file in artifact.files} == on_disk
+    assert {"tokenizer.json", "mergekit_config.yml", "README.md", "config.json"} <= on_disk
+    assert "modeling_evil.py" not in on_disk
+    for file in artifact.files:
+        assert hashlib.sha256((tmp_path / "out" / file.path).read_bytes()).hexdigest() == file.sha256
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\n") and "# My merge" in card and "merge_method: ties" in card
+    assert Recipe.from_text((tmp_path / "out" / "mergekit_config.yml").read_text()).canonical() == lock["recipe"]
+    assert read_artifact(tmp_path / "out").files == artifact.files
+
+
+def _leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "models")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("title", ["linear", "ties-paper", "passthrough"])
+def test_a_weight_that_is_no_number_is_refused_by_name(models: Path, tmp_path: Path, title: str, value: float) -> None:
+    broken = mixed_tensors(1)
+    broken["model.layers.1.mlp.up_proj.weight"][2, 3] = value
+    write_checkpoint(models / "m0", broken, shards=2, config=CONFIG)
+
+    with pytest.raises(
+        NonFinite, match=r"model\.layers\.1\.mlp\.up_proj\.weight of m0 holds NaN or infinity at element 51 "
+    ):
+        run(models, tmp_path / "out", title)
+
+    assert _leftovers(tmp_path) == []
+    run(models, tmp_path / "out", title, {"allow_nonfinite": True})
+
+
+def test_a_number_too_large_for_the_output_is_refused(models: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(["m0", "m1", "m2"], 1):
+        tensors = mixed_tensors(seed)
+        tensors["model.double"] += 1e6
+        write_checkpoint(models / name, tensors, shards=2, config=CONFIG)
+    with pytest.raises(NonFinite, match=r"model\.double becomes NaN or infinity at element 0 in float16"):
+        run(models, tmp_path / "out", "linear", {"dtype": "float16"})
+    assert _leftovers(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, written = os.pwrite, 0
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 5000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(merge_core.shards.os, "pwrite", pwrite)
+    with pytest.raises(InsufficientStorage, match="the disk filled up"):
+        run(models, tmp_path / "out", "linear")
+    assert _leftovers(tmp_path) == []
+
+
+def test_a_model_that_changes_under_the_merge_is_refused(models: Path, tmp_path: Path) -> None:
+    def touch(progress: Progress) -> None:
+        os.utime(models / "m0" / "model-00001-of-00002.safetensors")
+
+    with pytest.raises(CheckpointError, match="changed while it was being merged"):
+        run(models, tmp_path / "out", "linear", report=touch)
+    assert _leftovers(tmp_path) == []
+
+
+def test_an_output_is_never_overwritten(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(OutputExists):
+        run(models, tmp_path / "out", "linear")
+    assert _leftovers(tmp_path / "out") == ["precious"]
+
+
+def test_a_canceled_merge_leaves_nothing(models: Path, tmp_path: Path) -> None:
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 40
+
+    with pytest.raises(Canceled):
+        run(models, tmp_path / "out", "ties", stop=stop)
+    assert _leftovers(tmp_path) == []
+
+
+class _Killed(BaseException):
+    """What the process does not live to handle."""
+
+
+@pytest.mark.parametrize("title", ["linear", "ties", "ties-paper", "dare_ties"])
+@pytest.mark.parametrize("blocks", [1, 7, 14, 20])
+def test_an_interrupted_merge_goes_on_to_the_same_bytes(models: Path, tmp_path: Path, title: str, blocks: int) -> None:
+    whole = run(models, tmp_path / "whole", title, max_shard_size=9000)
+    done = 0
+
+    def die(progress: Progress) -> None:
+        nonlocal done
+        done += progress.phase == "merging"
+        if done > 2 * blocks:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        run(models, tmp_path / "out", title, report=die, max_shard_size=9000)
+    assert not (tmp_path / "out").exists()
+    resumed = merge(Recipe.from_data(method_recipe(title)), tmp_path / "out", roots=[models], max_shard_size=9000)
+
+    assert resumed.tensors == whole
+    assert blocks == 1 or resumed.resumed_tensors > 0
+    for path in (tmp_path / "whole").glob("*.safetensors*"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_a_killed_merge_left_is_proved_before_it_is_used(models: Path, tmp_path: Path) -> None:
+    whole = run(models, tmp_path / "whole", "linear")
+
+    def die(progress: Progress) -> None:
+        if progress.tensors_done == 5:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        run(models, tmp_path / "out", "linear", report=die)
+    partial = tmp_path / ".out.partial"
+    shard = next(partial.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start + 10] ^= 1
+    shard.write_bytes(data)
+    with (partial / "journal.jsonl").open("ab") as journal:
+        journal.write(b'\n{"tensor": "lm_head.weight", "sha')
+
+    assert run(models, tmp_path / "out", "linear") == whole
+
+
+def test_what_another_recipe_left_is_not_used(models: Path, tmp_path: Path) -> None:
+    whole = run(models, tmp_path / "whole", "linear")
+
+    def die(progress: Progress) -> None:
+        if progress.tensors_done == 5:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        run(models, tmp_path / "out", "task_arithmetic", report=die)
+    assert run(models, tmp_path / "out", "linear") == whole
+
+
+MERGE_PROGRAM = """
+import sys
+from pathlib import Path
+from merge_core.merge import merge
+from merge_core.recipe import Recipe
+merge(Recipe.from_text(sys.argv[1]), sys.argv[2], roots=[Path(sys.argv[3])], threads=1)
+"""
+
+
+def test_kill_9_at_any_time_then_again(tall: Path, tmp_path: Path) -> None:
+    """A real process, really killed, at six moments of its life."""
+    whole = run(tall, tmp_path / "whole", "ties", threads=1)
+    arguments = [json.dumps(method_recipe("ties")), str(tmp_path / "out"), str(tall)]
+    command = [sys.executable, "-c", MERGE_PROGRAM, *arguments]
+    for wait in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4):
+        process = subprocess.Popen(command)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / ".out.partial").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    if not (tmp_path / "out").exists():
+        subprocess.run(command, check=True)
+    assert read_artifact(tmp_path / "out").tensors == whole
+    assert _leftovers(tmp_path) == ["out", "tall", "whole"]
