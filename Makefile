@@ -21,7 +21,7 @@ demo: $(READY)  ## Train four small models, merge them over HTTP by every method
 	$(BIN)/python -m benchmarks.demo
 
 test: $(READY)  ## Run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 golden: $(READY)  ## Run the golden cases in DIR
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden $(DIR)

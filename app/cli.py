@@ -250,6 +250,9 @@ def _progress_bar() -> Iterator[Any]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda progress: None
+        return
     columns = (
         TextColumn("{task.description:>24.24}"),
         BarColumn(),
@@ -257,7 +260,7 @@ def _progress_bar() -> Iterator[Any]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("planning", total=None)
 
         def report(progress: MergeProgress) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from app.errors import HttpProblem
-from merge_core.recipe import Recipe
+from merge_core.recipe import MAX_RECIPE_BYTES, Recipe
 from workers.jobs import Job
 from workers.queue import Queue
 from workers.settings import Settings
@@ -37,7 +37,13 @@ async def _recipe(request: Request) -> Recipe:
             "Unsupported media type",
             f"send a recipe as application/json or application/yaml, not {kind}",
         )
-    return Recipe.from_text(await request.body())
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_RECIPE_BYTES:
+            detail = f"a recipe has at most {MAX_RECIPE_BYTES:,} bytes"
+            raise HttpProblem(413, "payload-too-large", "Payload too large", detail, {"Connection": "close"})
+    return Recipe.from_text(bytes(body))
 
 
 def _job(merge_id: str, queue: Annotated[Queue, Depends(_queue)]) -> Job:

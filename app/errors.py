@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from app.schemas import ProblemRead
 from merge_core.errors import WeightsmithError
 from workers.jobs import IllegalMove
 from workers.problems import problem
@@ -27,7 +28,7 @@ STATUS: Mapping[str, int] = {
     "non-finite": 422,
     "insufficient-storage": 507,
 }
-CODES: Mapping[int, str] = {404: "not-found", 405: "method-not-allowed", 413: "payload-too-large"}
+CODES: Mapping[int, str] = {404: "not-found", 405: "method-not-allowed"}
 TYPE = "urn:weightsmith:problem:"
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,15 @@ def problem_response(status: int, body: Mapping[str, Any], headers: Mapping[str,
     """`application/problem+json`."""
     content = {"type": TYPE + str(body["code"]), "status": status, **body}
     return JSONResponse(content, status, dict(headers or {}), media_type="application/problem+json")
+
+
+_CONTENT = {"application/problem+json": {"schema": ProblemRead.model_json_schema()}}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    422: {"description": "The recipe or the request is not valid.", "content": _CONTENT},
+    "4XX": {"description": "The request cannot be carried out.", "content": _CONTENT},
+    "5XX": {"description": "The service cannot carry it out now.", "content": _CONTENT},
+}
+"""What the OpenAPI document says of every route's failures."""
 
 
 def install(app: FastAPI) -> None:

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from app import errors
 from app.routes import files, health, merges, methods, recipes
 from merge_core import __version__
-from merge_core.recipe import MAX_RECIPE_BYTES
+from merge_core.recipe import Recipe
 from workers.celery_app import make_celery
 from workers.jobs import JobStore
 from workers.queue import Queue
@@ -36,14 +36,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         store.close()
 
     app = FastAPI(
-        title="Weightsmith",
-        version=__version__,
-        description=DESCRIPTION,
-        lifespan=lifespan,
-        max_body_size=MAX_RECIPE_BYTES,
+        title="Weightsmith", version=__version__, description=DESCRIPTION, lifespan=lifespan, responses=errors.RESPONSES
     )
     app.state.settings = settings
     errors.install(app)
     for module in (merges, files, recipes, methods, health):
         app.include_router(module.router)
+    _document_recipes(app)
     return app
+
+
+def _document_recipes(app: FastAPI) -> None:
+    """Describe recipes in the OpenAPI document: routes read them by hand, because they may be YAML."""
+    schema = app.openapi()
+    recipe = Recipe.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema["components"]["schemas"] |= {**recipe.pop("$defs", {}), "Recipe": recipe}

@@ -58,6 +58,18 @@ class JobRead(BaseModel):
         )
 
 
+class ProblemRead(BaseModel):
+    """What went wrong (RFC 9457): `errors` has a pointer into the recipe, a tensor or a file for each place."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    retryable: bool = False
+    errors: list[dict[str, str]] = []
+
+
 class JobPage(BaseModel):
     """Merges, newest first; `next` is the `after` of the following page."""
 

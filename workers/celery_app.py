@@ -28,7 +28,7 @@ def make_celery(settings: Settings) -> Celery:
             {"visibility_timeout": 86_400, "socket_connect_timeout": 3, "socket_timeout": 30},
         )
     else:
-        broker, options = "filesystem://", _filesystem_options(settings)
+        broker, options = "filesystem://localhost", _filesystem_options(settings)
     app = Celery("weightsmith", broker=broker, include=["workers.tasks"])
     app.conf.update(
         broker_transport_options=options,
@@ -41,7 +41,6 @@ def make_celery(settings: Settings) -> Celery:
         worker_prefetch_multiplier=1,
         worker_concurrency=1,
         worker_max_tasks_per_child=1,
-        worker_soft_shutdown_timeout=5,
         worker_hijack_root_logger=False,
     )
     return app

@@ -21,7 +21,7 @@ from workers.queue import Queue
 from workers.settings import WORKER_VARIABLE, Settings
 
 REAP_SECONDS = 1.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 2.0
 STEADY_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Supervisor:
             try:
                 self.process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                log.warning("the worker did not stop within %s s; killing it", STOP_SECONDS)
+                log.info("the worker is at a job, which goes on where it is when a worker starts again")
             self._bury()
         self._store.close()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
 from fastapi.responses import FileResponse
+from starlette.types import Receive, Scope, Send
 
 from app.deps import JobDep, SettingsDep
 from app.errors import HttpProblem
@@ -15,11 +16,16 @@ from workers.jobs import Job, JobState
 from workers.queue import artifact_folder
 
 router = APIRouter(prefix="/v1/merges/{merge_id}/files", tags=["files"])
-_RANGE = re.compile(r"\s*bytes\s*=\s*(?:\d{0,18}-\d{0,18}\s*,?\s*)+", re.IGNORECASE)
 
 
 class _Download(FileResponse):
     chunk_size = 2**20
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A Range that makes no sense is to be ignored (RFC 9110, 14.2), where Starlette answers 400.
+        headers = scope["headers"]
+        kept = [(name, value) for name, value in headers if name != b"range" or _parts(value.decode("latin-1"))]
+        await super().__call__({**scope, "headers": kept}, receive, send)
 
 
 @router.get("")
@@ -29,7 +35,8 @@ def list_files(job: JobDep) -> FileList:
     return FileList(data=[FileRead(**file, url=f"/v1/merges/{job.id}/files/{file['path']}") for file in job.files])
 
 
-@router.api_route("/{path:path}", methods=["GET", "HEAD"], response_class=FileResponse, operation_id="download_file")
+@router.head("/{path:path}", response_class=FileResponse, include_in_schema=False)
+@router.get("/{path:path}", response_class=FileResponse)
 def download_file(
     path: str,
     job: JobDep,
@@ -50,8 +57,9 @@ def download_file(
     }
     if if_none_match and any(tag.strip().removeprefix("W/") in (etag, "*") for tag in if_none_match.split(",")):
         return Response(status_code=304, headers=headers)
-    if range_ and _RANGE.fullmatch(range_) and not _satisfiable(range_, file["size"]):
-        detail = f"{path} has {file['size']:,} bytes, and {range_[:100]!r} asks for none of them"
+    parts = _parts(range_ or "")
+    if parts and not _satisfiable(parts, file["size"]):
+        detail = f"{path} has {file['size']:,} bytes, and {(range_ or '')[:100]!r} asks for none of them"
         raise HttpProblem(
             416, "range-not-satisfiable", "Range not satisfiable", detail, {"Content-Range": f"bytes */{file['size']}"}
         )
@@ -71,10 +79,19 @@ def _require_success(job: Job) -> None:
         )
 
 
-def _satisfiable(range_: str, size: int) -> bool:
-    """Whether any of the ranges asks for bytes that are there."""
-    parts = [part.strip().partition("-") for part in range_.partition("=")[2].split(",") if part.strip()]
+def _parts(written: str) -> list[tuple[str, str]]:
+    """The first and last byte of each part of a Range header; nothing where it does not make sense."""
+    unit, _, parts = written.partition("=")
+    if unit.strip().lower() != "bytes":
+        return []
+    found = [part.strip().partition("-") for part in parts.split(",") if part.strip()]
+    sensible = all(dash and (first + last).isdecimal() and len(first + last) <= 36 for first, dash, last in found)
+    return [(first, last) for first, _, last in found] if sensible else []
+
+
+def _satisfiable(parts: Sequence[tuple[str, str]], size: int) -> bool:
+    """Whether any part asks for bytes that are there."""
     return any(
-        (int(first) < size and (not last or int(last) >= int(first))) if first else int(last or 0) > 0
-        for first, _, last in parts
+        (int(first) < size and (not last or int(last) >= int(first))) if first else int(last) > 0
+        for first, last in parts
     )

@@ -1,0 +1,233 @@
+"""The HTTP surface, without a worker: what is accepted, what is refused and how, and how files are served."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fastapi.testclient import TestClient
+
+from app.main import create_app
+from merge_core.merge import merge
+from merge_core.methods import METHODS
+from merge_core.recipe import Recipe
+from tests.conftest import METHOD_RECIPES, method_recipe
+from workers.jobs import JobStore
+from workers.queue import artifact_folder
+from workers.settings import Settings
+
+
+@pytest.fixture
+def settings(models: Path, tmp_path: Path) -> Settings:
+    return Settings(data=tmp_path / "data", model_roots=[models])
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    with TestClient(create_app(settings)) as client:
+        yield client
+
+
+def test_a_recipe_becomes_a_job(client: TestClient) -> None:
+    answer = client.post("/v1/merges", json=method_recipe("ties"))
+
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["location"] == f"/v1/merges/{job['id']}" and answer.headers["retry-after"]
+    assert job["status"] == "queued" and job["plan"]["tensors"] == 20 and job["recipe"]["merge_method"] == "ties"
+    assert client.get(answer.headers["location"]).json() == job
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/yaml", "text/yaml", "application/x-yaml; charset=utf-8", "application/json"]
+)
+def test_yaml_and_json_are_accepted(client: TestClient, kind: str) -> None:
+    recipe = method_recipe("linear")
+    text = json.dumps(recipe) if "json" in kind else yaml.safe_dump(recipe)
+    answer = client.post("/v1/merges", content=text, headers={"Content-Type": kind})
+    assert answer.status_code == 202, answer.text
+
+
+def test_validation_gives_the_plan_and_makes_no_job(client: TestClient) -> None:
+    answer = client.post("/v1/recipes:validate?steps=true", json=method_recipe("ties-paper"))
+    assert answer.status_code == 200
+    plan = answer.json()["plan"]
+    assert plan["scope"] == "model" and plan["passes"] == 4 and len(plan["steps"]) == plan["tensors"]
+    assert client.get("/v1/merges").json()["data"] == []
+
+
+PROBLEMS: list[tuple[dict[str, Any], int, str, str]] = [
+    (method_recipe("ties", merge_method="tise"), 422, "invalid-recipe", "#/merge_method"),
+    (method_recipe("ties", densty=1), 422, "invalid-recipe", "#/densty"),
+    (method_recipe("ties", parameters={}), 422, "invalid-recipe", "#/models/0/parameters/weight"),
+    (method_recipe("ties", models=[{"model": "nowhere"}]), 422, "model-not-found", "#/models/0/model"),
+    (method_recipe("ties", models=[{"model": "../data"}]), 403, "path-not-allowed", "#/models/0/model"),
+    (method_recipe("ties", models=[{"model": "/etc"}]), 403, "path-not-allowed", "#/models/0/model"),
+    (method_recipe("ties", base_model="/etc/passwd"), 403, "path-not-allowed", "#/base_model"),
+    (method_recipe("ties", models=[{"model": "a\0b"}]), 422, "invalid-recipe", "#/models/0/model"),
+    (method_recipe("ties", models=[{"model": "x" * 5000}]), 422, "model-not-found", "#/models/0/model"),
+    (method_recipe("ties", limits={"memory": "1TB"}), 422, "invalid-recipe", "#/limits/memory"),
+    (method_recipe("ties", tokenizer_source="union"), 422, "invalid-recipe", "#/tokenizer_source"),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/merges", "/v1/recipes:validate"])
+@pytest.mark.parametrize(
+    ("recipe", "status", "code", "pointer"), PROBLEMS, ids=[f"{code}{pointer}" for _, _, code, pointer in PROBLEMS]
+)
+def test_problems(client: TestClient, path: str, recipe: dict[str, Any], status: int, code: str, pointer: str) -> None:
+    answer = client.post(path, json=recipe)
+
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert (
+        body["status"] == status
+        and body["code"] == code
+        and body["type"].endswith(code)
+        and body["title"]
+        and body["detail"]
+    )
+    assert pointer in [place.get("pointer") for place in body["errors"]]
+    assert client.get("/v1/merges").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (b"\xff\xfe\x00", "application/json", 422),
+        (b"", "application/json", 422),
+        (b"[" * 3000, "application/json", 422),
+        (b"a: &x 1\nb: *x", "application/yaml", 422),
+        (b"{}", "application/xml", 415),
+        (b"x" * 300_000, "application/yaml", 413),
+    ],
+)
+def test_hostile_bodies(client: TestClient, body: bytes, kind: str, status: int) -> None:
+    answer = client.post("/v1/merges", content=body, headers={"Content-Type": kind})
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/merges/mrg_none", "/v1/merges/mrg_none/files", "/v1/merges/mrg_none/files/x", "/v1/methods/x", "/nowhere"],
+)
+def test_what_is_not_there_is_a_problem_too(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 404 and answer.json()["code"] == "not-found"
+    assert client.post("/v1/merges/mrg_none/cancel").status_code == 404
+    assert client.delete("/v1/merges").json()["code"] == "method-not-allowed"
+
+
+def test_cancel(client: TestClient) -> None:
+    job = client.post("/v1/merges", json=method_recipe("linear")).json()
+    first = client.post(job["urls"]["cancel"])
+    assert first.status_code == 200 and first.json()["status"] == "canceled"
+    assert client.post(job["urls"]["cancel"]).status_code == 200
+    refused = client.get(job["urls"]["files"])
+    assert refused.status_code == 409 and refused.json()["code"] == "invalid-state"
+
+
+def test_paging(client: TestClient) -> None:
+    ids = [client.post("/v1/merges", json=method_recipe("linear")).json()["id"] for _ in range(3)]
+    client.post(f"/v1/merges/{ids[0]}/cancel")
+    page = client.get("/v1/merges?limit=2").json()
+    assert [job["id"] for job in page["data"]] == ids[:0:-1] and page["has_more"]
+    rest = client.get(f"/v1/merges?limit=2&after={page['next']}").json()
+    assert [job["id"] for job in rest["data"]] == ids[:1] and not rest["has_more"] and rest["next"] is None
+    assert [job["id"] for job in client.get("/v1/merges?status=canceled").json()["data"]] == ids[:1]
+    assert client.get("/v1/merges?limit=0").json()["code"] == "invalid-request"
+
+
+def test_methods_come_from_the_registry(client: TestClient) -> None:
+    listed = client.get("/v1/methods").json()["data"]
+    assert {(method["name"], method["semantics"]) for method in listed} == {
+        (name, semantics) for name, meanings in METHODS.items() for semantics in meanings
+    }
+    ties = client.get("/v1/methods/ties").json()["data"][0]
+    assert ties["parameters"]["properties"]["lambda"]["default"] == 1.0 and "weight" in ties["per_model"]
+    assert {title.partition("-")[0] for title in METHOD_RECIPES} == set(METHODS)
+
+
+def test_health(client: TestClient) -> None:
+    assert client.get("/healthz").json()["status"] == "ok"
+    assert client.get("/readyz").json()["checks"] == {"database": True, "broker": True, "disk": True}
+
+
+def test_not_ready_without_a_broker(models: Path, tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path / "data", model_roots=[models], redis_url="redis://127.0.0.1:1/0")
+    with TestClient(create_app(settings)) as client:
+        answer = client.get("/readyz")
+        assert answer.status_code == 503 and answer.json()["checks"]["broker"] is False
+        job = client.post("/v1/merges", json=method_recipe("linear"))
+        assert job.status_code == 202, "the job waits in the database"
+
+
+@pytest.fixture
+def finished(client: TestClient, settings: Settings, models: Path) -> dict[str, Any]:
+    """A job whose merge was made here, as a worker would."""
+    job = client.post("/v1/merges", json=method_recipe("linear")).json()
+    store = JobStore(settings)
+    lease = store.claim(job["id"], "w/1")
+    assert lease is not None
+    artifact = merge(Recipe.from_data(lease.recipe), artifact_folder(settings, job["id"]), roots=[models])
+    store.succeed(lease, files=[vars(file) for file in artifact.files], warnings=[], progress={})
+    store.close()
+    return dict(client.get(job["urls"]["self"]).json())
+
+
+def test_files_whole_and_in_part(client: TestClient, finished: dict[str, Any]) -> None:
+    files = {file["path"]: file for file in client.get(finished["urls"]["files"]).json()["data"]}
+    assert {"model.safetensors", "config.json", "merge.lock.json", "README.md", "mergekit_config.yml"} == files.keys()
+    for file in files.values():
+        whole = client.get(file["url"])
+        assert hashlib.sha256(whole.content).hexdigest() == file["sha256"] and len(whole.content) == file["size"]
+    file = files["model.safetensors"]
+    data, url, etag = client.get(file["url"]).content, file["url"], f'"{file["sha256"]}"'
+
+    head = client.head(url)
+    assert head.status_code == 200 and head.content == b"" and head.headers["etag"] == etag
+    assert head.headers["content-length"] == str(file["size"]) and head.headers["accept-ranges"] == "bytes"
+    part = client.get(url, headers={"Range": "bytes=10-19"})
+    assert part.status_code == 206 and part.content == data[10:20]
+    assert part.headers["content-range"] == f"bytes 10-19/{file['size']}" and part.headers["etag"] == etag
+    assert client.get(url, headers={"Range": "bytes=-5"}).content == data[-5:]
+    assert client.get(url, headers={"Range": "bytes=5-"}).content == data[5:]
+    assert client.get(url, headers={"Range": "bytes=0-1", "If-Range": etag}).status_code == 206
+    assert client.get(url, headers={"Range": "bytes=0-1", "If-Range": '"other"'}).status_code == 200
+    several = client.get(url, headers={"Range": "bytes=0-1,4-5"})
+    assert several.status_code == 206 and several.headers["content-type"].startswith("multipart/byteranges")
+    assert client.get(url, headers={"If-None-Match": etag}).status_code == 304
+    assert client.get(url, headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+@pytest.mark.parametrize("range_", ["bytes=999999999-", "bytes=-0"])
+def test_a_range_that_is_not_there(client: TestClient, finished: dict[str, Any], range_: str) -> None:
+    answer = client.get(f"{finished['urls']['files']}/config.json", headers={"Range": range_})
+    assert answer.status_code == 416 and answer.json()["code"] == "range-not-satisfiable"
+    assert answer.headers["content-range"].startswith("bytes */")
+
+
+@pytest.mark.parametrize("range_", ["lines=0-1", "bytes=abc", "bytes=", "bytes=--5", "bytes=-"])
+def test_a_range_that_makes_no_sense_is_ignored(client: TestClient, finished: dict[str, Any], range_: str) -> None:
+    answer = client.get(f"{finished['urls']['files']}/config.json", headers={"Range": range_})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["..%2f..%2fjobs.sqlite", "%2e%2e%2fjobs.sqlite", "%2fetc%2fpasswd", "%2e", "journal.jsonl", ""]
+)
+def test_only_listed_files_are_served(client: TestClient, finished: dict[str, Any], path: str) -> None:
+    answer = client.get(f"{finished['urls']['files']}/{path}")
+    assert answer.status_code == 404
+
+
+def test_a_finished_job_cannot_be_canceled(client: TestClient, finished: dict[str, Any]) -> None:
+    answer = client.post(finished["urls"]["cancel"])
+    assert answer.status_code == 409 and answer.json()["code"] == "invalid-state"

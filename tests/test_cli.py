@@ -1,0 +1,83 @@
+"""The command line, as its user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import method_recipe
+from tests.services import running_service
+
+
+def weightsmith(
+    *arguments: object, cwd: Path, status: int = 0, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "app.cli", *map(str, arguments)]
+    ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True, input=stdin, timeout=120)
+    assert ran.returncode == status, ran.stderr
+    assert "Traceback" not in ran.stderr
+    return ran
+
+
+@pytest.fixture
+def recipe(models: Path) -> Path:
+    path = models / "recipe.yml"
+    path.write_text(yaml.safe_dump(method_recipe("ties-paper")))
+    return path
+
+
+def test_help_is_quick_and_names_the_commands(tmp_path: Path) -> None:
+    told = weightsmith("--help", cwd=tmp_path).stdout
+    assert all(command in told for command in ("serve", "worker", "merge", "plan", "submit"))
+    imports = f"{sys.executable} -X importtime -m app.cli --help"
+    loaded = subprocess.run(imports.split(), cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    assert " torch" not in loaded
+
+
+def test_merge_and_plan(models: Path, recipe: Path) -> None:
+    told = weightsmith("plan", recipe, "--steps", cwd=models).stdout
+    assert "measured per model" in told and "lm_head.weight  bfloat16[96, 24]" in told
+    planned = json.loads(weightsmith("plan", "-", "--json", cwd=models, stdin=recipe.read_text()).stdout)
+    assert planned["passes"] == 4
+
+    done = weightsmith("merge", recipe, "out", "--shard-size", "10KB", "--threads", 1, "--memory", "600MiB", cwd=models)
+
+    assert done.stdout.startswith("out: 20 tensors")
+    shards = sorted((models / "out").glob("*.safetensors"))
+    assert len(shards) > 1 and sum(len(load_file(shard)) for shard in shards) == 20
+    assert "is not an empty folder" in weightsmith("merge", recipe, "out", cwd=models, status=1).stderr
+
+
+def test_mistakes_are_one_message(models: Path, recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("ties", "tise"))
+    assert weightsmith("merge", recipe, "out", cwd=models, status=1).stderr == (
+        "error: merge_method: there is no method 'tise'; did you mean ties?\n"
+    )
+    assert not (models / "out").exists()
+    assert "is not a size" in weightsmith("merge", recipe, "out", "--memory", "lots", cwd=models, status=2).stderr
+    refused = weightsmith("submit", recipe, "--url", "http://127.0.0.1:1", cwd=models, status=1).stderr
+    assert "cannot be reached" in refused
+
+
+@pytest.mark.xdist_group("service")
+def test_submit_wait_download(models: Path, recipe: Path, tmp_path: Path) -> None:
+    with running_service(tmp_path / "data", models) as service:
+        ran = weightsmith("submit", recipe, "--url", service.url, "--wait", "--download", tmp_path / "here", cwd=models)
+        job_id = ran.stdout.splitlines()[0]
+        job = service.get(f"/v1/merges/{job_id}")
+        assert job["status"] == "succeeded"
+        assert {path.name for path in (tmp_path / "here").iterdir()} == service.files(job).keys()
+
+        broken = recipe.with_name("broken.yml")
+        broken.write_text("merge_method: ties\nmodels: [{model: nowhere}]\nbase_model: base\nparameters: {weight: 1}\n")
+        refused = weightsmith("submit", broken, "--url", service.url, "--wait", cwd=models, status=1).stderr
+        assert "nowhere" in refused
+    weightsmith("merge", recipe, tmp_path / "local", cwd=models)
+    for path in (tmp_path / "local").glob("*.safetensors"):
+        assert (tmp_path / "here" / path.name).read_bytes() == path.read_bytes()

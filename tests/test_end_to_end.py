@@ -1,0 +1,221 @@
+"""POST → worker process → files, over real HTTP; real models, real kills, both brokers."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from merge_core.merge import merge
+from merge_core.recipe import Recipe
+from tests.conftest import METHOD_RECIPES, method_recipe, write_checkpoint
+from tests.services import Service, eventually, running_redis, running_service
+
+pytestmark = pytest.mark.xdist_group("service")
+BROKERS = ("filesystem", "redis")
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and three random fine-tunes, in two shards each, and larger models that take seconds to merge."""
+    transformers_logging.disable_progress_bar()
+    folder = tmp_path_factory.mktemp("llamas")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=3, tie_word_embeddings=False, **shape)).to(
+        torch.bfloat16
+    )
+    base.save_pretrained(folder / "base", max_shard_size="30KB")
+    for i in range(3):
+        tuned = LlamaForCausalLM(base.config).to(torch.bfloat16)
+        tuned.load_state_dict(
+            {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in base.state_dict().items()}
+        )
+        tuned.save_pretrained(folder / f"m{i}", max_shard_size="30KB")
+    assert len(list((folder / "m0").glob("*.safetensors"))) == 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models that take seconds to merge: 24 million parameters in twelve tensors."""
+    folder = tmp_path_factory.mktemp("large")
+    for seed, name in enumerate(["base", "m0", "m1", "m2"]):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {f"model.layers.{i}.w": torch.randn(2000, 1000, generator=generator).bfloat16() for i in range(12)}
+        write_checkpoint(folder / name, tensors, shards=2)
+    return folder
+
+
+@pytest.fixture(scope="module", params=BROKERS)
+def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment that selects a broker."""
+    if request.param == "filesystem":
+        yield {}
+    else:
+        with running_redis(tmp_path_factory.mktemp("redis")) as url:
+            yield {"REDIS_URL": url}
+
+
+@pytest.fixture(scope="module")
+def service(llamas: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running_service(tmp_path_factory.mktemp("service") / "data", llamas) as service:
+        yield service
+
+
+@pytest.mark.parametrize("title", METHOD_RECIPES)
+def test_a_merged_llama_loads_with_every_key(service: Service, llamas: Path, tmp_path: Path, title: str) -> None:
+    job = service.ended(service.post(method_recipe(title, outputs={"max_shard_size": "40KB"})))
+    assert job["status"] == "succeeded", job["error"]
+    folder = service.download(job, tmp_path / "merged")
+
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+
+    assert not any(loading.values()), loading
+    assert model.dtype == torch.bfloat16
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    local = merge(Recipe.from_data(job["recipe"]), tmp_path / "local", roots=[llamas])
+    assert {file.path: file.sha256 for file in local.files} == service.files(job), (
+        "the service gives what the library gives"
+    )
+
+
+def test_progress_is_on_the_row(large: Path, tmp_path: Path) -> None:
+    with running_service(tmp_path / "data", large) as service:
+        job = service.post(method_recipe("ties-paper"))
+        running = eventually(lambda: (found := service.job(job))["progress"].get("bytes_read", 0) > 0 and found)
+        assert running["status"] == "running" and running["phase"] and running["progress"]["bytes_read_total"] > 0
+        assert running["started_at"] >= running["created_at"]
+        ended = service.ended(job)
+        assert ended["progress"]["tensors_done"] == 12 and ended["progress"]["fraction"] == 1.0
+
+
+def test_a_failed_job_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    write_checkpoint(models / "m0", {"good": torch.ones(5), "bad": torch.tensor([1.0, float("nan")])})
+    with running_service(tmp_path / "data", models) as service:
+        job = service.ended(
+            service.post({"merge_method": "linear", "models": [{"model": "m0"}], "parameters": {"weight": 1}})
+        )
+        assert job["status"] == "failed" and job["error"]["code"] == "non-finite"
+        assert "bad of m0 holds NaN or infinity at element 1" in job["error"]["detail"]
+        assert job["error"]["errors"][0]["tensor"] == "bad"
+        assert service.artifacts() == []
+
+
+def test_cancel_takes_less_than_two_seconds_at_any_moment(large: Path, tmp_path: Path, broker: dict[str, str]) -> None:
+    with running_service(tmp_path / "data", large, **broker) as service:
+        for wait in (0.0, 0.7, 2.0, 3.0):
+            job = service.post(method_recipe("dare_ties-paper"))
+            eventually(lambda job=job: service.job(job)["status"] == "running")
+            time.sleep(wait)
+            started = time.monotonic()
+            assert httpx2.post(service.url + job["urls"]["cancel"]).status_code in (200, 202)
+            assert service.ended(job)["status"] == "canceled"
+            assert time.monotonic() - started < 2.0
+            eventually(lambda: service.artifacts() == [], 5)
+
+
+def _whole(large: Path, tmp_path: Path, recipe: dict[str, Any]) -> dict[str, str]:
+    artifact = merge(Recipe.from_data(recipe), tmp_path / "whole", roots=[large])
+    return {file.path: file.sha256 for file in artifact.files}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kill_9_of_the_worker_at_random_points(large: Path, tmp_path: Path, broker: dict[str, str], seed: int) -> None:
+    """The supervisor starts another worker, and the job goes on to the same bytes; nobody submits it again."""
+    moments = random.Random(seed)
+    recipe = method_recipe("ties-paper", outputs={"max_shard_size": "10MB"})
+    with running_service(tmp_path / "data", large, **broker, WEIGHTSMITH_MAX_ATTEMPTS="50") as service:
+        job = service.post(recipe)
+        for kills in range(3):
+            eventually(
+                lambda kills=kills: service.job(job)["attempt"] > kills or service.job(job)["status"] == "succeeded"
+            )
+            time.sleep(moments.uniform(0, 4))
+            service.kill_worker()
+        ended = service.ended(job)
+        assert ended["status"] == "succeeded", ended["error"]
+        assert service.files(job) == _whole(large, tmp_path, recipe)
+        assert service.artifacts() == [job["id"]]
+
+
+def test_kill_9_of_the_child_alone(large: Path, tmp_path: Path) -> None:
+    """The worker lives and its child dies, as the kernel kills for memory: the job goes on when its lease runs out."""
+    recipe = method_recipe("ties")
+    with running_service(tmp_path / "data", large, WEIGHTSMITH_LEASE_SECONDS="2") as service:
+        job = service.post(recipe)
+        eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
+        parent, child = sorted(service.worker_processes(), key=lambda process: process.create_time())[:2]
+        assert child.ppid() == parent.pid
+        child.kill()
+        assert service.ended(job)["status"] == "succeeded"
+        assert service.job(job)["attempt"] > 1
+        assert service.files(job) == _whole(large, tmp_path, recipe)
+
+
+def test_kill_9_of_the_whole_service_then_a_new_one(large: Path, tmp_path: Path) -> None:
+    recipe, short = method_recipe("ties-paper"), {"WEIGHTSMITH_LEASE_SECONDS": "2"}
+    with running_service(tmp_path / "data", large, **short) as service:
+        job = service.post(recipe)
+        eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
+        workers = service.worker_processes()
+        service.process.kill()
+        service.process.wait()
+        eventually(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 10)
+    with running_service(tmp_path / "data", large, **short) as service:
+        assert service.ended(job)["status"] == "succeeded"
+        assert service.files(job) == _whole(large, tmp_path, recipe)
+
+
+def test_a_lost_message_is_sent_again(llamas: Path, tmp_path: Path) -> None:
+    """The job is in the database and its message nowhere, as after a worker died with it in hand."""
+    from workers.jobs import JobStore
+    from workers.settings import Settings
+
+    store = JobStore(Settings(data=tmp_path / "data"))
+    recipe = Recipe.from_data(method_recipe("linear"))
+    lost = store.add(recipe.to_data(), {"tensors": 0})
+    store.close()
+    with running_service(tmp_path / "data", llamas, WEIGHTSMITH_REDELIVER_SECONDS="0.5") as service:
+        assert service.ended({"urls": {"self": f"/v1/merges/{lost.id}"}})["status"] == "succeeded"
+
+
+def test_an_artifact_whose_job_did_not_hear_of_it_is_adopted(llamas: Path, tmp_path: Path) -> None:
+    """The worker died after the artifact appeared and before the row said so."""
+    from workers.jobs import JobStore
+    from workers.queue import artifact_folder
+    from workers.settings import Settings
+
+    settings = Settings(data=tmp_path / "data", lease_seconds=0.1)
+    store = JobStore(settings)
+    recipe = Recipe.from_data(method_recipe("linear"))
+    job = store.add(recipe.to_data(), {"tensors": 0})
+    assert store.claim(job.id, "dead/1")
+    artifact = merge(recipe, artifact_folder(settings, job.id), roots=[llamas])
+    store.close()
+    with running_service(tmp_path / "data", llamas) as service:
+        adopted = {"urls": {"self": f"/v1/merges/{job.id}", "files": f"/v1/merges/{job.id}/files"}}
+        assert service.ended(adopted)["status"] == "succeeded"
+        assert service.files(adopted) == {file.path: file.sha256 for file in artifact.files}
+
+
+def test_stopping_the_service_hands_its_job_to_the_next(large: Path, tmp_path: Path) -> None:
+    recipe = method_recipe("ties-paper")
+    with running_service(tmp_path / "data", large) as service:
+        job = service.post(recipe)
+        eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
+    with running_service(tmp_path / "data", large) as service:
+        assert service.ended(job, 60)["status"] == "succeeded"
+        assert service.files(job) == _whole(large, tmp_path, recipe)
+    shutil.rmtree(tmp_path / "data")

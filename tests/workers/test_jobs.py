@@ -1,0 +1,222 @@
+"""The store makes every move exactly once, and only along the table."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from workers.jobs import FINISHED, MOVES, IllegalMove, Job, JobState, JobStore, Lease, LeaseLost, new_job_id
+from workers.settings import Settings
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=60, max_attempts=3))
+    yield store
+    store.close()
+
+
+def state(store: JobStore, job: Job) -> str:
+    found = store.get(job.id)
+    assert found is not None
+    return found.state
+
+
+def claimed(store: JobStore, job: Job, owner: str = "w/1") -> Lease:
+    lease = store.claim(job.id, owner)
+    assert lease is not None
+    return lease
+
+
+def test_ids_sort_by_age() -> None:
+    ids = []
+    for _ in range(5):
+        ids.append(new_job_id())
+        time.sleep(0.002)
+    assert ids == sorted(ids) and len({len(i) for i in ids}) == 1 and ids[0].startswith("mrg_")
+
+
+def test_only_one_of_many_claims_a_job(store: JobStore) -> None:
+    job = store.add({"a": 1}, {})
+    leases: list[Lease | None] = []
+    threads = [threading.Thread(target=lambda i=i: leases.append(store.claim(job.id, f"w/{i}"))) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([lease for lease in leases if lease]) == 1
+
+
+def test_an_expired_lease_is_claimed_by_another_and_the_first_writes_nothing(tmp_path: Path) -> None:
+    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=0.05))
+    job = store.add({}, {})
+    slow = claimed(store, job, "slow/1")
+    time.sleep(0.1)
+    quick = claimed(store, job, "quick/1")
+
+    assert quick.attempt == 2
+    with pytest.raises(LeaseLost):
+        store.heartbeat(slow, phase="merging", progress={})
+    with pytest.raises(LeaseLost):
+        store.succeed(slow, files=[], warnings=[], progress={})
+    with pytest.raises(LeaseLost):
+        store.fail(slow, {})
+    store.succeed(quick, files=[{"path": "x"}], warnings=["w"], progress={})
+    assert state(store, job) == "succeeded"
+    store.close()
+
+
+def test_cancel_of_a_queued_job_is_done_at_once(store: JobStore) -> None:
+    job = store.add({}, {})
+    store.cancel(job.id)
+    assert state(store, job) == "canceled"
+    assert store.claim(job.id, "w/1") is None
+
+
+def test_cancel_of_a_running_job_waits_for_its_worker(store: JobStore) -> None:
+    job = store.add({}, {})
+    lease = claimed(store, job)
+    store.cancel(job.id)
+    assert state(store, job) == "canceling"
+    assert store.heartbeat(lease, phase="", progress={}) is JobState.CANCELING
+    store.confirm_cancel(lease)
+    assert state(store, job) == "canceled"
+    assert store.cancel(job.id) is not None, "canceling again is no error"
+
+
+def test_what_has_ended_cannot_be_canceled(store: JobStore) -> None:
+    job = store.add({}, {})
+    store.fail(claimed(store, job), {"code": "x"})
+    with pytest.raises(IllegalMove, match="is failed"):
+        store.cancel(job.id)
+    assert store.cancel("mrg_none") is None
+
+
+def test_a_dead_worker_s_jobs_are_given_back_and_others_kept(store: JobStore) -> None:
+    running, canceling, other = (store.add({}, {}) for _ in range(3))
+    for job, owner in [(running, "dead/1"), (canceling, "dead/2"), (other, "deadly/1")]:
+        claimed(store, job, owner)
+    store.cancel(canceling.id)
+
+    assert sorted(store.release("dead/")) == sorted([running.id, canceling.id])
+
+    assert [state(store, job) for job in (running, canceling, other)] == ["queued", "canceled", "running"]
+
+
+def test_given_back_once_and_not_again(tmp_path: Path) -> None:
+    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=0.01))
+    job = store.add({}, {})
+    claimed(store, job)
+    time.sleep(0.05)
+    assert store.give_back_expired() == [job.id]
+    assert store.give_back_expired() == []
+    store.close()
+
+
+def test_a_job_that_kills_its_workers_is_given_up(store: JobStore) -> None:
+    job = store.add({}, {})
+    for i in range(3):
+        claimed(store, job, f"w{i}/1")
+        store.release(f"w{i}/")
+    assert store.claim(job.id, "w/1") is None
+    assert store.give_up() == [job.id]
+    found = store.get(job.id)
+    assert found is not None and found.state == "failed" and found.error is not None
+    assert found.error["code"] == "worker-lost"
+
+
+def test_a_lost_message_is_sent_again_ever_more_rarely(tmp_path: Path) -> None:
+    store = JobStore(Settings(data=tmp_path / "data", redeliver_seconds=0.1))
+    job = store.add({}, {})
+    assert store.overdue() == []
+    time.sleep(0.15)
+    assert store.overdue() == [job.id]
+    for _ in range(3):
+        store.announced(job.id)
+    time.sleep(0.15)
+    assert store.overdue() == []
+    store.close()
+
+
+def test_pages(store: JobStore) -> None:
+    jobs = [store.add({}, {}) for _ in range(5)]
+    ids = sorted((job.id for job in jobs), reverse=True)
+    assert [job.id for job in store.page(limit=2)] == ids[:2]
+    assert [job.id for job in store.page(limit=2, before=ids[1])] == ids[2:4]
+    assert store.page(state=JobState.RUNNING) == []
+
+
+class Lives(RuleBasedStateMachine):
+    """Any number of workers, dying and canceled at any time: a job moves only along the table."""
+
+    @initialize(folder=st.uuids())
+    def start(self, folder: object) -> None:
+        self.store = JobStore(Settings(data=Path(self.root) / str(folder), lease_seconds=60, max_attempts=100))
+        self.job = self.store.add({}, {})
+        self.leases: list[Lease] = []
+        self.seen = JobState.QUEUED
+
+    root = ""
+
+    @rule(worker=st.integers(0, 2))
+    def claim(self, worker: int) -> None:
+        lease = self.store.claim(self.job.id, f"w{worker}/1")
+        assert (lease is not None) == (self.seen is JobState.QUEUED)
+        self.leases += [lease] if lease else []
+
+    @rule(which=st.integers(0, 50), how=st.sampled_from(["succeed", "fail", "confirm_cancel", "heartbeat"]))
+    def write(self, which: int, how: str) -> None:
+        if not self.leases:
+            return
+        lease = self.leases[which % len(self.leases)]
+        arguments: dict[str, object] = {
+            "succeed": {"files": [], "warnings": [], "progress": {}},
+            "fail": {"error": {"code": "x"}},
+            "heartbeat": {"phase": "", "progress": {}},
+        }.get(how, {})
+        holds = lease is self.leases[-1] and self.seen in (JobState.RUNNING, JobState.CANCELING)
+        if how == "confirm_cancel":
+            holds = holds and self.seen is JobState.CANCELING
+        try:
+            getattr(self.store, how)(lease, **arguments)
+            assert holds
+        except LeaseLost:
+            assert not holds
+
+    @rule()
+    def cancel(self) -> None:
+        try:
+            self.store.cancel(self.job.id)
+        except IllegalMove:
+            assert self.seen in (JobState.SUCCEEDED, JobState.FAILED)
+
+    @rule(worker=st.integers(0, 2))
+    def die(self, worker: int) -> None:
+        self.store.release(f"w{worker}/")
+
+    @invariant()
+    def moves_along_the_table(self) -> None:
+        now = JobState(state(self.store, self.job))
+        if now is not self.seen:
+            assert now in MOVES[self.seen]
+        if now in FINISHED:
+            found = self.store.get(self.job.id)
+            assert found is not None and found.owner is None and found.finished_at
+        self.seen = now
+
+    def teardown(self) -> None:
+        self.store.close()
+
+
+def test_lives(tmp_path: Path) -> None:
+    machine = Lives.TestCase
+    Lives.root = str(tmp_path)
+    machine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+    machine().runTest()
