@@ -109,18 +109,12 @@ def merge(recipe: Path, out: Path, memory: str | None, threads: int | None, shar
 
     Model paths are as seen from here. Interrupted, the same command goes on where it was.
     """
+    most, shard = _size(memory), _size(shard_size)
     with _told():
         from merge_core import merge as core
 
         with _progress_bar() as report:
-            artifact = core.merge(
-                _read(recipe),
-                out,
-                memory=_size(memory),
-                threads=threads,
-                max_shard_size=_size(shard_size),
-                report=report,
-            )
+            artifact = core.merge(_read(recipe), out, memory=most, threads=threads, max_shard_size=shard, report=report)
     for warning in artifact.warnings:
         click.echo(f"warning: {warning}", err=True)
     size = sum(file.size for file in artifact.files)
@@ -137,10 +131,11 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
     """Show what RECIPE would read, write and need. No weight is read."""
     import json
 
+    most = _size(memory)
     with _told():
         from merge_core.merge import plan_only
 
-        made = plan_only(_read(recipe), memory=_size(memory), threads=threads).to_dict(steps=steps)
+        made = plan_only(_read(recipe), memory=most, threads=threads).to_dict(steps=steps)
     if as_json:
         click.echo(json.dumps(made, indent=2))
         return
@@ -245,7 +240,8 @@ def _told() -> Iterator[None]:
 @contextmanager
 def _progress_bar() -> Iterator[Any]:
     """A bar with rate and time left on a terminal, a line every few seconds elsewhere; yields the function to report
-    to."""
+    to.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

@@ -1,5 +1,6 @@
 """`make demo`: train four small models on real data, merge them over HTTP by every method, and print how good each
-merge is."""
+merge is.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +113,8 @@ def run(url: str, title: str, recipe: Mapping[str, Any], downloads: Path) -> Pat
 
 def report(digits: Digits, alone: Mapping[str, Path], merged: Mapping[str, Path]) -> int:
     """Print the accuracies; 0 if whole-model TIES at scale 1 is ahead of plain averaging and of task arithmetic at
-    scale 1."""
+    scale 1.
+    """
     measured = {name: accuracies(load_checkpoint(folder), digits) for name, folder in {**alone, **merged}.items()}
     own = {task: measured[task.replace(" ", "-")][task] for task in TASKS}
     score = {name: sum(found[task] / own[task] for task in TASKS) / len(TASKS) for name, found in measured.items()}

@@ -1,7 +1,8 @@
 """Four tasks on scikit-learn's handwritten digits: one base, four fine-tunes, real data, under a minute.
 
 A trunk 64-512-512 with four frozen heads (digit, parity, at least five, modulo three) is trained on 40 images for all
-tasks at once; each task then fine-tunes the trunk alone on the training set. Everything is seeded."""
+tasks at once; each task then fine-tunes the trunk alone on the training set. Everything is seeded.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
 """The result beside the weights: lock, model card, recipe, config and tokenizer files.
 
 `merge.lock.json` says all that is needed to make the same bytes again and to prove that they are: recipe, seed,
-versions, sha256 of every file that was read and written, a digest per tensor."""
+versions, sha256 of every file that was read and written, a digest per tensor.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
@@ -28,24 +30,7 @@ from merge_core.shards import WrittenFile, write_text
 LOCK_NAME = "merge.lock.json"
 CARD_NAME = "README.md"
 RECIPE_NAME = "mergekit_config.yml"
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
-_MAX_COPIED = 256 * 2**20
 _READ = 2**22
 
 
@@ -67,6 +52,7 @@ class SourceHashes:
         self._stop, self._closed = stop, False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
         read = {(source.model, source.info.file) for step in plan.steps for source in step.reads}
+        read |= {(pair.model, info.file) for pair in plan.tied for info in (pair.tensor, pair.partner)}
         self._found: dict[tuple[int, str], Future[str]] = {
             (model, file): self._pool.submit(self._sha256, checkpoints[model].shards[file].path)
             for model, file in sorted(read)
@@ -107,12 +93,7 @@ def write_companions(
         files.append(
             write_text(folder / "config.json", json.dumps(_edited_config(plan, donor.config), indent=2) + "\n")
         )
-    if donor.folder is not None:
-        files += [
-            _copy(donor.folder / name, folder / name)
-            for name in COPIED
-            if (donor.folder / name).is_file() and (donor.folder / name).stat().st_size <= _MAX_COPIED
-        ]
+    files += [_copy(path, folder / path.name) for path in plan.companions]
     files.append(write_text(folder / RECIPE_NAME, plan.recipe.to_yaml()))
     files.append(write_text(folder / CARD_NAME, model_card(plan, warnings)))
     lock = {
@@ -178,14 +159,9 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
 
 
 def _edited_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
-    edited = dict(config)
-    edit = plan.config_edit
-    if edit.layers:
-        for key, value in config.items():
-            if isinstance(value, list) and len(value) == edit.count_before and key != "architectures":
-                edited[key] = [value[layer] for layer in edit.layers]
-        if edit.count_key:
-            edited[edit.count_key] = len(edit.layers)
+    edited = copy.deepcopy(dict(config))
+    section = edited[plan.config_edit.section] if plan.config_edit.section else edited
+    section.update(plan.config_edit.values)
     if written := plan.recipe.out_dtype or plan.recipe.dtype:
         edited["dtype" if "dtype" in config else "torch_dtype"] = written
     return edited
@@ -194,16 +170,18 @@ def _edited_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
 def _source(
     plan: Plan, checkpoints: Sequence[Checkpoint], model: int, sources: Mapping[tuple[int, str], str]
 ) -> dict[str, Any]:
-    shards = checkpoints[model].shards
-    return {
-        "model": str(plan.models[model]),
-        "commit": None,
-        "files": [
-            {"path": file, "size": shards[file].size, "sha256": digest}
-            for (index, file), digest in sources.items()
-            if index == model
-        ],
-    }
+    checkpoint = checkpoints[model]
+    files = [
+        {"path": file, "size": checkpoint.shards[file].size, "sha256": digest}
+        for (index, file), digest in sources.items()
+        if index == model
+    ]
+    small = [checkpoint.path / "config.json"] if checkpoint.config else []
+    small += plan.companions if model == plan.donor else []
+    for path in small:
+        data = path.read_bytes()
+        files.append({"path": path.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+    return {"model": str(plan.models[model]), "commit": None, "files": files}
 
 
 def _copy(source: Path, target: Path) -> WrittenFile:

@@ -1,7 +1,8 @@
 """Everything that can go wrong and is not a bug: one tree, with the facts as attributes.
 
 The core knows no HTTP and no queue. `code` is a stable slug that the service turns into a problem type; `problems`
-names every place that is wrong (a key of the recipe, a tensor, a file), so that one run shows all of them."""
+names every place that is wrong (a key of the recipe, a tensor, a file), so that one run shows all of them.
+"""
 
 from __future__ import annotations
 
@@ -105,6 +106,14 @@ class InsufficientStorage(WeightsmithError):
 
     code = "insufficient-storage"
     title = "Not enough free disk space"
+    retryable = True
+
+
+class StorageFailed(WeightsmithError):
+    """The file system refused something: a broken disk, a lost mount, missing rights."""
+
+    code = "storage-failed"
+    title = "A file could not be read or written"
     retryable = True
 
 

@@ -1,7 +1,8 @@
 """The tensors: measured and merged block by block, written in file order.
 
 Blocks are worked on by a pool of threads and consumed in order, so that one thread writes and hashes each file from
-front to back."""
+front to back.
+"""
 
 from __future__ import annotations
 
@@ -87,13 +88,11 @@ class Execution:
         if self.plan.scope != "model" or not steps or steps[0].method is None:
             return known
         stages = steps[0].method.stages("model")
-        done = self.writer.journal.get("stages done", 0)
-        if done:
-            known = dict(self.writer.journal["known"])
-        for number, stage in enumerate(stages[done:], start=done + 1):
+        measured = self.writer.journal.get("measured", {"stages": 0, "known": {}})
+        known = dict(measured["known"])
+        for number, stage in enumerate(stages[measured["stages"] :], start=measured["stages"] + 1):
             self._measure(pool, steps, [stage], known)
-            self.writer.remember("known", known)
-            self.writer.remember("stages done", number)
+            self.writer.remember("measured", {"stages": number, "known": known})
         return known
 
     def _measure(self, pool: ThreadPoolExecutor, steps: Sequence[Step], stages: Iterable[Stage], known: Known) -> None:

@@ -1,27 +1,25 @@
 """The whole flow: recipe → plan → tensors → shards → artifact.
 
->>> from merge_core.merge import merge                                         # doctest: +SKIP
->>> merge(Recipe.from_text(open("recipe.yml").read()), "merged")               # doctest: +SKIP
+merge(Recipe.from_text(Path("recipe.yml").read_text()), "merged")
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from merge_core.artifact import Artifact, SourceHashes, write_companions
 from merge_core.checkpoint import Checkpoint
-from merge_core.errors import CheckpointError, CheckpointNotFound, OutputExists, Problem, RecipeError, WeightsmithError
+from merge_core.errors import CheckpointError, CheckpointNotFound, OutputExists, Problem, RecipeError
 from merge_core.execute import Execution, share_one_heap
 from merge_core.method import Randomness
 from merge_core.plan import Plan
 from merge_core.planner import BLOCK_ELEMENTS, make_plan, referenced_models
 from merge_core.progress import Progress, Report
 from merge_core.recipe import ModelRef, Recipe
-from merge_core.shards import JOURNAL, ShardWriter, fsync_folder
+from merge_core.shards import JOURNAL, ShardWriter, disk_error, fsync_folder, nearest_existing, unfinished
 
 
 def merge(
@@ -48,12 +46,11 @@ def merge(
 
     The bytes of every tensor depend on the recipe and the models alone. Raises `WeightsmithError`.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     partial = partial or out.parent / f".{out.name}.partial"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExists(f"{out} exists and is not an empty folder; give another name or remove it")
     share_one_heap()
     try:
+        _check_output(out, partial)
         with opened(recipe, roots) as checkpoints:
             plan = make_plan(
                 recipe,
@@ -64,27 +61,50 @@ def merge(
                 max_shard_size=max_shard_size,
             )
             inputs = [checkpoints[model] for model in plan.models]
-            with ExitStack() as stack:
-                writer = stack.enter_context(ShardWriter(plan, partial))
-                hashes = SourceHashes(plan, inputs, stop)
-                stack.callback(hashes.close)
-                execution = Execution(
-                    plan, inputs, writer, randomness or Randomness(recipe.seed), Progress(), report, stop
-                )
-                execution.run()
-                weights = writer.finish()
-                sources = hashes.result()
-            for checkpoint in inputs:
-                checkpoint.check_unchanged()
-            warnings = (*plan.warnings, *execution.warnings)
-            files = write_companions(
-                plan, inputs, partial, weights=weights, tensors=writer.digests, sources=sources, warnings=warnings
-            )
-            _appear(partial, out)
-            return Artifact(out, tuple(files), writer.digests, warnings, writer.resumed)
-    except WeightsmithError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            with unfinished(partial):
+                return _carry_out(plan, inputs, partial, out, randomness or Randomness(recipe.seed), report, stop)
+    except OSError as error:
+        raise disk_error(error, Path(error.filename or out), 0) from error
+
+
+def _carry_out(
+    plan: Plan,
+    inputs: Sequence[Checkpoint],
+    partial: Path,
+    out: Path,
+    randomness: Randomness,
+    report: Report,
+    stop: Callable[[], bool],
+) -> Artifact:
+    try:
+        with ExitStack() as stack:
+            writer = stack.enter_context(ShardWriter(plan, partial))
+            hashes = SourceHashes(plan, inputs, stop)
+            stack.callback(hashes.close)
+            execution = Execution(plan, inputs, writer, randomness, Progress(), report, stop)
+            execution.run()
+            weights = writer.finish()
+            sources = hashes.result()
+        for checkpoint in inputs:
+            checkpoint.check_unchanged()
+        warnings = (*plan.warnings, *execution.warnings)
+        files = write_companions(
+            plan, inputs, partial, weights=weights, tensors=writer.digests, sources=sources, warnings=warnings
+        )
+        _appear(partial, out)
+    except OSError as error:
+        raise disk_error(error, Path(error.filename or partial), 0) from error
+    return Artifact(out, tuple(files), writer.digests, warnings, writer.resumed)
+
+
+def _check_output(out: Path, partial: Path) -> None:
+    """Raise `OutputExists` for anything that would keep the finished folder from appearing, before work is begun."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise OutputExists(f"{out} exists and is not an empty folder; give another name or remove it")
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise OutputExists(f"{partial}, where the unfinished output would grow, is no folder; remove it")
+    if nearest_existing(out).stat().st_dev != nearest_existing(partial).stat().st_dev:
+        raise OutputExists(f"{partial} and {out} are on different file systems, so the result could not appear at once")
 
 
 def plan_only(
@@ -118,13 +138,12 @@ def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[Mod
 
 def locate(ref: ModelRef, roots: Sequence[Path] | None) -> Path:
     """The path a model reference means: as it stands, or below the first root that has it."""
-    written = Path(ref.path).expanduser() if roots is None else Path(ref.path)
+    written = Path(ref.path)
     if roots is None or written.is_absolute():
-        return written
-    candidates = [root / written for root in roots]
-    for candidate in candidates:
-        if os.path.lexists(candidate):
-            return candidate
+        return written.expanduser() if roots is None else written
+    for root in roots:
+        if os.path.lexists(root / written):
+            return root / written
     raise CheckpointNotFound(ref.path, "is in none of this service's model folders; Hub models are not supported yet")
 
 

@@ -5,7 +5,8 @@ A method's fields are its hyperparameters, resolved for one output tensor. `stag
 
 `observe` and `merge` use only operations whose bits depend neither on a block's length nor on the instruction set: sums
 over models are written out in recipe order (`task_vectors.total`), sums over elements go through `Block.sums`; no
-matmul, no `Tensor.sum` of floats, no `softmax`, `lerp` or `addcmul`."""
+matmul, no `Tensor.sum` of floats, no `softmax`, `lerp` or `addcmul`.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class Block:
 
     `models` is `[models, rows, *shape[1:]]` in recipe order and `base` `[rows, *shape[1:]]` or None, both in the
     working dtype (float32; float64 where a source is stored so). `first_grain` is the first grain's index in its
-    tensor."""
+    tensor.
+    """
 
     models: Tensor
     base: Tensor | None = None
@@ -127,7 +129,8 @@ class MergeMethod(BaseModel, ABC):
     "model": a base is one of the models, if it has a weight), `count` (fewest and most models besides the base),
     `scopes` it can be measured over, the default first, `measured`, the parameters its statistics depend on (alike for
     all tensors where the scope is the model), whose meaning of the name it is (`semantics`), and `workspace`: the
-    temporaries it holds at once, as arrays of a block's size, per model and fixed."""
+    temporaries it holds at once, as arrays of a block's size, per model and fixed.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -138,6 +141,7 @@ class MergeMethod(BaseModel, ABC):
     count: ClassVar[tuple[int, int | None]] = (1, None)
     scopes: ClassVar[tuple[Scope, ...]] = ("tensor",)
     measured: ClassVar[tuple[str, ...]] = ()
+    copies: ClassVar[bool] = False
     semantics: ClassVar[Semantics] = "mergekit"
     workspace: ClassVar[tuple[int, int]] = (2, 4)
 
@@ -175,7 +179,8 @@ def spread(values: Sequence[float], count: int) -> tuple[float, ...]:
 
 def load_methods(package: str) -> dict[str, dict[Semantics, type[MergeMethod]]]:
     """Import every module of `package`; return what they define: recipe name → whose meaning → method, sorted by
-    name."""
+    name.
+    """
     paths: Iterable[str] = importlib.import_module(package).__path__
     found: dict[str, dict[Semantics, type[MergeMethod]]] = {}
     for module in pkgutil.iter_modules(paths):

@@ -6,13 +6,15 @@ A plan is made from headers and configs alone; the worker is held to it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from merge_core import __version__
-from merge_core.checkpoint import TensorInfo
 from merge_core.dtypes import FLOAT32, FLOAT64, DType
+from merge_core.headers import TensorInfo
 from merge_core.layout import ShardLayout
 from merge_core.method import MergeMethod, Scope
 from merge_core.recipe import ModelRef, Recipe, canonical_json
@@ -89,11 +91,10 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class ConfigEdit:
-    """What `config.json` must say differently: the layers of the donor that the output has, in order."""
+    """What `config.json` must say differently where layers were sliced: new `values` in a `section`, or at the top."""
 
-    count_key: str | None = None
-    layers: tuple[int, ...] = ()
-    count_before: int = 0
+    section: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Plan:
     memory: MemoryPlan
     sources_digest: str
     config_edit: ConfigEdit = field(default_factory=ConfigEdit)
+    companions: tuple[Path, ...] = ()
     tied: tuple[TiedPair, ...] = ()
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -11,16 +11,17 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
 from merge_core import __version__
-from merge_core.checkpoint import Checkpoint, TensorInfo, is_embedding
+from merge_core.checkpoint import Checkpoint, is_embedding
 from merge_core.dtypes import OUTPUT, DType
 from merge_core.errors import IncompatibleModels, MemoryLimitExceeded, Problem, RecipeError, WeightsmithError
+from merge_core.headers import TensorInfo
 from merge_core.layout import Slot, lay_out
 from merge_core.method import MergeMethod, Scope
 from merge_core.plan import ConfigEdit, MemoryPlan, Plan, Source, Step, TiedPair
@@ -29,8 +30,10 @@ from merge_core.recipe import ModelRef, Parameters, Recipe, Setting, SliceSource
 FLOOR_BYTES = 400 * 2**20
 """What the process needs before the first block: interpreter, torch, libraries, histograms."""
 BLOCK_ELEMENTS = 2**20
-_LAYER = re.compile(r"^(|.*?\.)(\d+)\.(.+)$")
+_LAYER = re.compile(r"^(|.*?\.)(0|[1-9]\d*)\.(.+)$")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "attention_layers")
+"""Keys of a config that list one entry per layer."""
 
 
 def make_plan(
@@ -46,7 +49,8 @@ def make_plan(
 
     `checkpoints` must hold every model that `referenced_models` names. `memory` (bytes) and `threads` go before the
     recipe's limits; `block_elements` bounds a block from above. Raises `RecipeError`, `IncompatibleModels` or
-    `MemoryLimitExceeded`, each naming all that is wrong."""
+    `MemoryLimitExceeded`, each naming all that is wrong.
+    """
     return _Planner(recipe, checkpoints).plan(memory, threads, block_elements, max_shard_size)
 
 
@@ -91,10 +95,11 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One output tensor, the name each input knows it by, and its place among the layers (0 first, 1 last)."""
+    """One output tensor: what and whose it is, each input's name for it, its place in the layers (0 first, 1 last)."""
 
     name: str
     info: TensorInfo
+    owner: ModelRef
     names: tuple[str, ...]
     place: float
 
@@ -141,6 +146,7 @@ class _Planner:
             ),
             sources_digest=self._sources_digest(),
             config_edit=self.config_edit,
+            companions=tuple(self.checkpoints[self.models[donor]].companions),
             tied=tuple(self.tied),
             left_out=tuple(self.left_out),
             warnings=(*self.recipe.warnings, *self.warnings),
@@ -191,13 +197,9 @@ class _Planner:
                     Problem(detail, f"{run.pointer}/{'sources' if self.recipe.slices else 'models'}")
                 )
         for model in self.models:
-            if self.checkpoints[model].config.get("quantization_config") and not self._copies_everything:
+            if self.checkpoints[model].config.get("quantization_config") and not self.method.copies:
                 detail = f"{model} is quantised (its config has a quantization_config); merge the unquantised weights"
                 self.problems.append(Problem(detail))
-
-    @property
-    def _copies_everything(self) -> bool:
-        return self.recipe.merge_method == "passthrough"
 
     # Which tensors there are.
 
@@ -206,20 +208,20 @@ class _Planner:
         stacks = _stacks(donor.tensors)
         if not self._same_layers(run, stacks):
             return []
-        partners = self._tied_heads(run)
+        heads = self._tied_heads(donor, run.donor.ref, run.inputs)
         tensors = []
         for info in donor.tensors.values():
-            if info.name in partners:
+            if info.name in heads:
                 continue
             place = 0.0
             if layer := _LAYER.match(info.name):
                 numbers = stacks[layer[1]]
-                place = numbers.index(int(layer[2])) / (len(numbers) - 1) if len(numbers) > 1 else 1.0
-            tensors.append(_Wanted(info.name, info, (info.name,) * len(run.inputs), place))
-        self._report_extras(run, donor)
+                place = numbers[int(layer[2])] / (len(numbers) - 1) if len(numbers) > 1 else 1.0
+            tensors.append(_Wanted(info.name, info, run.donor.ref, (info.name,) * len(run.inputs), place))
+        self._report_extras(donor, run.donor.ref, run.inputs)
         return [(run, tensors)]
 
-    def _same_layers(self, run: _Run, stacks: Mapping[str, Sequence[int]]) -> bool:
+    def _same_layers(self, run: _Run, stacks: Mapping[str, Mapping[int, int]]) -> bool:
         same = True
         for taken in run.inputs:
             theirs = _stacks(self.checkpoints[taken.ref].tensors)
@@ -227,57 +229,61 @@ class _Planner:
                 if prefix in theirs and len(theirs[prefix]) != len(numbers):
                     same = False
                     has = f"{taken.ref} has {len(theirs[prefix])} layers in {prefix}*"
-                    detail = f"{has}, but {run.donor.ref} has {len(numbers)}"
-                    self.problems.append(Problem(detail, taken.pointer))
+                    self.problems.append(Problem(f"{has}, but {run.donor.ref} has {len(numbers)}", taken.pointer))
         return same
 
-    def _tied_heads(self, run: _Run) -> set[str]:
-        """Heads that the donor's config ties to an embedding: stored once in the output, checked to be equal when
-        read."""
-        donor = self.checkpoints[run.donor.ref]
-        heads: set[str] = set()
-        for info in donor.tensors.values():
-            if partner := _tied_partner(donor, info):
-                heads.add(info.name)
-                self.left_out.append(f"{info.name}: the config ties it to {partner.name}, which is stored once")
-                for taken in run.inputs:
-                    checkpoint = self.checkpoints[taken.ref]
-                    if info.name in checkpoint.tensors and partner.name in checkpoint.tensors:
-                        pair = TiedPair(
-                            self.index[taken.ref], checkpoint.tensors[info.name], checkpoint.tensors[partner.name]
-                        )
-                        self.tied.append(pair)
-        return heads
+    def _tied_heads(self, donor: Checkpoint, name: ModelRef, inputs: Sequence[_Input]) -> set[str]:
+        """Heads that the donor's config ties to an embedding, which are stored once.
 
-    def _report_extras(self, run: _Run, donor: Checkpoint) -> None:
-        """Tensors that another model has and the output will not."""
-        for taken in run.inputs:
-            checkpoint = self.checkpoints[taken.ref]
-            extra = [info for info in checkpoint.tensors.values() if info.name not in donor.tensors]
-            lost = []
-            for info in extra:
-                if partner := _tied_partner(checkpoint, info):
+        Where a model stores a tied head, that it really is its embedding is checked when the merge runs.
+        """
+        heads = {}
+        for info in donor.tensors.values():
+            if partner := donor.tied_partner(info.name, info.shape):
+                heads[info.name] = partner.name
+                self.left_out.append(f"{info.name}: the config ties it to {partner.name}, which is stored once")
+        for taken in inputs:
+            theirs = self.checkpoints[taken.ref]
+            for info in theirs.tensors.values():
+                partner = theirs.tied_partner(info.name, info.shape)
+                if partner is None and info.name in heads and not theirs.config:
+                    partner = theirs.tensors.get(heads[info.name])
+                if partner is not None:
                     self.tied.append(TiedPair(self.index[taken.ref], info, partner))
-                elif donor.find(info.name, info.shape) is not None:
-                    has = f"{taken.ref} has a head of its own, {info.name}"
-                    detail = f"{has}, which {run.donor.ref} ties to its embeddings; it would be lost"
-                    self.problems.append(Problem(detail, taken.pointer, tensor=info.name))
-                else:
+                elif info.name in heads:
+                    self._refuse_head(taken, info, name)
+        return set(heads)
+
+    def _report_extras(
+        self, donor: Checkpoint, name: ModelRef, inputs: Sequence[_Input], *, but: str | None = None
+    ) -> None:
+        """Tensors that another model has and the output will not; those below the prefix `but` are told elsewhere."""
+        for taken in inputs:
+            theirs = self.checkpoints[taken.ref]
+            lost = []
+            for info in theirs.tensors.values():
+                if info.name in donor.tensors or (but is not None and _in_stack(info.name, but)):
+                    continue
+                if donor.tied_partner(info.name, info.shape) is None:
                     lost.append(info.name)
-            if lost:
-                shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-                self.left_out.append(
-                    f"{shown}: only {taken.ref} has {'it' if len(lost) == 1 else 'them'}, {run.donor.ref} has not"
-                )
+                elif theirs.tied_partner(info.name, info.shape) is None:
+                    self._refuse_head(taken, info, name)
+            self._leave_out(lost, taken.ref, name)
+
+    def _refuse_head(self, taken: _Input, head: TensorInfo, donor: ModelRef) -> None:
+        has = f"{taken.ref} has a head of its own, {head.name}"
+        detail = f"{has}, which {donor} ties to its embeddings; it would be lost"
+        self.problems.append(Problem(detail, taken.pointer, tensor=head.name))
+
+    def _leave_out(self, lost: Sequence[str], model: ModelRef, donor: ModelRef) -> None:
+        if lost:
+            shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+            note = f"{shown}: only {model} has {'it' if len(lost) == 1 else 'them'}, {donor} has not"
+            if note not in self.left_out:
+                self.left_out.append(note)
 
     def _wanted_of_slices(self, runs: Sequence[_Run]) -> list[tuple[_Run, list[_Wanted]]]:
-        prefixes = {model: self._layer_prefix(model) for model in self.models}
-        self._raise()
-        if len(set(prefixes.values())) > 1:
-            named = ", ".join(f"{model} has {prefix}*" for model, prefix in prefixes.items())
-            self.problems.append(Problem(f"the models name their layers differently: {named}"))
-            return []
-        prefix = next(iter(prefixes.values()))
+        prefix = self._common_prefix()
         pieces = self.recipe.slices or []
         for run, piece in zip(runs, pieces, strict=True):
             for taken, source in zip(run.inputs, piece.sources, strict=True):
@@ -287,9 +293,16 @@ class _Planner:
                     self.problems.append(Problem(detail, f"{taken.pointer}/layer_range"))
         self._raise()
 
-        heads = {run.donor.ref: self._tied_heads(run) for run in (runs[0], runs[-1])}
-        wanted = [(runs[0], self._outside_layers(runs[0], prefix, heads[runs[0].donor.ref], embeddings=True))]
-        made: list[int] = []
+        owner = self.recipe.base_model or runs[0].donor.ref
+        donor = self.checkpoints[owner]
+        outer = list({taken.ref: taken for run in (runs[0], runs[-1]) for taken in run.inputs}.values())
+        heads = self._tied_heads(donor, owner, outer)
+        self._report_extras(donor, owner, outer, but=prefix)
+        outside = [info for info in donor.tensors.values() if not _in_stack(info.name, prefix)]
+        outside = [info for info in outside if info.name not in heads]
+
+        wanted = [(runs[0], _around(runs[0], owner, [info for info in outside if is_embedding(info.name)]))]
+        made: list[tuple[ModelRef, int]] = []
         for run, piece in zip(runs, pieces, strict=True):
             length = piece.sources[0].layer_range[1] - piece.sources[0].layer_range[0]
             layers = _by_layer(self.checkpoints[run.donor.ref].tensors, prefix)
@@ -298,15 +311,43 @@ class _Planner:
                 place = i / (length - 1) if length > 1 else 1.0
                 for rest, info in layers[run.donor.first_layer + i].items():
                     names = tuple(f"{prefix}{taken.first_layer + i}.{rest}" for taken in run.inputs)
-                    tensors.append(_Wanted(f"{prefix}{len(made)}.{rest}", info, names, place))
-                made.append(run.donor.first_layer + i)
+                    tensors.append(_Wanted(f"{prefix}{len(made)}.{rest}", info, run.donor.ref, names, place))
+                made.append((run.donor.ref, run.donor.first_layer + i))
             self._report_layer_extras(run, prefix, length)
             wanted.append((run, tensors))
-        wanted.append((runs[-1], self._outside_layers(runs[-1], prefix, heads[runs[-1].donor.ref], embeddings=False)))
-        donor = self.checkpoints[self.recipe.base_model or runs[0].donor.ref]
-        key = next((name for name in _LAYER_COUNTS if isinstance(donor.config.get(name), int)), None)
-        self.config_edit = ConfigEdit(key, tuple(made), len(_stacks(donor.tensors)[prefix]))
+        wanted.append((runs[-1], _around(runs[-1], owner, [info for info in outside if not is_embedding(info.name)])))
+        self.config_edit = self._edit_config(donor, made)
         return wanted
+
+    def _edit_config(self, donor: Checkpoint, made: Sequence[tuple[ModelRef, int]]) -> ConfigEdit:
+        """What the donor's config must say of the output's layers; an entry per layer comes from that layer's model."""
+        values: dict[str, Any] = {}
+        for key in _LAYER_COUNTS:
+            if isinstance(donor.text_config.get(key), int):
+                values[key] = len(made)
+        if donor.config and not values:
+            self.warnings.append("config.json names no layer count that could be set to the output's")
+        for key in _PER_LAYER:
+            if isinstance(donor.text_config.get(key), list):
+                values[key] = [self._of_layer(model, key, layer) for model, layer in made]
+        return ConfigEdit(donor.text_section, values)
+
+    def _of_layer(self, model: ModelRef, key: str, layer: int) -> Any:
+        entries = self.checkpoints[model].text_config.get(key)
+        if isinstance(entries, list) and layer < len(entries):
+            return entries[layer]
+        detail = f"the config of {model} has no entry of {key} for layer {layer}, which the output's config needs"
+        if all(problem.detail != detail for problem in self.problems):
+            self.problems.append(Problem(detail))
+        return None
+
+    def _common_prefix(self) -> str:
+        prefixes = {model: self._layer_prefix(model) for model in self.models}
+        if len(set(prefixes.values())) > 1 and not self.problems:
+            named = ", ".join(f"{model} has {prefix}*" for model, prefix in prefixes.items())
+            self.problems.append(Problem(f"the models name their layers differently: {named}"))
+        self._raise()
+        return next(iter(prefixes.values()))
 
     def _layer_prefix(self, model: ModelRef) -> str:
         """What stands before the layer number in the names of the layers that `layer_range` counts."""
@@ -314,9 +355,10 @@ class _Planner:
         stacks = {
             prefix: numbers
             for prefix, numbers in _stacks(checkpoint.tensors).items()
-            if numbers == list(range(len(numbers)))
+            if list(numbers) == list(range(len(numbers)))
         }
-        declared = [checkpoint.config[key] for key in _LAYER_COUNTS if isinstance(checkpoint.config.get(key), int)]
+        config = checkpoint.text_config
+        declared = [config[key] for key in _LAYER_COUNTS if isinstance(config.get(key), int)]
         fitting = [prefix for prefix, numbers in stacks.items() if not declared or len(numbers) == declared[0]]
         if len(fitting) == 1:
             return fitting[0]
@@ -329,24 +371,13 @@ class _Planner:
         self.problems.append(Problem(detail))
         return ""
 
-    def _outside_layers(self, run: _Run, prefix: str, tied: set[str], *, embeddings: bool) -> list[_Wanted]:
-        donor = self.checkpoints[run.donor.ref]
-        names = [
-            name
-            for name in donor.tensors
-            if not _in_stack(name, prefix) and name not in tied and is_embedding(name) == embeddings
-        ]
-        return [_Wanted(name, donor.tensors[name], (name,) * len(run.inputs), 0.0) for name in names]
-
     def _report_layer_extras(self, run: _Run, prefix: str, length: int) -> None:
         ours = _by_layer(self.checkpoints[run.donor.ref].tensors, prefix)
         for taken in run.inputs:
             theirs = _by_layer(self.checkpoints[taken.ref].tensors, prefix)
             for i in range(length):
                 lost = sorted(theirs[taken.first_layer + i].keys() - ours[run.donor.first_layer + i].keys())
-                if lost:
-                    shown = ", ".join(f"{prefix}{taken.first_layer + i}.{rest}" for rest in lost[:5])
-                    self.left_out.append(f"{shown}: only {taken.ref} has it, {run.donor.ref} has not")
+                self._leave_out([f"{prefix}{taken.first_layer + i}.{rest}" for rest in lost], taken.ref, run.donor.ref)
 
     # How each is made.
 
@@ -357,7 +388,7 @@ class _Planner:
             found = self.checkpoints[taken.ref].find(name, info.shape)
             if found is None:
                 self.problems.append(
-                    Problem(f"{taken.ref} lacks {name}, which {run.donor.ref} has", taken.pointer, tensor=name)
+                    Problem(f"{taken.ref} lacks {name}, which {wanted.owner} has", taken.pointer, tensor=name)
                 )
             elif found.shape != info.shape:
                 hint = (
@@ -365,10 +396,10 @@ class _Planner:
                     if is_embedding(name) or "head" in name
                     else ""
                 )
-                detail = f"{name} is {list(found.shape)} in {taken.ref} but {list(info.shape)} in {run.donor.ref}{hint}"
+                detail = f"{name} is {list(found.shape)} in {taken.ref} but {list(info.shape)} in {wanted.owner}{hint}"
                 self.problems.append(Problem(detail, taken.pointer, tensor=name))
             elif (found.dtype.kind == "float") != (info.dtype.kind == "float"):
-                detail = f"{name} is stored as {found.dtype} in {taken.ref} but as {info.dtype} in {run.donor.ref}"
+                detail = f"{name} is stored as {found.dtype} in {taken.ref} but as {info.dtype} in {wanted.owner}"
                 self.problems.append(Problem(detail, taken.pointer, tensor=name))
             else:
                 sources.append((taken, Source(self.index[taken.ref], found)))
@@ -377,6 +408,9 @@ class _Planner:
         donor = next(source for taken, source in sources if taken is run.donor)
         others = tuple(source for taken, source in sources if taken is not run.donor)
 
+        if info.dtype.kind != "float" and self.method.copies:
+            source = next(source for taken, source in sources if taken.pointer != "#/base_model")
+            return Step(wanted.name, info.shape, info.dtype, (source,), reason="passed through")
         if info.dtype.kind in ("integer", "bool"):
             return Step(wanted.name, info.shape, info.dtype, (donor, *others), reason="integers are not averaged")
         if any(pattern in wanted.name for pattern in self.recipe.exclude):
@@ -506,7 +540,7 @@ class _Planner:
     def _sources_digest(self) -> str:
         """Which files the plan was made from: changes whenever one of them does."""
         shards = [
-            [str(model), str(shard.path), shard.size, shard.mtime_ns, shard.header_sha256]
+            [str(model), str(shard.path), shard.size, shard.inode, shard.mtime_ns, shard.ctime_ns, shard.header_sha256]
             for model in self.models
             for shard in self.checkpoints[model].shards.values()
         ]
@@ -520,14 +554,15 @@ class _Planner:
 
 def _plan_memory(steps: Sequence[Step], limit: int, threads: int | None, block_elements: int) -> MemoryPlan:
     """As many threads and as large blocks as fit under the limit; raises `MemoryLimitExceeded` where not even one grain
-    does."""
+    does.
+    """
     threads = threads or len(os.sched_getaffinity(0))
     if not steps:
         return MemoryPlan(threads, block_elements, FLOOR_BYTES)
     worst = max(
         steps, key=lambda step: step.element_bytes * min(step.grains.size, step.grains.rows) * step.grains.width
     )
-    grain_bytes = worst.element_bytes * min(worst.grains.size, worst.grains.rows) * worst.grains.width
+    grain_bytes = max(1, worst.element_bytes * min(worst.grains.size, worst.grains.rows) * worst.grains.width)
     available = limit - FLOOR_BYTES
     if grain_bytes > available:
         detail = (
@@ -542,13 +577,18 @@ def _plan_memory(steps: Sequence[Step], limit: int, threads: int | None, block_e
     return MemoryPlan(threads, elements, FLOOR_BYTES + threads * block)
 
 
-def _stacks(names: Mapping[str, TensorInfo]) -> dict[str, list[int]]:
-    """Prefix → the numbers that follow it, sorted: `model.layers.` → [0, 1, 2]."""
+def _stacks(names: Iterable[str]) -> dict[str, dict[int, int]]:
+    """Prefix → each number that follows it → its place among them: `model.layers.` → {0: 0, 1: 1, 2: 2}."""
     found: dict[str, set[int]] = defaultdict(set)
     for name in names:
         if layer := _LAYER.match(name):
             found[layer[1]].add(int(layer[2]))
-    return {prefix: sorted(numbers) for prefix, numbers in found.items()}
+    return {prefix: {number: i for i, number in enumerate(sorted(numbers))} for prefix, numbers in found.items()}
+
+
+def _around(run: _Run, owner: ModelRef, infos: Sequence[TensorInfo]) -> list[_Wanted]:
+    """Tensors before or after the layers, which every model knows by the same name."""
+    return [_Wanted(info.name, info, owner, (info.name,) * len(run.inputs), 0.0) for info in infos]
 
 
 def _in_stack(name: str, prefix: str) -> bool:
@@ -562,14 +602,6 @@ def _by_layer(tensors: Mapping[str, TensorInfo], prefix: str) -> dict[int, dict[
         if (layer := _LAYER.match(name)) and layer[1] == prefix:
             found[int(layer[2])][layer[3]] = info
     return found
-
-
-def _tied_partner(checkpoint: Checkpoint, head: TensorInfo) -> TensorInfo | None:
-    """The stored embedding that the config ties a stored head to."""
-    if not checkpoint.ties_embeddings or len(head.shape) != 2 or is_embedding(head.name) or _LAYER.match(head.name):
-        return None
-    others = [info for info in checkpoint.tensors.values() if info.shape == head.shape and is_embedding(info.name)]
-    return others[0] if len(others) == 1 else None
 
 
 def _field(method: type[MergeMethod], parameter: str) -> str:

@@ -3,7 +3,8 @@ matters.
 
 Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3. The 64-bit key
 comes from the seed, the model and the tensor name; the 64-bit counter is the element index divided by four, each
-counter giving four numbers."""
+counter giving four numbers.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A recipe is YAML or the same as JSON. Unknown keys are refused with a suggestion, or listed as warnings under
 `unknown_keys: warn`. Keys of ours: `seed`, `semantics`, `scope`, `exclude`, `allow_nonfinite`, `outputs`, `limits`,
-`unknown_keys`."""
+`unknown_keys`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationError,
-    ValidatorFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
@@ -70,7 +71,8 @@ class Entry:
 @dataclass(frozen=True)
 class Setting:
     """A parameter as written: a number, a gradient `[0, 0.5, 1]`, or a list of `{filter, value}` of which the first
-    match counts."""
+    match counts.
+    """
 
     entries: tuple[Entry, ...]
     written: Any
@@ -157,49 +159,66 @@ def _conditional(written: Mapping[str, Any]) -> Entry:
 class ModelRef(BaseModel):
     """Which model: `path[@revision][+adapter[@revision]]`, a local folder or file, later a Hub id.
 
+    mergekit's dict form, `{model: {path, revision}, lora: …}`, is read too; it alone can name a path with `@` or `+`.
+
     >>> str(ModelRef.model_validate("org/model@main+org/adapter"))
     'org/model@main+org/adapter'
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
     revision: str | None = None
     adapter: str | None = None
 
-    @model_validator(mode="wrap")
+    @model_validator(mode="before")
     @classmethod
-    def _read(cls, written: Any, handler: ValidatorFunctionWrapHandler) -> Self:
-        if isinstance(written, Mapping) and not {"path", "adapter"} & set(written):
-            if not set(written) <= {"model", "lora", "override_architecture"} or "model" not in written:
-                raise ValueError("a model is a text, or {model: {path, revision}, lora: …}")
-            base, lora = _dict_part(written["model"]), _dict_part(written.get("lora"))
-            written = base if lora is None else f"{base}+{lora}"
+    def _read(cls, written: Any) -> Any:
         if isinstance(written, str):
-            return handler(cls._split(written))  # type: ignore[no-any-return]
-        return handler(written)  # type: ignore[no-any-return]
+            return cls._split(written)
+        if not isinstance(written, Mapping) or not set(written) <= {
+            "model",
+            "lora",
+            "override_architecture",
+            "path",
+            "revision",
+        }:
+            raise ValueError("a model is a text, or {model: {path, revision}, lora: …}")
+        if "path" in written:
+            return cls._part(written)
+        adapter = None if written.get("lora") is None else cls._part(written["lora"])
+        lora = None if adapter is None else "@".join(filter(None, (adapter["path"], adapter["revision"])))
+        return {**cls._part(written.get("model")), "adapter": lora}
 
-    @staticmethod
-    def _split(text: str) -> dict[str, str | None]:
+    @classmethod
+    def _split(cls, text: str) -> dict[str, str | None]:
         if text.count("+") > 1 or any(part.count("@") > 1 for part in text.split("+")):
             raise ValueError(f"{text[:200]!r} has more than one '+', or more than one '@' in a part")
         model, _, adapter = text.partition("+")
         path, _, revision = model.partition("@")
-        if not path or "\0" in text:
-            raise ValueError(f"{text[:200]!r} names no model")
-        return {"path": path, "revision": revision or None, "adapter": adapter or None}
+        return {**cls._part({"path": path, "revision": revision or None}), "adapter": adapter or None}
+
+    @classmethod
+    def _part(cls, part: Any) -> dict[str, str | None]:
+        if isinstance(part, str):
+            return cls._split(part)
+        if not isinstance(part, Mapping) or not set(part) <= {"path", "revision"}:
+            raise ValueError("a model part is a text or {path, revision}")
+        path, revision = part.get("path"), part.get("revision")
+        if not isinstance(path, str) or not path or "\0" in path or not isinstance(revision, str | None):
+            raise ValueError(f"{str(path)[:200]!r} names no model")
+        return {"path": path, "revision": revision}
+
+    @model_serializer
+    def _write(self) -> Any:
+        if "+" not in self.path and "@" not in self.path:
+            return str(self)
+        model = {"path": self.path} | ({"revision": self.revision} if self.revision else {})
+        return {"model": model} | ({"lora": self.adapter} if self.adapter else {})
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.path}{revision}" + (f"+{self.adapter}" if self.adapter else "")
-
-
-def _dict_part(part: Any) -> str | None:
-    if part is None or isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and set(part) <= {"path", "revision"} and isinstance(part.get("path"), str):
-        return f"{part['path']}@{part['revision']}" if part.get("revision") else str(part["path"])
-    raise ValueError("a model part is a text or {path, revision}")
 
 
 DTypeName = Annotated[
@@ -293,6 +312,8 @@ class Recipe(_Keys):
         """Read parsed YAML or JSON. Raises `RecipeError` naming every key that is wrong."""
         if not isinstance(data, Mapping):
             raise RecipeError("a recipe is a mapping with merge_method and models or slices")
+        if problem := _not_plain(data, "#", MAX_DEPTH):
+            raise RecipeError.of([problem])
         if later := [key for key in LATER if data.get(key) is not None]:
             raise RecipeError.of(Problem(LATER[key], f"#/{key}") for key in later)
         if "merge_method" not in data and {"experts", "gate_mode"} & set(data):
@@ -316,9 +337,7 @@ class Recipe(_Keys):
 
     def to_data(self) -> dict[str, Any]:
         """The recipe as it was given, tidied: plain data that `from_data` reads back."""
-        plain = _plain_models(self.model_dump(mode="json", exclude_unset=True))
-        assert isinstance(plain, dict)
-        return plain
+        return self.model_dump(mode="json", exclude_unset=True)
 
     def to_yaml(self) -> str:
         """`to_data` as text."""
@@ -431,12 +450,47 @@ def _load(text: str | bytes) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise RecipeError(f"the recipe is not valid YAML: {line}{error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise RecipeError(f"the recipe is not valid YAML: {error}") from None
+    except RecipeError:
+        raise
+    except Exception as error:
+        # PyYAML's constructors raise whatever they stumble over: ValueError, KeyError, AttributeError, …
+        raise RecipeError(f"the recipe is not valid YAML: {str(error)[:200]}") from None
     documents = [document for document in documents if document is not None]
     if len(documents) > 1:
         raise RecipeError("the recipe has several documents; recipes in stages are not supported yet")
     return documents[0] if documents else None
+
+
+def _not_plain(data: Any, pointer: str, depth: int) -> Problem | None:
+    """What in a recipe is neither text, number, truth, list nor mapping, and so could not be written down again."""
+    if depth == 0:
+        return Problem(f"nested deeper than {MAX_DEPTH} levels", pointer)
+    if isinstance(data, str):
+        return None if _is_unicode(data) else Problem("a text that is not valid Unicode", pointer)
+    if isinstance(data, int):
+        return None if abs(data) < 2**64 else Problem("a number too large to mean anything here", pointer)
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            if not isinstance(key, str) or not _is_unicode(key):
+                return Problem(f"key {ascii(key)[:60]} is not a text", pointer)
+            if problem := _not_plain(value, f"{pointer}/{key}", depth - 1):
+                return problem
+        return None
+    if isinstance(data, list | tuple):
+        return next(
+            filter(None, (_not_plain(value, f"{pointer}/{i}", depth - 1) for i, value in enumerate(data))), None
+        )
+    if data is None or isinstance(data, float):
+        return None
+    return Problem(f"a {type(data).__name__} means nothing here; if it is meant as a text, put it in quotes", pointer)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _problems(error: ValidationError) -> Iterator[Problem]:
@@ -465,15 +519,6 @@ def _unknown_keys(model: _Keys, pointer: str) -> Iterator[Problem]:
 def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name[:60], list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _plain_models(data: Any) -> Any:
-    """Model references as the texts that people write."""
-    if isinstance(data, dict):
-        if set(data) <= {"path", "revision", "adapter"} and "path" in data:
-            return str(ModelRef.model_validate(data))
-        return {key: _plain_models(value) for key, value in data.items()}
-    return [_plain_models(item) for item in data] if isinstance(data, list) else data
 
 
 def canonical_json(data: Any) -> str:

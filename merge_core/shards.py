@@ -2,16 +2,19 @@
 
 Bytes arrive in file order and are hashed as they are written: sha256 per tensor and per file. A journal records each
 finished tensor; a killed merge reopens the folder, proves the recorded tensors by their digests and goes on after the
-last good one."""
+last good one.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +23,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from merge_core.errors import InsufficientStorage
+from merge_core.errors import InsufficientStorage, OutputExists, StorageFailed, WeightsmithError
 from merge_core.layout import INDEX_NAME, ShardLayout, Slot, index_json
 from merge_core.plan import Plan
 
@@ -38,11 +41,48 @@ class WrittenFile:
     sha256: str
 
 
+@contextmanager
+def unfinished(folder: Path) -> Iterator[Path]:
+    """An unfinished output's folder, held alone; removed if a `WeightsmithError` ends the work, kept after a kill.
+
+    Raises `OutputExists` if another merge is at it, or if it holds anything that no merge of ours began.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputExists(f"another merge is writing in {folder}; wait for it or choose another output") from None
+        if any(folder.iterdir()) and not (folder / JOURNAL).is_file():
+            raise OutputExists(f"{folder} holds files that no merge began; choose another place for unfinished output")
+        try:
+            yield folder
+        except WeightsmithError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a merge is at work in an unfinished output's folder now."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class ShardWriter:
     """Writes a plan's shards into a folder, one after the other, tensors in file order.
 
     Usage: for each slot of `remaining()`, call `begin(slot)`, `write(bytes)` until it is full, then `end()`; finally
-    `finish()`."""
+    `finish()`.
+    """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
@@ -66,11 +106,11 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         check_space(self.plan, self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._journal.open()
         if self._journal.is_new:
-            for shard in self.plan.shards:
-                (self.folder / shard.file).unlink(missing_ok=True)
+            for left in self.folder.iterdir():
+                if left.name != JOURNAL:
+                    left.unlink()
         return self
 
     def __exit__(
@@ -117,7 +157,7 @@ class ShardWriter:
         try:
             os.posix_fallocate(self._descriptor, 0, shard.size)
         except OSError as error:
-            raise _disk_error(error, self.folder, shard.size) from None
+            raise disk_error(error, self.folder, shard.size) from None
         self._at = 0
         self._file_hash = hashlib.sha256(shard.header)
         self._put(memoryview(shard.header))
@@ -135,7 +175,7 @@ class ShardWriter:
             try:
                 count = os.pwrite(self._descriptor, data, self._at)
             except OSError as error:
-                raise _disk_error(error, self.folder, len(data)) from None
+                raise disk_error(error, self.folder, len(data)) from None
             self._at, data = self._at + count, data[count:]
 
     def _prove(self, slot: Slot) -> bool:
@@ -199,22 +239,23 @@ class _Journal:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         assert self._descriptor is not None
+        text = json.dumps(line)
         try:
             # A line begins with its newline, so that one cut short by a kill spoils nothing that follows.
-            os.write(self._descriptor, b"\n" + json.dumps(line).encode())
+            os.write(self._descriptor, f"\n{_seal(text)} {text}".encode())
         except OSError as error:
-            raise _disk_error(error, self.path.parent, len(str(line))) from None
+            raise disk_error(error, self.path.parent, len(text)) from None
 
     def _read(self) -> list[dict[str, Any]]:
-        lines = []
-        for text in self.path.read_text(errors="replace").split("\n") if self.path.exists() else []:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict):
-                lines.append(line)
-        return lines
+        """The lines that are as they were written; one that was torn or changed counts as never written."""
+        if not self.path.is_file():
+            return []
+        sealed = [line.partition(" ") for line in self.path.read_text(errors="replace").split("\n")]
+        return [json.loads(text) for seal, _, text in sealed if text and seal == _seal(text)]
+
+
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
 def write_text(path: Path, text: str) -> WrittenFile:
@@ -226,13 +267,13 @@ def write_text(path: Path, text: str) -> WrittenFile:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise _disk_error(error, path.parent, len(data)) from None
+        raise disk_error(error, path.parent, len(data)) from None
     return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def check_space(plan: Plan, folder: Path) -> None:
     """Raise `InsufficientStorage` if the output cannot fit beside what is in `folder` already."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    existing = nearest_existing(folder)
     allocated = (
         sum(file.stat().st_blocks * 512 for file in folder.iterdir() if file.is_file()) if folder.is_dir() else 0
     )
@@ -244,6 +285,11 @@ def check_space(plan: Plan, folder: Path) -> None:
         )
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself or the closest folder above it that is there."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -253,9 +299,10 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _disk_error(error: OSError, folder: Path, wanted: int) -> Exception:
+def disk_error(error: OSError, folder: Path, wanted: int) -> WeightsmithError:
+    """What an error of the file system means to the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InsufficientStorage(
             f"the disk filled up while {wanted:,} bytes were to be written in {folder}; free some space and try again"
         )
-    return error
+    return StorageFailed(f"{folder} could not be written: {error.strerror or error}")

@@ -1,7 +1,8 @@
 """The measurements that methods share: exact ranks in two radix passes, L1 norms, Gram matrices, sign votes.
 
 A non-negative float32 has the order of its bits, so a histogram of the high 16 bits and one of the low 16 bits inside a
-single bucket give the exact k-th value of any number of elements in bounded memory, ties counted."""
+single bucket give the exact k-th value of any number of elements in bounded memory, ties counted.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def largest(score: Score, keep: Keep, *, cut_ties: bool) -> list[Stage]:
 def kept(score: Tensor, block: Block, known: Known) -> Tensor:
     """Which entries are among the largest: bool, `[models, rows, ...]`."""
     threshold = torch.tensor(known["threshold"], dtype=torch.float32).reshape(-1, *[1] * (score.ndim - 1))
-    mask = score >= threshold
+    mask = (score >= threshold) | score.isnan()
     if "equals_before" not in known:
         return mask
     before = known["equals_before"][block.tensor][str(block.first_grain)]
@@ -128,13 +129,13 @@ class L1Norms(Stage):
     name: ClassVar[str] = "L1 norms"
 
     def observe(self, block: Block, known: Known) -> dict[str, Statistic]:
-        size = block.deltas.abs().to(torch.float64).reshape(len(block.models), -1)
+        size = block.deltas.abs().reshape(len(block.models), -1)
         left = torch.where(self.mask(block, known).reshape(size.shape), size, torch.zeros_like(size))
-        return {"l1": block.sums(torch.stack([size, left]))}
+        return {"whole": block.sums(size), "left": block.sums(left)}
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        whole, left = cast(GrainSums, found["l1"]).total()
-        known["rescale"] = [float(a / b) if b > 0 else 1.0 for a, b in zip(whole, left, strict=True)]
+        whole, left = (cast(GrainSums, found[name]).total() for name in ("whole", "left"))
+        known["rescale"] = [a / b if b > 0 else 1.0 for a, b in zip(whole, left, strict=True)]
 
 
 @dataclass
@@ -149,7 +150,7 @@ class SquaredNorms(Stage):
         return {"squares": block.sums(vectors * vectors)}
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        known["squares"] = cast(GrainSums, found["squares"]).total().tolist()
+        known["squares"] = list(cast(GrainSums, found["squares"]).total())
 
 
 class Gram(Stage):
@@ -164,7 +165,7 @@ class Gram(Stage):
         return {"products": block.sums(products)}
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        products = cast(GrainSums, found["products"]).total().tolist()
+        products = cast(GrainSums, found["products"]).total()
         count = int((2 * len(products)) ** 0.5)
         gram: list[list[float]] = [[0.0] * count for _ in range(count)]
         for (i, j), product in zip(_pairs(count), products, strict=True):

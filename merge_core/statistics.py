@@ -1,10 +1,12 @@
 """What a pass over the inputs can know: statistics that add up over disjoint grains, in any order, to the same bits.
 
 Counts are integers, so any order gives the same sum. Floating-point sums follow the grain rule (`GrainSums`). A
-statistic is small, merges with `add`, and crosses workers as JSON."""
+statistic is small, merges with `add`, and crosses workers as JSON.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from torch import Tensor
 
 GRAIN_ELEMENTS = 2**16
 Counters = NDArray[np.int64]
-Sums = NDArray[np.float64]
+Sums = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,12 @@ class GrainCounts:
 
 @dataclass
 class GrainSums:
-    """Floating-point sums with one meaning, whatever the blocks: float64 by the grain rule.
+    """Floating-point sums with one meaning, whatever the blocks: float64 by the grain rule. Several at once.
 
     Inside a grain by halving (`grain_sums`); over grains by the binary tree of grain indices; over tensors in name
     order. Partial trees hold O(log n) nodes: `(level, index)` is the sum of the grains `index·2^level` to
-    `(index+1)·2^level`."""
+    `(index+1)·2^level`.
+    """
 
     grains: dict[str, int] = field(default_factory=dict)
     nodes: dict[str, dict[tuple[int, int], Sums]] = field(default_factory=dict)
@@ -114,18 +117,15 @@ class GrainSums:
                 self._carry(mine, node, value)
 
     def total(self) -> Sums:
-        """The whole sum; every grain of every tensor must have been put."""
-        total: Sums | None = None
-        for tensor in sorted(self.nodes):
-            value = self._root(tensor)
-            total = value if total is None else total + value
-        return np.zeros(()) if total is None else total
+        """The whole sums; every grain of every tensor must have been put, and at least one."""
+        roots = [self._root(tensor) for tensor in sorted(self.nodes)]
+        return functools.reduce(_plus, roots)
 
     @staticmethod
     def _carry(nodes: dict[tuple[int, int], Sums], node: tuple[int, int], value: Sums) -> None:
         level, index = node
         while (sibling := nodes.pop((level, index ^ 1), None)) is not None:
-            value = sibling + value if index & 1 else value + sibling
+            value = _plus(sibling, value) if index & 1 else _plus(value, sibling)
             level, index = level + 1, index >> 1
         nodes[level, index] = value
 
@@ -138,19 +138,23 @@ class GrainSums:
         return pending[level, 0]
 
 
-def grain_sums(values: Tensor, grain_elements: int) -> Sums:
-    """Sum each grain of a flat run of whole grains by halving: `[..., elements]` → `[grains, ...]`, float64.
+def _plus(left: Sums, right: Sums) -> Sums:
+    return tuple(a + b for a, b in zip(left, right, strict=True))
+
+
+def grain_sums(values: Tensor, grain_elements: int) -> list[Sums]:
+    """Sum each grain of a flat run of whole grains by halving: `[sums, elements]` → one tuple per grain, float64.
 
     The last grain may be short. Halving adds element i to element i + ⌈n/2⌉, so the result depends on the grain alone.
     """
-    *lead, elements = values.shape
+    count, elements = values.shape
     whole = elements // grain_elements * grain_elements
     sums = []
     if whole:
-        sums.append(_halve(values[..., :whole].reshape(*lead, -1, grain_elements)).movedim(-1, 0))
+        sums.append(_halve(values[..., :whole].reshape(count, -1, grain_elements)))
     if whole < elements:
-        sums.append(_halve(values[..., whole:]).unsqueeze(0))
-    return np.asarray(torch.cat(sums).numpy()) if sums else np.zeros((0, *lead))
+        sums.append(_halve(values[..., whole:]).unsqueeze(1))
+    return [tuple(grain) for grain in torch.cat(sums, dim=1).T.tolist()]
 
 
 def _halve(values: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ def elect_sign(deltas: Tensor) -> Tensor:
 
 
 def agreeing(deltas: Tensor, sign: Tensor) -> Tensor:
-    """Where each delta has the elected sign (zeros never do): bool, `[models, ...]`."""
-    return torch.sign(deltas) == sign
+    """Where each delta has the elected sign (zeros never do, NaN always so that it is not hidden): `[models, ...]`."""
+    return (torch.sign(deltas) == sign) | deltas.isnan()
 
 
 def weighted_mean(weighted: Tensor, weights: Tensor) -> Tensor:

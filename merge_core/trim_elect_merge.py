@@ -57,7 +57,7 @@ class TrimElectMerge(MergeMethod):
         trimmed = self._trimmed(block, known)
         sign = self._elect(trimmed, known)
         sign = torch.where(sign == 0, torch.full_like(sign, known["majority"]), sign)
-        agrees = torch.where(sign > 0, trimmed > 0, trimmed < 0)
+        agrees = torch.where(sign > 0, trimmed > 0, trimmed < 0) | trimmed.isnan()
         chosen = torch.where(agrees, trimmed, torch.zeros_like(trimmed))
         return block.base + self._combine(chosen, sign) * self.lambda_
 

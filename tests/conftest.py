@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 def write_checkpoint(
@@ -92,6 +95,12 @@ METHOD_RECIPES: dict[str, dict[str, Any]] = {
         "merge_method": "ties",
         "base_model": "base",
         "parameters": {"weight": 1, "density": 0.2, "rescale": True, "normalize": False},
+    },
+    "ties-model-rescaled": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "scope": "model",
+        "parameters": {"weight": 1, "density": 0.2, "rescale": True},
     },
     "ties-model": {
         "merge_method": "ties",

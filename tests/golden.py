@@ -3,7 +3,8 @@
     python -m tests.golden FOLDER
 
 FOLDER holds `manifest.json` with `cases`, each `id, method, params, inputs, output, tolerance, notes`, and the tensors
-they name. Prints a line per case and last `N passed, N failed, N skipped`; exits with 1 if a case failed."""
+they name. Prints a line per case and last `N passed, N failed, N skipped`; exits with 1 if a case failed.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +160,8 @@ def _dare(case: Case) -> Run:
 
 def _density_of_mask_rate(case: Case, rate: float) -> float:
     """MergeLM keeps |δ| ≥ its int(N · rate)-th smallest, TIES int(N · density) + 1 entries: the density that means the
-    same."""
+    same.
+    """
     entries = sum(
         tensor.numel()
         for tensor in load_file(_folder(case) / case["inputs"]["base"]).values()

@@ -1,7 +1,8 @@
 """Jobs: their states, their legal moves, and the store that makes each move exactly once.
 
 The row is the truth. A worker owns a running job by a lease; every write it makes names its owner and attempt, so that
-a worker whose lease has passed to another writes nothing (fencing)."""
+a worker whose lease has passed to another writes nothing (fencing).
+"""
 
 from __future__ import annotations
 
@@ -201,7 +202,8 @@ class JobStore:
 
     def heartbeat(self, lease: Lease, *, phase: str, progress: Mapping[str, Any]) -> JobState:
         """Renew the lease and store the progress; the job's state, `canceling` if somebody wants it stopped. Raises
-        `LeaseLost`."""
+        `LeaseLost`.
+        """
         renewed = (
             update(Job)
             .where(self._held(lease))
@@ -234,7 +236,8 @@ class JobStore:
 
     def cancel(self, job_id: str) -> Job | None:
         """Ask for a job to stop: a queued one is canceled at once. None: no such job. Raises `IllegalMove` if it has
-        finished."""
+        finished.
+        """
         now = time.time()
         with self._session() as session:
             session.execute(

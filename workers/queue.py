@@ -36,7 +36,8 @@ class Queue:
 
     def reap(self) -> None:
         """Put right what kills and lost messages left: meant to be called about every second, by any number of
-        processes."""
+        processes.
+        """
         given_back = self.store.give_back_expired()
         self.after_give_back(given_back)
         for job_id in self.store.give_up():

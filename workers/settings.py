@@ -24,7 +24,8 @@ class Settings(BaseSettings):
     """`WEIGHTSMITH_DATA=/srv/weightsmith`, `WEIGHTSMITH_MODEL_ROOTS=/models:/more`, `REDIS_URL`, `DATABASE_URL`, …
 
     Everything has a default under which one machine needs no other service: SQLite and a filesystem broker in the data
-    folder."""
+    folder.
+    """
 
     model_config = SettingsConfigDict(env_prefix="WEIGHTSMITH_", populate_by_name=True)
 

@@ -1,7 +1,8 @@
 """Keeps one worker process running, and the reaper beside it.
 
 A child of its own process group: when it dies, whatever it left behind is ended too, its jobs are given back at once,
-and a new one starts."""
+and a new one starts.
+"""
 
 from __future__ import annotations
 

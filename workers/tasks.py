@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,13 +16,19 @@ from merge_core.errors import Canceled, WeightsmithError
 from workers.celery_app import celery_app
 from workers.jobs import JobState, JobStore, Lease, LeaseLost
 from workers.problems import problem
-from workers.queue import RUN_MERGE, artifact_folder, partial_folder, partial_folders
+from workers.queue import RUN_MERGE, artifact_folder, partial_folder, partial_folders, remove_partial
 from workers.settings import WORKER_VARIABLE, Settings
 
 if TYPE_CHECKING:
     from merge_core.artifact import Artifact
     from merge_core.progress import Progress
 
+INTERNAL_ERROR = {
+    "code": "internal-error",
+    "title": "Something is wrong with Weightsmith itself",
+    "detail": "an unexpected error, which the worker's log describes",
+    "retryable": True,
+}
 log = logging.getLogger(__name__)
 
 
@@ -44,24 +52,23 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
         except LeaseLost:
             log.warning("%s passed to another worker", lease.job_id)
         except Canceled:
-            keeper.finish(store.confirm_cancel)
+            _end(settings, keeper, store.confirm_cancel)
         except WeightsmithError as error:
-            outcome = problem(error)
-            keeper.finish(lambda held: store.fail(held, outcome))
+            _end(settings, keeper, partial(store.fail, error=problem(error)))
         except Exception:
-            outcome = {
-                "code": "internal-error",
-                "title": "Something is wrong with Weightsmith itself",
-                "retryable": True,
-            }
-            outcome["detail"] = "an unexpected error, which the worker's log describes"
-            keeper.finish(lambda held: store.fail(held, outcome))
+            _end(settings, keeper, partial(store.fail, error=INTERNAL_ERROR))
             raise
         else:
             files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in artifact.files]
-            keeper.finish(
-                lambda held: store.succeed(held, files=files, warnings=artifact.warnings, progress=keeper.snapshot())
-            )
+            progress = keeper.snapshot()
+            move = partial(store.succeed, files=files, warnings=artifact.warnings, progress=progress)
+            _end(settings, keeper, move)
+
+
+def _end(settings: Settings, keeper: Keeper, move: Callable[[Lease], None]) -> None:
+    """Make the job's last move; what the attempts at it left is removed only by whoever made it."""
+    if keeper.finish(move):
+        remove_partial(settings, keeper.lease.job_id)
 
 
 def _merge(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
@@ -88,11 +95,12 @@ def _merge(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
 
 
 def _take_over(settings: Settings, lease: Lease) -> Path:
-    """This attempt's folder, with what an earlier one finished: renamed, so that a worker not quite dead can spoil
-    nothing."""
+    """This attempt's folder, with what an earlier one finished, unless a worker not quite dead still holds that."""
+    from merge_core.shards import is_held
+
     mine = partial_folder(settings, lease.job_id, lease.attempt)
-    for left in partial_folders(settings, lease.job_id):
-        if left != mine:
+    for left in reversed(partial_folders(settings, lease.job_id)):
+        if left != mine and not is_held(left):
             left.rename(mine)
             break
     return mine
@@ -102,7 +110,7 @@ class Keeper:
     """Keeps a lease alive from a thread of its own, stores the progress, and learns of cancels."""
 
     def __init__(self, store: JobStore, lease: Lease) -> None:
-        self._store, self._lease = store, lease
+        self._store, self.lease = store, lease
         self._progress: Progress | None = None
         self._state = JobState.RUNNING
         self._lost = False
@@ -126,7 +134,7 @@ class Keeper:
     def stop(self) -> bool:
         """Whether to give the merge up; raises `LeaseLost` where it is another's by now."""
         if self._lost:
-            raise LeaseLost(self._lease.job_id)
+            raise LeaseLost(self.lease.job_id)
         return self._state is JobState.CANCELING
 
     def snapshot(self) -> dict[str, Any]:
@@ -146,14 +154,16 @@ class Keeper:
             "tensor": progress.tensor,
         }
 
-    def finish(self, move: Any) -> None:
-        """Make the job's last move, with no heartbeat after it."""
+    def finish(self, move: Callable[[Lease], None]) -> bool:
+        """Make the job's last move, with no heartbeat after it; False if the job is another's by now."""
         with self._writing:
             self._done.set()
             try:
-                move(self._lease)
+                move(self.lease)
             except LeaseLost:
-                log.warning("%s passed to another worker before its end was recorded", self._lease.job_id)
+                log.warning("%s passed to another worker before its end was recorded", self.lease.job_id)
+                return False
+        return True
 
     def _keep(self) -> None:
         while not self._done.is_set():
@@ -165,11 +175,11 @@ class Keeper:
     def _beat(self) -> None:
         phase = self._progress.phase if self._progress else "starting"
         try:
-            self._state = self._store.heartbeat(self._lease, phase=phase, progress=self.snapshot())
+            self._state = self._store.heartbeat(self.lease, phase=phase, progress=self.snapshot())
             if self._state is JobState.CANCELING and self._progress is None:
                 # Nothing has been begun, so there is nothing to wait for: importing torch alone can take seconds.
-                self._store.confirm_cancel(self._lease)
+                self._store.confirm_cancel(self.lease)
         except LeaseLost:
             self._lost = self._state is not JobState.CANCELING
         except Exception:
-            log.exception("the lease of %s could not be renewed; trying again", self._lease.job_id)
+            log.exception("the lease of %s could not be renewed; trying again", self.lease.job_id)

@@ -20,7 +20,8 @@ POLL_SECONDS = "1"
 @router.post("", status_code=202, openapi_extra=RECIPE_BODY)
 async def create_merge(recipe: RecipeDep, queue: QueueDep, settings: SettingsDep, response: Response) -> JobRead:
     """Accept a recipe. It is planned from headers first, so that what cannot work is refused here; then the job is
-    queued."""
+    queued.
+    """
     plan = await run_in_threadpool(plan_for_service, recipe, settings)
     job = await run_in_threadpool(queue.submit, recipe.to_data(), plan.to_dict(), plan.warnings)
     response.headers["Location"] = f"/v1/merges/{job.id}"

@@ -26,6 +26,7 @@ class Passthrough(MergeMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.15166"
     base: ClassVar[Literal["required", "model"]] = "model"
     count: ClassVar[tuple[int, int | None]] = (1, 1)
+    copies: ClassVar[bool] = True
     workspace: ClassVar[tuple[int, int]] = (1, 1)
 
     scale: PerModel = Field((1.0,), description="s: factor on the copied weights")

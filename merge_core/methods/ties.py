@@ -33,7 +33,7 @@ class Ties(MergeMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.01708"
     scopes: ClassVar[tuple[Scope, ...]] = ("tensor", "model")
     measured: ClassVar[tuple[str, ...]] = ("density", "rescale")
-    workspace: ClassVar[tuple[int, int]] = (8, 6)
+    workspace: ClassVar[tuple[int, int]] = (12, 6)
 
     weight: PerModel = Field(description="wᵢ: coefficient of each task vector, in the vote and in the average")
     density: PerModelShare = Field((1.0,), description="share of each task vector that is kept, 0 to 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from merge_core.checkpoint import MAX_HEADER_BYTES, Checkpoint
+from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, CheckpointNotFound, PathNotAllowed, UnsafeFormat, WeightsmithError
+from merge_core.headers import MAX_HEADER_BYTES
 from tests.conftest import CONFIG, mixed_tensors, write_checkpoint
 
 
@@ -58,9 +60,10 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
         found = checkpoint.find("lm_head.weight", (96, 24))
         assert found is checkpoint.tensors["model.embed_tokens.weight"]
         assert checkpoint.find("lm_head.weight", (95, 24)) is None
-        assert checkpoint.find("other.weight") is None
+        assert checkpoint.find("other.weight", (1, 2)) is None
 
 
+SHAPED = b'{"a":{"dtype":"U8","shape":[%s],"data_offsets":[0,1]}}'
 LIES: dict[str, tuple[Any, bytes]] = {
     "not JSON": (b"{nonsense", b""),
     "not an object": ([1, 2], b""),
@@ -83,6 +86,14 @@ LIES: dict[str, tuple[Any, bytes]] = {
     "overlap": ({"a": entry(), "b": entry(begin=4, end=12)}, b"\0" * 12),
     "past the end": ({"a": entry()}, b"\0" * 4),
     "trailing bytes": ({"a": entry()}, b"\0" * 9),
+    "dimension of a million digits": (
+        b'{"a":{"dtype":"U8","shape":[' + b"9" * 4000 + b'],"data_offsets":[0,1]}}',
+        b"\0",
+    ),
+    "two million dimensions": (
+        b'{"a":{"dtype":"U8","shape":[9' + b",9" * 2_000_000 + b'],"data_offsets":[0,1]}}',
+        b"\0",
+    ),
     "name too long": ({"a" * 2000: entry()}, b"\0" * 8),
     "name with control characters": ({"a\x1b[2J": entry()}, b"\0" * 8),
 }
@@ -199,9 +210,68 @@ def test_pickles_and_nothing_are_told_apart(tmp_path: Path) -> None:
             Checkpoint.open(path)
 
 
+def test_a_file_that_is_replaced_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", {"w": torch.ones(3)})
+    with Checkpoint.open(folder) as checkpoint:
+        save_file({"w": torch.zeros(3)}, tmp_path / "other.safetensors")
+        (tmp_path / "other.safetensors").replace(folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match="changed after its header was read"):
+            checkpoint.rows(checkpoint.tensors["w"], 0, 3)
+
+
+def _fifo(folder: Path) -> None:
+    folder.mkdir()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def _loop(folder: Path) -> None:
+    folder.symlink_to(folder)
+
+
+def _long_index(folder: Path) -> None:
+    folder.mkdir()
+    weight_map = {"w": "x" * 300 + ".safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _odd_names(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"\\ud800": "a.safetensors"}}')
+
+
+def _folder_for_a_file(folder: Path) -> None:
+    (folder / "model.safetensors").mkdir(parents=True)
+
+
+def _folder_for_a_config(folder: Path) -> None:
+    write_checkpoint(folder, {"w": torch.ones(1)})
+    (folder / "config.json").mkdir()
+
+
+@pytest.mark.parametrize("make", [_fifo, _loop, _long_index, _odd_names, _folder_for_a_file, _folder_for_a_config])
+@pytest.mark.parametrize("rooted", [True, False])
+def test_odd_things_in_place_of_files_are_refused_at_once(
+    tmp_path: Path, make: Callable[[Path], None], rooted: bool
+) -> None:
+    make(tmp_path / "m")
+    with pytest.raises(WeightsmithError) as refused:
+        Checkpoint.open(tmp_path / "m", roots=[tmp_path] if rooted else None)
+    str(refused.value).encode()
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
+@pytest.mark.parametrize("rooted", [True, False])
+def test_names_that_the_system_refuses(tmp_path: Path, path: str, rooted: bool) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        Checkpoint.open(tmp_path / path, roots=[tmp_path] if rooted else None)
+    assert len(str(refused.value)) < 1000
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", {"w": torch.ones(100_000)})
     with Checkpoint.open(folder) as checkpoint:
+        checkpoint.rows(checkpoint.tensors["w"], 0, 1)
         os.truncate(folder / "model.safetensors", 1000)
         with pytest.raises(CheckpointError, match="changed while being read"):
             checkpoint.rows(checkpoint.tensors["w"], 0, 100_000)

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,15 @@ from torch import Tensor
 
 import merge_core.shards
 from merge_core.artifact import LOCK_NAME, read_artifact
-from merge_core.errors import Canceled, CheckpointError, InsufficientStorage, NonFinite, OutputExists
+from merge_core.errors import (
+    Canceled,
+    CheckpointError,
+    InsufficientStorage,
+    NonFinite,
+    OutputExists,
+    PathNotAllowed,
+    WeightsmithError,
+)
 from merge_core.merge import merge
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
@@ -207,9 +217,10 @@ def test_a_disk_that_fills_up_leaves_nothing(models: Path, tmp_path: Path, monke
 
 def test_a_model_that_changes_under_the_merge_is_refused(models: Path, tmp_path: Path) -> None:
     def touch(progress: Progress) -> None:
-        os.utime(models / "m0" / "model-00001-of-00002.safetensors")
+        if progress.tensors_done:
+            os.utime(models / "m0" / "model-00001-of-00002.safetensors")
 
-    with pytest.raises(CheckpointError, match="changed while it was being merged"):
+    with pytest.raises(CheckpointError, match="changed"):
         run(models, tmp_path / "out", "linear", report=touch)
     assert _leftovers(tmp_path) == []
 
@@ -278,9 +289,114 @@ def test_what_a_killed_merge_left_is_proved_before_it_is_used(models: Path, tmp_
     data[start + 10] ^= 1
     shard.write_bytes(data)
     with (partial / "journal.jsonl").open("ab") as journal:
-        journal.write(b'\n{"tensor": "lm_head.weight", "sha')
+        journal.write(b'\n0123456789abcdef {"tensor": "lm_head.weight", "sha')
 
     assert run(models, tmp_path / "out", "linear") == whole
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_journal_costs_time_and_never_a_wrong_weight(models: Path, tmp_path: Path, seed: int) -> None:
+    whole = run(models, tmp_path / "whole", "ties-paper")
+
+    def die(progress: Progress) -> None:
+        if progress.tensors_done == 9:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        run(models, tmp_path / "out", "ties-paper", report=die)
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    data, chance = bytearray(journal.read_bytes()), random.Random(seed)
+    for _ in range(5):
+        data[chance.randrange(len(data))] = chance.randrange(256)
+    journal.write_bytes(data)
+
+    assert run(models, tmp_path / "out", "ties-paper") == whole
+
+
+def test_what_another_layout_left_is_not_in_the_output(models: Path, tmp_path: Path) -> None:
+    def die(progress: Progress) -> None:
+        if progress.tensors_done == 5:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        run(models, tmp_path / "out", "linear", report=die)
+    artifact = merge(Recipe.from_data(method_recipe("linear")), tmp_path / "out", roots=[models], max_shard_size=3000)
+    assert {file.path for file in artifact.files} == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_two_merges_into_one_folder_do_not_meet(models: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def meet(progress: Progress) -> None:
+        if progress.tensors_done == 5 and not refused:
+            with pytest.raises(OutputExists, match="another merge is writing"):
+                run(models, tmp_path / "out", "task_arithmetic")
+            refused.append(True)
+
+    run(models, tmp_path / "out", "linear", report=meet)
+    assert refused and read_artifact(tmp_path / "out").tensors == run(models, tmp_path / "whole", "linear")
+
+
+def test_a_folder_of_somebody_else_is_never_removed(models: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").touch()
+    with pytest.raises(OutputExists, match="files that no merge began"):
+        run(models, tmp_path / "out", "linear", partial=precious)
+    with pytest.raises(WeightsmithError):
+        run(models, tmp_path / "out", "linear", {"models": [{"model": "nowhere"}]}, partial=precious)
+    assert _leftovers(precious) == ["thesis.txt"]
+
+
+def test_outputs_that_cannot_appear_are_refused_at_once(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    before = _leftovers(tmp_path)
+    for out in (tmp_path / "file", tmp_path / "link", tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(WeightsmithError):
+            run(models, out, "linear")
+    assert _leftovers(tmp_path) == before
+
+
+def test_a_model_that_vanishes_is_a_problem_and_no_traceback(models: Path, tmp_path: Path) -> None:
+    def remove(progress: Progress) -> None:
+        shutil.rmtree(models / "m2", ignore_errors=True)
+
+    with pytest.raises(CheckpointError):
+        run(models, tmp_path / "out", "linear", report=remove)
+    assert _leftovers(tmp_path) == []
+
+
+def test_companions_stay_below_the_roots(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (models / "base" / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(PathNotAllowed):
+        run(models, tmp_path / "out", "ties")
+    assert _leftovers(tmp_path) == ["secret"]
+
+
+def test_nothing_but_empty_tensors(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "models" / "m0", {"a": torch.zeros(0), "b": torch.zeros(3, 0)})
+    recipe = {"merge_method": "linear", "models": [{"model": "m0"}], "parameters": {"weight": 1}}
+    merge(Recipe.from_data(recipe), tmp_path / "out", roots=[tmp_path / "models"])
+    assert load_file(tmp_path / "out" / "model.safetensors")["b"].shape == (3, 0)
+
+
+@pytest.mark.parametrize("title", ["linear", "task_arithmetic", "ties", "ties-paper", "ties-paper-norms"])
+def test_a_nan_that_is_let_through_stays_where_it_is(models: Path, tmp_path: Path, title: str) -> None:
+    broken = mixed_tensors(1)
+    broken["lm_head.weight"][2, 3] = float("nan")
+    write_checkpoint(models / "m0", broken, shards=2, config=CONFIG)
+    run(models, tmp_path / "out", title, {"allow_nonfinite": True})
+    head = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    assert head.isnan().nonzero().tolist() == [[2, 3]]
+
+
+def test_passthrough_copies_integers_of_its_own_model(models: Path, tmp_path: Path) -> None:
+    changed = {**mixed_tensors(1), "model.steps": torch.tensor([9, 9, 9])}
+    write_checkpoint(models / "m0", changed, shards=2, config=CONFIG)
+    run(models, tmp_path / "out", "passthrough", {"base_model": "base"})
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.steps"].tolist() == [9, 9, 9]
 
 
 def test_what_another_recipe_left_is_not_used(models: Path, tmp_path: Path) -> None:

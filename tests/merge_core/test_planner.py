@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,61 @@ def test_slices_renumber_layers_and_the_config_follows(models: Path, tmp_path: P
     assert config["num_hidden_layers"] == 5
     assert config["layer_types"] == ["full", "sliding", "full", "sliding", "full"]
     assert config["architectures"] == ["A", "B", "C"]
+
+
+def test_entries_per_layer_come_from_each_layer_s_model(models: Path, tmp_path: Path) -> None:
+    for name, kinds in [("m0", "abc"), ("m1", "xyz")]:
+        nested = {
+            "model_type": "vision",
+            "text_config": {**CONFIG, "layer_types": list(kinds), "eos_token_id": [1, 2, 3]},
+        }
+        (models / name / "config.json").write_text(json.dumps(nested))
+    slices = [
+        {"sources": [{"model": "m1", "layer_range": [1, 3]}]},
+        {"sources": [{"model": "m0", "layer_range": [0, 2]}]},
+    ]
+    merge(Recipe.from_data({"merge_method": "passthrough", "slices": slices}), tmp_path / "out", roots=[models])
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text["layer_types"] == ["y", "z", "a", "b"] and text["num_hidden_layers"] == 4
+    assert text["eos_token_id"] == [1, 2, 3]
+
+    (models / "m0" / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(IncompatibleModels, match="m0 has no entry of layer_types for layer 0"):
+        planned(models, {"merge_method": "passthrough", "slices": slices})
+
+
+def _slices(*names: str) -> dict[str, Any]:
+    pieces = [{"sources": [{"model": name, "layer_range": [i, i + 1]}]} for i, name in enumerate(names)]
+    return {"merge_method": "passthrough", "slices": pieces}
+
+
+def test_slices_neither_lose_nor_invent_a_head(models: Path) -> None:
+    tensors = mixed_tensors(2)
+    del tensors["lm_head.weight"]
+    _replace(models / "m1", tensors, tie_word_embeddings=True)
+
+    lent = planned(models, _slices("m0", "m1"))
+    assert lent.by_name["lm_head.weight"].sources[0].info.name == "model.embed_tokens.weight"
+    with pytest.raises(IncompatibleModels, match=r"m0 has a head of its own, lm_head\.weight, which m1 ties"):
+        planned(models, _slices("m1", "m0"))
+
+
+def test_layer_numbers_are_written_one_way_only(models: Path) -> None:
+    tensors = mixed_tensors(1)
+    _replace(models / "m0", {**tensors, "model.layers.00.input_layernorm.weight": torch.ones(24)})
+    plan = planned(models, _slices("m0", "m0"))
+    assert "model.layers.00.input_layernorm.weight" in plan.by_name
+
+
+def test_thousands_of_tensors_are_planned_in_seconds(tmp_path: Path) -> None:
+    entries = {f"block{i}.w": {"dtype": "U8", "shape": [1, 1], "data_offsets": [i, i + 1]} for i in range(20_000)}
+    header = json.dumps(entries).encode()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(20_000))
+    (tmp_path / "m" / "config.json").write_text('{"tie_word_embeddings": true}')
+    started = time.monotonic()
+    planned(tmp_path, {"merge_method": "passthrough", "models": [{"model": "m"}]})
+    assert time.monotonic() - started < 20
 
 
 def test_a_listed_base_has_no_delta_and_needs_no_weight(models: Path) -> None:

@@ -108,6 +108,27 @@ def test_unknown_keys_can_be_listed_instead() -> None:
     assert "densty" not in recipe.method.parameters()
 
 
+ODD = [b"\xff", {"path": 3}, {"path": "a@b@c"}, "\ud800", 10**5000, {1: 2}, object()]
+
+
+@pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
+def test_odd_values_of_unknown_keys_are_refused_or_kept(value: Any) -> None:
+    try:
+        recipe = Recipe.from_data({**GOOD, "foo": value, "unknown_keys": "warn"})
+    except RecipeError:
+        return
+    assert Recipe.from_data(recipe.to_data()) == recipe
+    recipe.to_yaml().encode()
+
+
+def test_deep_nesting_is_refused_before_anything_reads_it() -> None:
+    deep: Any = 1
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RecipeError, match="nested deeper"):
+        Recipe.from_data({**GOOD, "parameters": {"weight": deep}})
+
+
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(RecipeError) as refused:
         Recipe.from_data({**GOOD, "basemodel": 1, "parameters": {"densty": 1, "wait": 1}})
@@ -145,6 +166,13 @@ def test_what_comes_later_says_so(key: str, value: Any) -> None:
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("a: 2001-99-99\n", "not valid YAML"),
         ("\x00", "not valid YAML"),
+        ("a: !!bool foo\n", "not valid YAML"),
+        ("a: !!timestamp foo\n", "not valid YAML"),
+        ("a: !!binary /w==\n", "a bytes means nothing here"),
+        ("name: 2001-01-01\n", "put it in quotes"),
+        ("1: a\n", "is not a text"),
+        ('"\\ud800": a\n', "is not"),
+        ("seed: 1" + "0" * 30 + "\n", "number too large"),
         ("experts: []\nbase_model: x\ngate_mode: hidden\n", "mixture-of-experts"),
         ("genome: {}\ntasks: []\n", "evolutionary"),
     ],
@@ -172,13 +200,16 @@ def test_whatever_stands_at_a_key_is_read_or_refused(key: str, value: Any) -> No
 
 
 def test_model_references() -> None:
-    assert ModelRef.model_validate("org/m@refs/pr/1+org/a@v1").model_dump() == {
-        "path": "org/m",
-        "revision": "refs/pr/1",
-        "adapter": "org/a@v1",
-    }
+    whole = ModelRef.model_validate("org/m@refs/pr/1+org/a@v1")
+    assert (whole.path, whole.revision, whole.adapter) == ("org/m", "refs/pr/1", "org/a@v1")
     as_dict = {"model": {"path": "org/m", "revision": "v2"}, "lora": "org/a"}
     assert str(ModelRef.model_validate(as_dict)) == "org/m@v2+org/a"
+    for odd in ("/x/pl+us", "/x/a@t"):
+        for form in ({"path": odd}, {"model": {"path": odd, "revision": "v1"}, "lora": "org/a@v2"}):
+            ref = ModelRef.model_validate(form)
+            assert ref.path == odd and ModelRef.model_validate(ref.model_dump()) == ref
+    with pytest.raises(RecipeError, match="a model is a text"):
+        Recipe.from_data({**GOOD, "base_model": {"path": "x", "revison": "main"}})
 
 
 @given(st.integers(1, 10**6), st.sampled_from([("", 1), ("KB", 10**3), ("MiB", 2**20), ("gb", 10**9), (" GiB", 2**30)]))

@@ -1,0 +1,180 @@
+"""safetensors headers and small JSON files, read as if an enemy had written them.
+
+Format: https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_core.dtypes import STORED, DType
+from merge_core.errors import CheckpointError
+
+MAX_HEADER_BYTES = 25_000_000
+MAX_JSON_BYTES = 64_000_000
+MAX_TENSORS = 200_000
+MAX_NAME_LENGTH = 1024
+MAX_DIMENSIONS = 16
+MAX_ELEMENTS = 2**56
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: what it is and where its bytes begin. `file` is the shard's name inside the checkpoint."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file as it was when its header was read."""
+
+    path: Path
+    size: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+    header_sha256: str
+
+    def is_still(self, now: os.stat_result) -> bool:
+        """Whether a file is this one, unchanged."""
+        return (now.st_size, now.st_ino, now.st_mtime_ns) == (self.size, self.inode, self.mtime_ns)
+
+
+def open_regular(path: Path) -> tuple[int, os.stat_result]:
+    """Open a file for reading without ever waiting for it; the caller closes the descriptor.
+
+    Raises `CheckpointError` for anything that is no regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be opened: {error.strerror}") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise CheckpointError(path, "is no regular file")
+    return descriptor, found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file, no key twice. Raises `CheckpointError`."""
+    descriptor, found = open_regular(path)
+    with os.fdopen(descriptor, "rb") as file:
+        if found.st_size > MAX_JSON_BYTES:
+            raise CheckpointError(path, f"is larger than {MAX_JSON_BYTES:,} bytes")
+        return _parse_json(path, file.read(), "is not")
+
+
+def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
+    """What a safetensors file holds, in storage order. Raises `CheckpointError` for a header that lies in any way."""
+    descriptor, found = open_regular(path)
+    with os.fdopen(descriptor, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or 8 + length > found.st_size:
+            raise CheckpointError(path, f"is cut short: {found.st_size:,} bytes do not hold its header")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(path, f"has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
+        raw = file.read(length)
+    header = _parse_json(path, raw, "has a header that is not")
+    if not raw.startswith(b"{"):
+        raise CheckpointError(path, "has a header that is not a JSON object from its first byte")
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(path, f"names {len(header):,} tensors; at most {MAX_TENSORS:,} are read")
+    infos = sorted(_parse_entries(path, header, 8 + length), key=lambda info: (info.begin, info.nbytes))
+    at = 8 + length
+    for info in infos:
+        if info.begin != at:
+            lie = f"has a header that lies: {clip(info.name)} begins at {info.begin}, not {at}"
+            raise CheckpointError(path, lie, tensor=info.name)
+        at += info.nbytes
+    if at != found.st_size:
+        said = f"its header describes {at:,} bytes, but it has {found.st_size:,}"
+        wrong = f"is cut short: {said}" if at > found.st_size else f"has bytes that no tensor owns: {said}"
+        raise CheckpointError(path, wrong, tensor=infos[-1].name if infos else None)
+    digest = hashlib.sha256(raw).hexdigest()
+    return Shard(path, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, digest), infos
+
+
+def is_usable_name(name: str) -> bool:
+    """Whether a tensor name can be written and shown."""
+    return 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable()
+
+
+def clip(name: object) -> str:
+    """A text from a file, short and printable enough for a message."""
+    shown = name if isinstance(name, str) and name.isprintable() else ascii(name)
+    return shown if len(shown) <= 200 else f"{shown[:200]}…"
+
+
+def _parse_json(path: Path, raw: bytes, lead: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"{lead} valid JSON: {clip(str(error))}") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError(path, f"{lead} a JSON object")
+    return parsed
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {clip(name)!r} appears twice")
+    return found
+
+
+def _parse_entries(path: Path, header: Mapping[str, Any], data: int) -> Iterator[TensorInfo]:
+    for name, entry in header.items():
+        if not is_usable_name(name):
+            raise CheckpointError(path, f"has a tensor name that cannot be used ({len(name)} characters): {clip(name)}")
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise CheckpointError(path, f"describes {clip(name)} without dtype, shape and data_offsets", tensor=name)
+        dtype, shape, offsets = STORED.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
+        if dtype is None:
+            unknown = clip(str(entry["dtype"]))
+            raise CheckpointError(path, f"stores {clip(name)} as {unknown}, a dtype we do not know", tensor=name)
+        if not _natural_numbers(shape) or not _natural_numbers(offsets) or len(offsets) != 2:
+            wrong = f"describes {clip(name)} with a shape or offsets that are no whole numbers of a sensible size"
+            raise CheckpointError(path, wrong, tensor=name)
+        info = TensorInfo(name, dtype, tuple(shape), path.name, data + offsets[0])
+        if info.nbytes != offsets[1] - offsets[0]:
+            lie = f"has a header that lies: {clip(name)}, {dtype} {shape}, needs {info.nbytes:,} bytes"
+            raise CheckpointError(path, f"{lie} but is given {offsets[1] - offsets[0]:,}", tensor=name)
+        yield info
+
+
+def _natural_numbers(values: object) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) <= MAX_DIMENSIONS
+        and all(type(value) is int and 0 <= value <= MAX_ELEMENTS for value in values)
+    )

@@ -1,0 +1,77 @@
+"""The README tells the truth: its table is the registry's, its recipes plan, its commands exist.
+
+`python -m tests.test_docs` writes the table anew.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from app.cli import main
+from app.main import create_app
+from merge_core.methods import METHODS
+from merge_core.recipe import Recipe
+from workers.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+_TABLE = re.compile(r"(<!-- methods: .*? -->\n).*?(<!-- end of methods -->)", re.DOTALL)
+
+
+def method_table() -> str:
+    """The README's table of methods."""
+    lines = ["| `merge_method` | what it does | base | models | parameters |", "| --- | --- | --- | --- | --- |"]
+    for name, meanings in METHODS.items():
+        for semantics, method in meanings.items():
+            fewest, most = method.count
+            count = str(fewest) if fewest == most else f"{fewest} or more" if most is None else f"{fewest} to {most}"
+            title = f"[{method.title}]({method.paper})"
+            shown = f"`{name}`" + (", `semantics: paper`" if semantics == "paper" else "")
+            base = "needed" if method.base == "required" else "–"
+            parameters = ", ".join(f"`{parameter}`" for parameter in method.parameters())
+            lines.append(f"| {shown} | {title} | {base} | {count} | {parameters} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_methods_is_the_registry_s() -> None:
+    found = _TABLE.search(README.read_text())
+    assert found is not None
+    assert README.read_text() == _TABLE.sub(lambda match: match[1] + method_table() + match[2], README.read_text())
+
+
+def test_recipes_in_the_readme_are_recipes() -> None:
+    texts = re.findall(r"<<'YAML'\n(.*?)\nYAML", README.read_text(), re.DOTALL)
+    assert texts
+    for text in texts:
+        Recipe.from_data(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^weightsmith (\w+)", README.read_text(), re.MULTILINE))))
+def test_commands_in_the_readme_exist(command: str) -> None:
+    assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
+
+
+def test_routes_in_the_readme_exist(tmp_path: Path) -> None:
+    paths = create_app(Settings(data=tmp_path)).openapi()["paths"]
+    for verb, path in re.findall(r"`(GET|POST) (/[^`]*)`", README.read_text()):
+        assert verb.lower() in paths[path.replace("{id}", "{merge_id}")], path
+
+
+def test_settings_in_the_readme_exist() -> None:
+    names = {f"WEIGHTSMITH_{name.upper()}" for name in Settings.model_fields} | {"REDIS_URL", "DATABASE_URL"}
+    assert set(re.findall(r"`(WEIGHTSMITH_\w+|\w+_URL)`", README.read_text())) <= names
+
+
+def test_links_in_the_docs_lead_somewhere() -> None:
+    for page in [README, *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+if __name__ == "__main__":
+    README.write_text(_TABLE.sub(lambda match: match[1] + method_table() + match[2], README.read_text()))
