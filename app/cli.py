@@ -17,6 +17,7 @@ from merge_core.errors import WeightsmithError
 if TYPE_CHECKING:
     from merge_core.progress import Progress as MergeProgress
     from merge_core.recipe import Recipe
+    from workers.supervisor import Supervisor
 
 RECIPE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 URL = click.option(
@@ -50,26 +51,21 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> 
 
     Models are read only from the folders given by --models; recipes name them by their paths below these.
     """
-    import uvicorn
+    with _told():
+        import uvicorn
 
-    from app.main import create_app
-    from workers.supervisor import Supervisor
+        from app.main import create_app
+        from workers.supervisor import Supervisor
 
-    settings = _settings(data, models)
-    if host not in ("127.0.0.1", "::1", "localhost"):
-        click.echo(f"warning: anybody who can reach {host} can use this service; it has no user accounts yet", err=True)
-    signal.signal(signal.SIGTERM, _leave)
-    supervisor = Supervisor(settings)
-    supervisor.start()
-    roots = ", ".join(map(str, settings.roots))
-    click.echo(f"Weightsmith {__version__}: http://{host}:{port}/docs", err=True)
-    click.echo(f"  models in {roots}\n  data in {settings.data.absolute()}", err=True)
-    try:
-        uvicorn.run(create_app(settings), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        supervisor.stop()
+        settings = _settings(data, models)
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            click.echo(f"warning: anybody who can reach {host} can use this service; it has no accounts yet", err=True)
+        service = create_app(settings)
+        with _supervised(Supervisor(settings)):
+            roots = ", ".join(map(str, settings.roots))
+            click.echo(f"Weightsmith {__version__}: http://{host}:{port}/docs", err=True)
+            click.echo(f"  models in {roots}\n  data in {settings.data.absolute()}", err=True)
+            uvicorn.run(service, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
 
 
 @main.command()
@@ -85,17 +81,12 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> 
 )
 def worker(data: Path | None, models: tuple[Path, ...]) -> None:
     """Run one more worker on this machine, or on another with the same data folder, database and broker."""
-    from workers.supervisor import Supervisor
+    with _told():
+        from workers.supervisor import Supervisor
 
-    signal.signal(signal.SIGTERM, _leave)
-    supervisor = Supervisor(_settings(data, models))
-    supervisor.start()
-    try:
-        supervisor.wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        supervisor.stop()
+        supervisor = Supervisor(_settings(data, models))
+        with _supervised(supervisor):
+            supervisor.wait()
 
 
 @main.command()
@@ -110,7 +101,7 @@ def merge(recipe: Path, out: Path, memory: str | None, threads: int | None, shar
     Model paths are as seen from here. Interrupted, the same command goes on where it was.
     """
     most, shard = _size(memory), _size(shard_size)
-    with _told():
+    with _told("interrupted; the same command goes on from here"):
         from merge_core import merge as core
 
         with _progress_bar() as report:
@@ -168,12 +159,14 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
 )
 def submit(recipe: Path, url: str, wait: bool, download: Path | None) -> None:
     """POST RECIPE to a service; prints the job's id."""
-    with _told():
+    with _told("interrupted; the job goes on without you"):
         from app.client import Client
 
-        text = sys.stdin.read() if str(recipe) == "-" else recipe.read_text()
+        body = sys.stdin.buffer.read() if str(recipe) == "-" else recipe.read_bytes()
+        if download:
+            download.mkdir(parents=True, exist_ok=True)
         with Client(url) as client:
-            job = client.submit(text)
+            job = client.submit(body)
             click.echo(job["id"])
             if wait or download:
                 with _progress_bar() as report:
@@ -190,6 +183,21 @@ def _leave(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@contextmanager
+def _supervised(supervisor: Supervisor) -> Iterator[None]:
+    """A worker that runs until the end, however that comes; once it is being stopped no further signal is heard."""
+    signal.signal(signal.SIGTERM, _leave)
+    supervisor.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        supervisor.stop()
+
+
 def _settings(data: Path | None, models: tuple[Path, ...]) -> Any:
     from workers.settings import Settings
 
@@ -204,16 +212,19 @@ def _settings(data: Path | None, models: tuple[Path, ...]) -> Any:
 def _read(path: Path) -> Recipe:
     from merge_core.recipe import Recipe
 
-    return Recipe.from_text(sys.stdin.read() if str(path) == "-" else path.read_bytes())
+    return Recipe.from_text(sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes())
 
 
 def _size(written: str | None) -> int | None:
     from merge_core.sizes import parse_bytes
 
     try:
-        return None if written is None else int(parse_bytes(written))
+        size = None if written is None else int(parse_bytes(written))
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    if size == 0:
+        raise click.UsageError("a size of nothing leaves no room for anything")
+    return size
 
 
 def _bytes(count: float) -> str:
@@ -225,15 +236,16 @@ def _bytes(count: float) -> str:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _told(interrupted: str = "interrupted") -> Iterator[None]:
     """Expected failures as one message and exit status 1, without a traceback."""
     try:
         yield
-    except WeightsmithError as error:
+    except (WeightsmithError, OSError, ValueError) as error:
+        # ValueError: settings and URLs that cannot be read, texts that are no UTF-8.
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        click.echo("interrupted; the same command goes on from here", err=True)
+        click.echo(interrupted, err=True)
         sys.exit(130)
 
 

@@ -30,7 +30,9 @@ class Client:
     """Speaks to one service."""
 
     def __init__(self, url: str) -> None:
-        self._http = httpx2.Client(base_url=url, timeout=60)
+        # A proxy has no way to this machine's own addresses.
+        local = httpx2.URL(url).host in ("127.0.0.1", "localhost", "::1")
+        self._http = httpx2.Client(base_url=url, timeout=60, trust_env=not local)
 
     def __enter__(self) -> Self:
         return self
@@ -40,9 +42,9 @@ class Client:
     ) -> None:
         self._http.close()
 
-    def submit(self, recipe: str) -> dict[str, Any]:
-        """POST a recipe (YAML or JSON text); the job."""
-        return self._call("POST", "/v1/merges", content=recipe.encode(), headers={"Content-Type": "application/yaml"})
+    def submit(self, recipe: bytes) -> dict[str, Any]:
+        """POST a recipe (YAML or JSON); the job."""
+        return self._call("POST", "/v1/merges", content=recipe, headers={"Content-Type": "application/yaml"})
 
     def wait(self, job_id: str, report: Callable[[Progress], None] = lambda progress: None) -> dict[str, Any]:
         """Poll until the job has ended. Raises `ServiceError` unless it succeeded."""
@@ -78,7 +80,7 @@ class Client:
         digest = hashlib.sha256()
         try:
             with self._http.stream("GET", file["url"]) as response, partial.open("wb") as stream:
-                if response.is_error:
+                if not response.is_success:
                     response.read()
                     raise _refused(response)
                 for data in response.iter_bytes():
@@ -100,16 +102,20 @@ class Client:
             try:
                 response = self._http.request(verb, path, **options)
                 break
-            except httpx2.HTTPError as error:
+            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                 if attempt == retries:
                     raise ServiceError(
                         f"{self._http.base_url} cannot be reached: {error}; is `weightsmith serve` running?"
                     ) from None
                 time.sleep(POLL_SECONDS * 2**attempt)
-        if response.is_error:
+        if not response.is_success:
             raise _refused(response)
-        found = response.json()
-        assert isinstance(found, dict)
+        try:
+            found = response.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not {"id", "data"} & set(found):
+            raise ServiceError(f"{self._http.base_url} does not answer like Weightsmith; is it the right address?")
         return found
 
 

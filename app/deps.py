@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 
 from app.errors import HttpProblem
 from merge_core.recipe import MAX_RECIPE_BYTES, Recipe
@@ -43,7 +44,7 @@ async def _recipe(request: Request) -> Recipe:
         if len(body) > MAX_RECIPE_BYTES:
             detail = f"a recipe has at most {MAX_RECIPE_BYTES:,} bytes"
             raise HttpProblem(413, "payload-too-large", "Payload too large", detail, {"Connection": "close"})
-    return Recipe.from_text(bytes(body))
+    return await run_in_threadpool(Recipe.from_text, bytes(body))
 
 
 def _job(merge_id: str, queue: Annotated[Queue, Depends(_queue)]) -> Job:

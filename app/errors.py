@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from app.schemas import ProblemRead
@@ -65,6 +66,18 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(WeightsmithError)
     def expected(request: Request, error: WeightsmithError) -> JSONResponse:
         return problem_response(STATUS.get(error.code, 500), problem(error))
+
+    @app.exception_handler(OperationalError)
+    def no_database(request: Request, error: OperationalError) -> JSONResponse:
+        log.warning("the database cannot be used: %s", error)
+        detail = "the service's database cannot be used now; try again"
+        body = {
+            "code": "database-unavailable",
+            "title": "The database cannot be used",
+            "detail": detail,
+            "retryable": True,
+        }
+        return problem_response(503, body, {"Retry-After": "5"})
 
     @app.exception_handler(HttpProblem)
     def http_problem(request: Request, error: HttpProblem) -> JSONResponse:

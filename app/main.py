@@ -16,6 +16,7 @@ from workers.jobs import JobStore
 from workers.queue import Queue
 from workers.settings import Settings
 
+DATABASE_PATIENCE = 5.0
 DESCRIPTION = """
 Merge model weights: POST a recipe (mergekit's format, YAML or JSON), watch the job, download the checkpoint.
 
@@ -30,7 +31,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        store = JobStore(settings)
+        store = JobStore(settings, patience=DATABASE_PATIENCE)
         app.state.queue = Queue(store, make_celery(settings))
         yield
         store.close()

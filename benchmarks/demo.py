@@ -4,6 +4,8 @@ merge is.
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from app.client import Client, ServiceError
+from app.client import Client
 from benchmarks.digits import FIRST_IMAGES, TASKS, Digits, accuracies, load_checkpoint, train_models
 from merge_core.errors import WeightsmithError
 from merge_core.progress import Progress as MergeProgress
@@ -69,6 +71,7 @@ def recipes(tuned: list[str]) -> dict[str, dict[str, Any]]:
 def main() -> int:
     """Run the demo; 0 if the merges compare as the papers say."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="weightsmith-demo-") as scratch:
         models, data, downloads = (Path(scratch) / name for name in ("models", "data", "downloads"))
         models.mkdir()
@@ -101,7 +104,7 @@ def run(url: str, title: str, recipe: Mapping[str, Any], downloads: Path) -> Pat
     )
     with Client(url) as client, Progress(*columns, console=console) as bar:
         shown = bar.add_task(title, total=None)
-        job = client.submit(yaml.safe_dump(dict(recipe)))
+        job = client.submit(yaml.safe_dump(dict(recipe)).encode())
 
         def follow(progress: MergeProgress) -> None:
             bar.update(shown, total=progress.tensors_total, completed=progress.tensors_done)
@@ -159,7 +162,7 @@ def service(data: Path, models: Path) -> Iterator[str]:
     ]
     log = data.with_suffix(".log")
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=_own_environment())
     url = f"http://127.0.0.1:{port}"
     try:
         with console.status("starting the service …"):
@@ -175,17 +178,23 @@ def service(data: Path, models: Path) -> Iterator[str]:
             process.wait()
 
 
+def _own_environment() -> dict[str, str]:
+    """The shell's environment without settings that would lead the demo to somebody's real service."""
+    ours = ("WEIGHTSMITH_", "REDIS_URL", "DATABASE_URL")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(600):
         if process.poll() is not None:
             raise SystemExit(f"the service did not start:\n{log.read_text()}")
         try:
-            if httpx2.get(f"{url}/readyz", timeout=5).is_success:
+            if httpx2.get(f"{url}/readyz", timeout=5, trust_env=False).is_success:
                 return
         except httpx2.HTTPError:
             pass
         time.sleep(0.1)
-    raise ServiceError("the service did not become ready within a minute")
+    raise SystemExit(f"the service did not become ready within a minute:\n{log.read_text()}")
 
 
 if __name__ == "__main__":

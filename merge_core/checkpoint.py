@@ -220,7 +220,10 @@ def check_below(path: Path, roots: Sequence[Path] | None) -> None:
     """Raise `PathNotAllowed` unless a path, links resolved, lies in one of the roots (None: anywhere)."""
     if roots is None:
         return
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(clip(str(path)), f"cannot be read: {clip(str(error))}") from None
     if not any(real.is_relative_to(root.resolve()) for root in roots):
         raise PathNotAllowed(clip(str(path)), "lies outside the folders that this service may read models from")
 

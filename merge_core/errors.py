@@ -72,6 +72,15 @@ class CheckpointError(WeightsmithError):
         self.file, self.reason, self.tensor = str(file), reason, tensor
         super().__init__(f"{file}: {reason}", [Problem(f"{file}: {reason}", tensor=tensor, file=str(file))])
 
+    def as_written(self, roots: Sequence[Path], pointer: str) -> CheckpointError:
+        """The same error as the recipe sees the world: paths as seen from the roots, and where it names them."""
+        file, reason = self.file, self.reason
+        for root in roots:
+            file, reason = (text.replace(f"{root}/", "") for text in (file, reason))
+        error = type(self)(file, reason, tensor=self.tensor)
+        error.problems = tuple(Problem(found.detail, pointer, found.tensor, found.file) for found in error.problems)
+        return error
+
 
 class CheckpointNotFound(CheckpointError):
     """There is nothing where the recipe points."""

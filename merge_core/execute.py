@@ -147,7 +147,7 @@ class Execution:
         self.progress.bytes_read += rows.numel() * rows.element_size()
         if source.info.dtype.kind == "float" and not self.plan.recipe.allow_nonfinite and not _is_finite(rows):
             element = _first_nonfinite(rows) + start * step.grains.width
-            file = str(self.checkpoints[source.model].shards[source.info.file].path)
+            file = f"{self._name(source)}/{source.info.file}"
             message = (
                 f"{source.info.name} of {self._name(source)} holds NaN or infinity at element {element:,} ({file}); "
                 "repair the model, or set allow_nonfinite: true to let it through"

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from merge_core.artifact import Artifact, SourceHashes, write_companions
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoint import Checkpoint, check_below
 from merge_core.errors import CheckpointError, CheckpointNotFound, OutputExists, Problem, RecipeError
 from merge_core.execute import Execution, share_one_heap
 from merge_core.method import Randomness
@@ -129,10 +129,7 @@ def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[Mod
             try:
                 found[ref] = stack.enter_context(Checkpoint.open(locate(ref, roots), roots=roots))
             except CheckpointError as error:
-                error.problems = tuple(
-                    Problem(problem.detail, pointer, problem.tensor, problem.file) for problem in error.problems
-                )
-                raise
+                raise error.as_written(roots or (), pointer) from None
         yield found
 
 
@@ -142,6 +139,7 @@ def locate(ref: ModelRef, roots: Sequence[Path] | None) -> Path:
     if roots is None or written.is_absolute():
         return written.expanduser() if roots is None else written
     for root in roots:
+        check_below(root / written, [root])
         if os.path.lexists(root / written):
             return root / written
     raise CheckpointNotFound(ref.path, "is in none of this service's model folders; Hub models are not supported yet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,39 @@ def test_kill_9_of_the_child_alone(large: Path, tmp_path: Path) -> None:
         assert service.ended(job)["status"] == "succeeded"
         assert service.job(job)["attempt"] > 1
         assert service.files(job) == _whole(large, tmp_path, recipe)
+
+
+def test_a_child_that_hangs_is_replaced(large: Path, tmp_path: Path) -> None:
+    """Stopped, as by a dead disk: its supervisor ends it when its lease has run out."""
+    with running_service(tmp_path / "data", large, WEIGHTSMITH_LEASE_SECONDS="2") as service:
+        job = service.post(method_recipe("ties"))
+        eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
+        for process in service.worker_processes():
+            process.suspend()
+        assert service.ended(job)["status"] == "succeeded"
+        assert service.artifacts() == [job["id"]]
+
+
+def test_no_worker_outlives_a_service_killed_at_its_start(llamas: Path, tmp_path: Path) -> None:
+    with running_service(tmp_path / "data", llamas) as service:
+        service.kill_worker()
+        workers = eventually(service.worker_processes)
+        service.process.kill()
+        service.process.wait()
+        eventually(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 20)
+
+
+def test_a_database_locked_for_long_stops_nothing_for_good(llamas: Path, tmp_path: Path) -> None:
+    with running_service(tmp_path / "data", llamas) as service:
+        lock = sqlite3.connect(tmp_path / "data" / "jobs.sqlite", isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")
+        service.kill_worker()
+        refused = httpx2.post(f"{service.url}/v1/merges", json=method_recipe("linear"), timeout=60)
+        assert refused.status_code == 503 and refused.json()["code"] == "database-unavailable"
+        assert httpx2.get(f"{service.url}/healthz").is_success
+        lock.execute("ROLLBACK")
+        lock.close()
+        assert service.ended(service.post(method_recipe("linear")))["status"] == "succeeded"
 
 
 def test_kill_9_of_the_whole_service_then_a_new_one(large: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from celery import Celery
 from celery.signals import worker_init
 
-from workers.settings import WORKER_VARIABLE, Settings
+from workers.settings import SUPERVISOR_VARIABLE, Settings
 
 PARENT_SECONDS = 1.0
 
@@ -25,7 +25,7 @@ def make_celery(settings: Settings) -> Celery:
     if settings.redis_url:
         broker, options = (
             settings.redis_url,
-            {"visibility_timeout": 86_400, "socket_connect_timeout": 3, "socket_timeout": 30},
+            {"visibility_timeout": 86_400, "socket_connect_timeout": 3, "socket_timeout": 5},
         )
     else:
         broker, options = "filesystem://localhost", _filesystem_options(settings)
@@ -41,6 +41,7 @@ def make_celery(settings: Settings) -> Celery:
         worker_prefetch_multiplier=1,
         worker_concurrency=1,
         worker_max_tasks_per_child=1,
+        worker_enable_remote_control=False,
         worker_hijack_root_logger=False,
     )
     return app
@@ -61,8 +62,8 @@ def _before_forking(**_: object) -> None:
     Settings().prepare()
     if "torch" in sys.modules:
         raise RuntimeError("torch was imported before the worker forked; its children would hang")
-    if WORKER_VARIABLE in os.environ:
-        threading.Thread(target=_die_with, args=(os.getppid(),), name="parent", daemon=True).start()
+    if supervisor := os.environ.get(SUPERVISOR_VARIABLE):
+        threading.Thread(target=_die_with, args=(int(supervisor),), name="parent", daemon=True).start()
 
 
 def _die_with(supervisor: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    URL,
     ColumnElement,
     Engine,
     Float,
@@ -26,7 +27,7 @@ from sqlalchemy import (
     create_engine,
     event,
     func,
-    or_,
+    make_url,
     select,
     update,
 )
@@ -80,6 +81,7 @@ class Job(Base):
     files: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
     attempt: Mapped[int] = mapped_column(Integer, default=0)
+    deaths: Mapped[int] = mapped_column(Integer, default=0)
     owner: Mapped[str | None] = mapped_column(String(100), default=None)
     lease_until: Mapped[float | None] = mapped_column(Float, default=None)
     announced: Mapped[int] = mapped_column(Integer, default=0)
@@ -117,16 +119,16 @@ def new_job_id() -> str:
     return "mrg_" + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 
-def open_engine(url: str) -> Engine:
-    """An engine for SQLite (write-ahead log, waits for other writers) or any other database SQLAlchemy knows."""
-    if not url.startswith("sqlite"):
+def open_engine(url: str | URL, patience: float) -> Engine:
+    """An engine for SQLite (write-ahead log, waits `patience` seconds for other writers) or any other database."""
+    if make_url(url).get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": 30})
+    engine = create_engine(url, connect_args={"timeout": patience})
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, _: Any) -> None:
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=30000"):
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
@@ -136,10 +138,10 @@ def open_engine(url: str) -> Engine:
 class JobStore:
     """Every change to a job, each one statement or one transaction."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, patience: float = 30.0) -> None:
         settings.prepare()
         self.settings = settings
-        self.engine = open_engine(settings.database)
+        self.engine = open_engine(settings.database, patience)
         Base.metadata.create_all(self.engine)
 
     def close(self) -> None:
@@ -180,12 +182,11 @@ class JobStore:
             return session.scalars(query).all()
 
     def claim(self, job_id: str, owner: str) -> Lease | None:
-        """Take a queued job, or one whose lease has run out; None: somebody else has it, or it is finished."""
+        """Take a queued job; None: somebody else has it, or it is finished."""
         now = time.time()
-        free = or_(Job.state == JobState.QUEUED, and_(Job.state == JobState.RUNNING, Job.lease_until < now))
         taken = (
             update(Job)
-            .where(Job.id == job_id, free, Job.attempt < self.settings.max_attempts)
+            .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.deaths < self.settings.max_attempts)
             .values(
                 state=JobState.RUNNING,
                 phase="starting",
@@ -227,12 +228,11 @@ class JobStore:
     def confirm_cancel(self, lease: Lease) -> None:
         self._finish(lease, JobState.CANCELED)
 
-    def announced(self, job_id: str) -> None:
-        """Remember that a message for this job was sent."""
+    def announced(self, job_id: str, *, sent: bool = True) -> None:
+        """Remember that a message for this job was sent, or that it could not be."""
+        values = {"announced": Job.announced + sent, "announced_at": time.time()}
         with self._session() as session:
-            session.execute(
-                update(Job).where(Job.id == job_id).values(announced=Job.announced + 1, announced_at=time.time())
-            )
+            session.execute(update(Job).where(Job.id == job_id).values(values))
 
     def cancel(self, job_id: str) -> Job | None:
         """Ask for a job to stop: a queued one is canceled at once. None: no such job. Raises `IllegalMove` if it has
@@ -253,13 +253,21 @@ class JobStore:
             raise IllegalMove(job_id, job.state, JobState.CANCELED)
         return job
 
-    def release(self, owner_prefix: str) -> list[str]:
-        """Give back what a worker that is known to be dead held: its jobs are queued again. The ids."""
-        return self._give_back(Job.owner.startswith(owner_prefix, autoescape=True))
+    def release(self, owner_prefix: str, *, died: bool = True) -> None:
+        """Give back what a worker that is gone held: its jobs are queued again. `died`: not because it was told to."""
+        self._give_back(Job.owner.startswith(owner_prefix, autoescape=True), died=died)
 
-    def give_back_expired(self) -> list[str]:
-        """Queue the jobs again whose worker has been silent for longer than its lease. The ids."""
-        return self._give_back(Job.lease_until < time.time())
+    def give_back_expired(self) -> None:
+        """Queue the jobs again whose worker has been silent for longer than its lease."""
+        self._give_back(Job.lease_until < time.time(), died=True)
+
+    def is_silent(self, owner_prefix: str) -> bool:
+        """Whether a worker holds a job whose lease has run out: it hangs, or its child does."""
+        silent = select(Job.id).where(
+            Job.owner.startswith(owner_prefix, autoescape=True), Job.lease_until < time.time()
+        )
+        with self._session() as session:
+            return session.scalars(silent.limit(1)).first() is not None
 
     def give_up(self) -> list[str]:
         """Fail the queued jobs that were started as often as they may be. The ids."""
@@ -271,7 +279,7 @@ class JobStore:
         }
         lost = (
             update(Job)
-            .where(Job.state == JobState.QUEUED, Job.attempt >= self.settings.max_attempts)
+            .where(Job.state == JobState.QUEUED, Job.deaths >= self.settings.max_attempts)
             .values(state=JobState.FAILED, error=error, finished_at=time.time(), phase="")
             .returning(Job.id)
         )
@@ -283,22 +291,15 @@ class JobStore:
         with self._session() as session:
             queued = session.scalars(select(Job).where(Job.state == JobState.QUEUED).order_by(Job.id).limit(100)).all()
         now, wait = time.time(), self.settings.redeliver_seconds
-        return [job.id for job in queued if now - job.announced_at > wait * 2 ** min(max(job.announced - 1, 0), 10)]
+        return [job.id for job in queued if now - job.announced_at > wait * 2 ** min(max(job.announced - 1, 0), 5)]
 
-    def _give_back(self, which: ColumnElement[bool]) -> list[str]:
-        nobody = {"owner": None, "lease_until": None}
-        again = (
-            update(Job)
-            .where(which, Job.state == JobState.RUNNING)
-            .values(state=JobState.QUEUED, phase="", announced=0, **nobody)
-        )
-        stopped = (
-            update(Job)
-            .where(which, Job.state == JobState.CANCELING)
-            .values(state=JobState.CANCELED, phase="", finished_at=time.time(), **nobody)
-        )
+    def _give_back(self, which: ColumnElement[bool], *, died: bool) -> None:
+        nobody = {"owner": None, "lease_until": None, "phase": ""}
+        again = {"state": JobState.QUEUED, "deaths": Job.deaths + died, "announced": 0, "announced_at": 0.0, **nobody}
+        stopped = {"state": JobState.CANCELED, "finished_at": time.time(), **nobody}
         with self._session() as session:
-            return [*session.scalars(again.returning(Job.id)), *session.scalars(stopped.returning(Job.id))]
+            session.execute(update(Job).where(which, Job.state == JobState.RUNNING).values(again))
+            session.execute(update(Job).where(which, Job.state == JobState.CANCELING).values(stopped))
 
     def _finish(self, lease: Lease, state: JobState, **values: Any) -> None:
         sources = [before for before, moves in MOVES.items() if state in moves]

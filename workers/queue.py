@@ -11,7 +11,7 @@ from typing import Any
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from workers.jobs import FINISHED, Job, JobStore
+from workers.jobs import FINISHED, Job, JobState, JobStore
 from workers.settings import Settings
 
 RUN_MERGE = "weightsmith.run_merge"
@@ -31,28 +31,28 @@ class Queue:
         return job
 
     def cancel(self, job_id: str) -> Job | None:
-        """See `JobStore.cancel`."""
-        return self.store.cancel(job_id)
+        """See `JobStore.cancel`; what earlier attempts at a queued job left goes with it."""
+        job = self.store.cancel(job_id)
+        if job is not None and job.state == JobState.CANCELED:
+            remove_partial(self.store.settings, job_id)
+        return job
 
     def reap(self) -> None:
-        """Put right what kills and lost messages left: meant to be called about every second, by any number of
-        processes.
-        """
-        given_back = self.store.give_back_expired()
-        self.after_give_back(given_back)
-        for job_id in self.store.give_up():
-            remove_partial(self.store.settings, job_id)
+        """Put right what kills and lost messages left; to be called about every second, by any number of processes."""
+        self.store.give_back_expired()
+        self.store.give_up()
         for job_id in self.store.overdue():
-            self._announce(job_id)
+            if not self._announce(job_id):
+                break
 
-    def after_give_back(self, job_ids: Sequence[str]) -> None:
-        """Announce jobs that were queued again, and remove what canceled ones left."""
-        for job_id in job_ids:
-            job = self.store.get(job_id)
-            if job is not None and job.state in FINISHED:
-                remove_partial(self.store.settings, job_id)
-            elif job is not None:
-                self._announce(job_id)
+    def tidy(self) -> None:
+        """Remove what jobs that ended otherwise than well, or before their last attempt, left on the disk."""
+        for folder in self.store.settings.artifacts.iterdir():
+            job = self.store.get(folder.name.removeprefix(".").partition(".")[0])
+            if job is None or job.state not in FINISHED:
+                continue
+            if folder.name.startswith(".") or job.state != JobState.SUCCEEDED:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def broker_is_reachable(self) -> bool:
         try:
@@ -62,12 +62,15 @@ class Queue:
             return False
         return True
 
-    def _announce(self, job_id: str) -> None:
+    def _announce(self, job_id: str) -> bool:
+        sent = True
         try:
             self.celery_app.send_task(RUN_MERGE, args=[job_id], retry=False)
         except (OperationalError, OSError) as error:
             log.warning("no broker for %s now, it will be announced later: %s", job_id, error)
-        self.store.announced(job_id)
+            sent = False
+        self.store.announced(job_id, sent=sent)
+        return sent
 
 
 def artifact_folder(settings: Settings, job_id: str) -> Path:
@@ -80,12 +83,12 @@ def partial_folder(settings: Settings, job_id: str, attempt: int) -> Path:
     return settings.artifacts / f".{job_id}.{attempt}.partial"
 
 
-def partial_folders(settings: Settings, job_id: str) -> list[Path]:
-    """What the attempts at a job left unfinished."""
-    return sorted(settings.artifacts.glob(f".{job_id}.*.partial"))
+def partial_folders(settings: Settings, job_id: str) -> dict[int, Path]:
+    """What the attempts at a job left unfinished, by attempt."""
+    return {int(path.name.split(".")[2]): path for path in settings.artifacts.glob(f".{job_id}.*.partial")}
 
 
 def remove_partial(settings: Settings, job_id: str) -> None:
     """Leave nothing half-written behind."""
-    for folder in partial_folders(settings, job_id):
+    for folder in partial_folders(settings, job_id).values():
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -9,15 +10,22 @@ from typing import Annotated
 
 from pydantic import AliasChoices, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy import URL
 
 from merge_core.sizes import Bytes
 
 WORKER_VARIABLE = "WEIGHTSMITH_WORKER"
 """Set by a supervisor: the name under which its worker's leases can be told from others."""
+SUPERVISOR_VARIABLE = "WEIGHTSMITH_SUPERVISOR"
+"""Set by a supervisor: its process id, without which its worker is not to go on."""
 
 
 def _split_paths(written: object) -> object:
-    return [Path(part) for part in written.split(os.pathsep) if part] if isinstance(written, str) else written
+    if not isinstance(written, str):
+        return written
+    return (
+        json.loads(written) if written.startswith("[") else [Path(part) for part in written.split(os.pathsep) if part]
+    )
 
 
 class Settings(BaseSettings):
@@ -40,7 +48,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: one per core)")
     lease_seconds: float = Field(30.0, gt=0, description="how long a silent worker keeps a job")
     heartbeat_seconds: float = Field(0.5, gt=0, description="how often a worker reports and looks for a cancel")
-    max_attempts: int = Field(5, ge=1, description="how often a job is started before it is given up")
+    max_attempts: int = Field(5, ge=1, description="how many workers may die at a job before it is given up")
     redeliver_seconds: float = Field(10.0, gt=0, description="how long a queued job waits before it is announced again")
 
     @property
@@ -56,8 +64,8 @@ class Settings(BaseSettings):
         return self.data.absolute() / "broker"
 
     @cached_property
-    def database(self) -> str:
-        return self.database_url or f"sqlite:///{self.data.absolute() / 'jobs.sqlite'}"
+    def database(self) -> str | URL:
+        return self.database_url or URL.create("sqlite", database=str(self.data.absolute() / "jobs.sqlite"))
 
     def prepare(self) -> None:
         """Make the folders that are missing."""

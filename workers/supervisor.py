@@ -7,6 +7,7 @@ and a new one starts.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -19,11 +20,12 @@ import uuid
 from workers.celery_app import make_celery
 from workers.jobs import JobStore
 from workers.queue import Queue
-from workers.settings import WORKER_VARIABLE, Settings
+from workers.settings import SUPERVISOR_VARIABLE, WORKER_VARIABLE, Settings
 
 REAP_SECONDS = 1.0
 STOP_SECONDS = 2.0
 STEADY_SECONDS = 60.0
+TIDY_ROUNDS = 60
 log = logging.getLogger(__name__)
 
 
@@ -33,7 +35,8 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
-        self._name, self._started = "", 0.0
+        self._name, self._started, self._failures = "", 0.0, 0
+        self._dead: set[str] = set()
         self._store = JobStore(settings)
         self._queue = Queue(self._store, make_celery(settings))
         self._stopping = threading.Event()
@@ -46,15 +49,18 @@ class Supervisor:
     def stop(self) -> None:
         """End the worker; a job that it was at is queued again and goes on where it was."""
         self._stopping.set()
-        self._thread.join()
         if self.process is not None:
             self.process.terminate()
             try:
                 self.process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 log.info("the worker is at a job, which goes on where it is when a worker starts again")
-            self._bury()
-        self._store.close()
+            self._end_worker()
+        self._thread.join(STOP_SECONDS)
+        try:
+            self._give_back(died=False)
+        finally:
+            self._store.close()
 
     def wait(self) -> None:
         """Block until `stop`."""
@@ -88,12 +94,13 @@ class Supervisor:
         settings = self.settings
         ours = {
             "WEIGHTSMITH_DATA": str(settings.data.absolute()),
-            "WEIGHTSMITH_MODEL_ROOTS": os.pathsep.join(map(str, settings.roots)),
+            "WEIGHTSMITH_MODEL_ROOTS": json.dumps([str(root) for root in settings.roots]),
             "WEIGHTSMITH_LEASE_SECONDS": str(settings.lease_seconds),
             "WEIGHTSMITH_HEARTBEAT_SECONDS": str(settings.heartbeat_seconds),
             "WEIGHTSMITH_MAX_ATTEMPTS": str(settings.max_attempts),
             "WEIGHTSMITH_MAX_MEMORY": str(settings.max_memory),
             WORKER_VARIABLE: self._name,
+            SUPERVISOR_VARIABLE: str(os.getpid()),
             # SIGTERM stops the worker without waiting for the job, which another attempt continues.
             "REMAP_SIGTERM": "SIGQUIT",
         }
@@ -103,24 +110,41 @@ class Supervisor:
         return os.environ | ours
 
     def _watch(self) -> None:
-        failures = 0
+        rounds = 0
         while not self._stopping.wait(REAP_SECONDS):
-            if self.process is not None and self.process.poll() is not None:
-                log.warning("the worker ended with status %s; starting another", self.process.returncode)
-                self._bury()
-                failures = failures + 1 if time.monotonic() - self._started < STEADY_SECONDS else 0
-                if self._stopping.wait(min(0.2 * 2**failures, 30)):
-                    return
-                self._start_worker()
+            # Whatever goes wrong here, a locked database or a full process table, is tried again.
             try:
+                self._keep_worker()
+                self._give_back(died=True)
                 self._queue.reap()
+                if rounds % TIDY_ROUNDS == 0:
+                    self._queue.tidy()
+                rounds += 1
             except Exception:
-                log.exception("reaping failed; trying again")
+                log.exception("supervising failed; trying again")
 
-    def _bury(self) -> None:
-        """End what is left of the worker's process group and give back its jobs."""
+    def _keep_worker(self) -> None:
+        assert self.process is not None
+        hangs = self._store.is_silent(f"{self._name}/")
+        if self.process.poll() is None and not hangs:
+            return
+        log.warning("the worker %s; starting another", "hangs" if hangs else f"ended ({self.process.returncode})")
+        self._end_worker()
+        self._give_back(died=True)
+        self._failures = min(self._failures + 1, 8) if time.monotonic() - self._started < STEADY_SECONDS else 0
+        if not self._stopping.wait(min(0.2 * 2**self._failures, 30)):
+            self._start_worker()
+
+    def _end_worker(self) -> None:
+        """End the worker and whatever is left of its process group."""
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self._queue.after_give_back(self._store.release(f"{self._name}/"))
+        self._dead.add(self._name)
+
+    def _give_back(self, *, died: bool) -> None:
+        """Queue again what dead workers of ours held; a name is forgotten only once that has been written."""
+        for name in sorted(self._dead):
+            self._store.release(f"{name}/", died=died)
+            self._dead.discard(name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable
@@ -51,6 +53,7 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
             artifact = _merge(settings, lease, keeper)
         except LeaseLost:
             log.warning("%s passed to another worker", lease.job_id)
+            shutil.rmtree(partial_folder(settings, lease.job_id, lease.attempt), ignore_errors=True)
         except Canceled:
             _end(settings, keeper, store.confirm_cancel)
         except WeightsmithError as error:
@@ -78,6 +81,7 @@ def _merge(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
     from merge_core.recipe import Recipe
 
     out = artifact_folder(settings, lease.job_id)
+    partial_output = _take_over(settings, lease, keeper)
     if out.exists():
         # An earlier attempt died between finishing the artifact and saying so.
         return read_artifact(out)
@@ -86,7 +90,7 @@ def _merge(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
         recipe,
         out,
         roots=settings.roots,
-        partial=_take_over(settings, lease),
+        partial=partial_output,
         memory=min(recipe.limits.memory, settings.max_memory),
         threads=recipe.limits.threads or settings.threads,
         report=keeper.report,
@@ -94,15 +98,21 @@ def _merge(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
     )
 
 
-def _take_over(settings: Settings, lease: Lease) -> Path:
-    """This attempt's folder, with what an earlier one finished, unless a worker not quite dead still holds that."""
+def _take_over(settings: Settings, lease: Lease, keeper: Keeper) -> Path:
+    """This attempt's folder, with what the latest earlier one finished, unless a worker not quite dead still holds it.
+
+    The lease is proved first: a worker that slept through its end must not take anything from its successor.
+    """
     from merge_core.shards import is_held
 
+    keeper.prove()
     mine = partial_folder(settings, lease.job_id, lease.attempt)
-    for left in reversed(partial_folders(settings, lease.job_id)):
-        if left != mine and not is_held(left):
-            left.rename(mine)
-            break
+    for attempt, left in sorted(partial_folders(settings, lease.job_id).items(), reverse=True):
+        # An earlier attempt may finish, and its folder vanish, at any moment.
+        with contextlib.suppress(FileNotFoundError):
+            if attempt < lease.attempt and not is_held(left):
+                left.rename(mine)
+                break
     return mine
 
 
@@ -136,6 +146,10 @@ class Keeper:
         if self._lost:
             raise LeaseLost(self.lease.job_id)
         return self._state is JobState.CANCELING
+
+    def prove(self) -> None:
+        """Raise `LeaseLost` unless the lease is good at this moment."""
+        self._state = self._store.heartbeat(self.lease, phase="starting", progress={})
 
     def snapshot(self) -> dict[str, Any]:
         progress = self._progress

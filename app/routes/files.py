@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
@@ -19,12 +19,18 @@ router = APIRouter(prefix="/v1/merges/{merge_id}/files", tags=["files"])
 
 
 class _Download(FileResponse):
+    """A file of which Starlette sends the part we say, not the part that the caller's header says."""
+
     chunk_size = 2**20
 
+    def __init__(self, path: Path, *, part: str | None, headers: Mapping[str, str]) -> None:
+        super().__init__(path, headers=headers, filename=path.name, media_type="application/octet-stream")
+        self._part = part
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A Range that makes no sense is to be ignored (RFC 9110, 14.2), where Starlette answers 400.
-        headers = scope["headers"]
-        kept = [(name, value) for name, value in headers if name != b"range" or _parts(value.decode("latin-1"))]
+        kept = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
+        if self._part:
+            kept.append((b"range", self._part.encode()))
         await super().__call__({**scope, "headers": kept}, receive, send)
 
 
@@ -37,13 +43,7 @@ def list_files(job: JobDep) -> FileList:
 
 @router.head("/{path:path}", response_class=FileResponse, include_in_schema=False)
 @router.get("/{path:path}", response_class=FileResponse)
-def download_file(
-    path: str,
-    job: JobDep,
-    settings: SettingsDep,
-    range_: Annotated[str | None, Header(alias="Range")] = None,
-    if_none_match: Annotated[str | None, Header()] = None,
-) -> Response:
+def download_file(path: str, job: JobDep, settings: SettingsDep, request: Request) -> Response:
     """One file. Its ETag is its sha256; `Range` and `If-Range` give a part, `If-None-Match` spares a repetition."""
     _require_success(job)
     file = next((file for file in job.files if file["path"] == path), None)
@@ -55,18 +55,17 @@ def download_file(
         "Cache-Control": "private, max-age=31536000, immutable",
         "X-Content-Type-Options": "nosniff",
     }
-    if if_none_match and any(tag.strip().removeprefix("W/") in (etag, "*") for tag in if_none_match.split(",")):
+    if (wanted := _tags(request, "if-match")) and not wanted & {etag, "*"}:
+        raise HttpProblem(412, "precondition-failed", "Precondition failed", f"the ETag of {path} is {etag}")
+    if _tags(request, "if-none-match") & {etag, f"W/{etag}", "*"}:
         return Response(status_code=304, headers=headers)
-    parts = _parts(range_ or "")
-    if parts and not _satisfiable(parts, file["size"]):
-        detail = f"{path} has {file['size']:,} bytes, and {(range_ or '')[:100]!r} asks for none of them"
-        raise HttpProblem(
-            416, "range-not-satisfiable", "Range not satisfiable", detail, {"Content-Range": f"bytes */{file['size']}"}
-        )
+    part = None
+    if request.method == "GET" and request.headers.get("if-range", etag) == etag:
+        part = _part(request.headers.get("range", ""), file["size"], path)
     target = artifact_folder(settings, job.id) / path
     if not target.is_file():
         raise HttpProblem(410, "gone", "Gone", f"{path} was removed from the service's disk")
-    return _Download(target, headers=headers, filename=path, media_type="application/octet-stream")
+    return _Download(target, part=part, headers=headers)
 
 
 def _require_success(job: Job) -> None:
@@ -79,19 +78,28 @@ def _require_success(job: Job) -> None:
         )
 
 
-def _parts(written: str) -> list[tuple[str, str]]:
-    """The first and last byte of each part of a Range header; nothing where it does not make sense."""
+def _tags(request: Request, header: str) -> set[str]:
+    return {tag.strip() for line in request.headers.getlist(header) for tag in line.split(",") if tag.strip()}
+
+
+def _part(written: str, size: int, path: str) -> str | None:
+    """The Range to serve: the parts that are there. None, for the whole file, where it makes no sense (RFC 9110, 14.2).
+
+    Raises `HttpProblem` 416 where it makes sense and asks for nothing that is there.
+    """
     unit, _, parts = written.partition("=")
-    if unit.strip().lower() != "bytes":
-        return []
     found = [part.strip().partition("-") for part in parts.split(",") if part.strip()]
-    sensible = all(dash and (first + last).isdecimal() and len(first + last) <= 36 for first, dash, last in found)
-    return [(first, last) for first, _, last in found] if sensible else []
+    if unit.strip().lower() != "bytes" or not found or not all(_is_range(*part) for part in found):
+        return None
+    there = [(first, last) for first, _, last in found if (int(first) < size if first else int(last) > 0)]
+    if not there:
+        detail = f"{path} has {size:,} bytes, and {written[:100]!r} asks for none of them"
+        headers = {"Content-Range": f"bytes */{size}"}
+        raise HttpProblem(416, "range-not-satisfiable", "Range not satisfiable", detail, headers)
+    return "bytes=" + ",".join(f"{first}-{last}" for first, last in there)
 
 
-def _satisfiable(parts: Sequence[tuple[str, str]], size: int) -> bool:
-    """Whether any part asks for bytes that are there."""
-    return any(
-        (int(first) < size and (not last or int(last) >= int(first))) if first else int(last) > 0
-        for first, last in parts
-    )
+def _is_range(first: str, dash: str, last: str) -> bool:
+    if not dash or not (first + last).isascii() or not (first + last).isdecimal() or len(first + last) > 36:
+        return False
+    return not first or not last or int(first) <= int(last)

@@ -18,7 +18,7 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz")
-def live() -> Health:
+async def live() -> Health:
     """The process answers."""
     return Health(status="ok")
 

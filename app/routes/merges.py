@@ -11,7 +11,7 @@ from app.deps import RECIPE_BODY, JobDep, QueueDep, RecipeDep, SettingsDep
 from app.errors import HttpProblem
 from app.planning import plan_for_service
 from app.schemas import JobPage, JobRead
-from workers.jobs import FINISHED, JobState
+from workers.jobs import FINISHED, Job, JobState
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 POLL_SECONDS = "1"
@@ -22,8 +22,12 @@ async def create_merge(recipe: RecipeDep, queue: QueueDep, settings: SettingsDep
     """Accept a recipe. It is planned from headers first, so that what cannot work is refused here; then the job is
     queued.
     """
-    plan = await run_in_threadpool(plan_for_service, recipe, settings)
-    job = await run_in_threadpool(queue.submit, recipe.to_data(), plan.to_dict(), plan.warnings)
+
+    def plan_and_submit() -> Job:
+        plan = plan_for_service(recipe, settings)
+        return queue.submit(recipe.to_data(), plan.to_dict(), plan.warnings)
+
+    job = await run_in_threadpool(plan_and_submit)
     response.headers["Location"] = f"/v1/merges/{job.id}"
     response.headers["Retry-After"] = POLL_SECONDS
     return JobRead.of(job)

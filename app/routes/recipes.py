@@ -21,5 +21,8 @@ async def validate_recipe(
     steps: Annotated[bool, Query(description="with one entry per output tensor")] = False,
 ) -> Validation:
     """The plan of a recipe: what would be read, written and needed. No weight is read."""
-    plan = await run_in_threadpool(plan_for_service, recipe, settings)
-    return Validation(plan=plan.to_dict(steps=steps), recipe=recipe.to_data())
+
+    def look() -> Validation:
+        return Validation(plan=plan_for_service(recipe, settings).to_dict(steps=steps), recipe=recipe.to_data())
+
+    return await run_in_threadpool(look)

@@ -69,6 +69,8 @@ PROBLEMS: list[tuple[dict[str, Any], int, str, str]] = [
     (method_recipe("ties", models=[{"model": "../data"}]), 403, "path-not-allowed", "#/models/0/model"),
     (method_recipe("ties", models=[{"model": "/etc"}]), 403, "path-not-allowed", "#/models/0/model"),
     (method_recipe("ties", base_model="/etc/passwd"), 403, "path-not-allowed", "#/base_model"),
+    (method_recipe("ties", models=[{"model": "../../nowhere"}]), 403, "path-not-allowed", "#/models/0/model"),
+    (method_recipe("ties", models=[{"model": "\ud800"}]), 422, "invalid-recipe", "#/models/0/model"),
     (method_recipe("ties", models=[{"model": "a\0b"}]), 422, "invalid-recipe", "#/models/0/model"),
     (method_recipe("ties", models=[{"model": "x" * 5000}]), 422, "model-not-found", "#/models/0/model"),
     (method_recipe("ties", limits={"memory": "1TB"}), 422, "invalid-recipe", "#/limits/memory"),
@@ -80,8 +82,10 @@ PROBLEMS: list[tuple[dict[str, Any], int, str, str]] = [
 @pytest.mark.parametrize(
     ("recipe", "status", "code", "pointer"), PROBLEMS, ids=[f"{code}{pointer}" for _, _, code, pointer in PROBLEMS]
 )
-def test_problems(client: TestClient, path: str, recipe: dict[str, Any], status: int, code: str, pointer: str) -> None:
-    answer = client.post(path, json=recipe)
+def test_problems(
+    client: TestClient, settings: Settings, path: str, recipe: dict[str, Any], status: int, code: str, pointer: str
+) -> None:
+    answer = client.post(path, content=json.dumps(recipe))
 
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
@@ -94,6 +98,7 @@ def test_problems(client: TestClient, path: str, recipe: dict[str, Any], status:
         and body["detail"]
     )
     assert pointer in [place.get("pointer") for place in body["errors"]]
+    assert str(settings.data) not in answer.text and str(settings.roots[0]) not in answer.text
     assert client.get("/v1/merges").json()["data"] == []
 
 
@@ -205,6 +210,12 @@ def test_files_whole_and_in_part(client: TestClient, finished: dict[str, Any]) -
     assert several.status_code == 206 and several.headers["content-type"].startswith("multipart/byteranges")
     assert client.get(url, headers={"If-None-Match": etag}).status_code == 304
     assert client.get(url, headers={"If-None-Match": '"other"'}).status_code == 200
+    assert client.get(url, headers=[("If-None-Match", '"other"'), ("If-None-Match", etag)]).status_code == 304
+    assert client.get(url, headers={"If-Match": '"other"', "If-None-Match": "*"}).status_code == 412
+    assert client.get(url, headers={"If-Match": etag}).status_code == 200
+    assert client.get(url, headers={"Range": "bytes=0-1,999999999-"}).content == data[:2]
+    assert client.get(url, headers={"Range": "bytes=999999999-", "If-Range": '"other"'}).status_code == 200
+    assert client.head(url, headers={"Range": "bytes=0-1"}).status_code == 200
 
 
 @pytest.mark.parametrize("range_", ["bytes=999999999-", "bytes=-0"])
@@ -214,7 +225,9 @@ def test_a_range_that_is_not_there(client: TestClient, finished: dict[str, Any],
     assert answer.headers["content-range"].startswith("bytes */")
 
 
-@pytest.mark.parametrize("range_", ["lines=0-1", "bytes=abc", "bytes=", "bytes=--5", "bytes=-"])
+@pytest.mark.parametrize(
+    "range_", ["lines=0-1", "bytes=abc", "bytes=", "bytes=--5", "bytes=-", "bytes=5-2", "bytes=0-1,5-2"]
+)
 def test_a_range_that_makes_no_sense_is_ignored(client: TestClient, finished: dict[str, Any], range_: str) -> None:
     answer = client.get(f"{finished['urls']['files']}/config.json", headers={"Range": range_})
     assert answer.status_code == 200

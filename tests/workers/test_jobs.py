@@ -12,7 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from workers.celery_app import make_celery
 from workers.jobs import FINISHED, MOVES, IllegalMove, Job, JobState, JobStore, Lease, LeaseLost, new_job_id
+from workers.queue import Queue
 from workers.settings import Settings
 
 
@@ -59,6 +61,7 @@ def test_an_expired_lease_is_claimed_by_another_and_the_first_writes_nothing(tmp
     job = store.add({}, {})
     slow = claimed(store, job, "slow/1")
     time.sleep(0.1)
+    store.give_back_expired()
     quick = claimed(store, job, "quick/1")
 
     assert quick.attempt == 2
@@ -105,18 +108,23 @@ def test_a_dead_worker_s_jobs_are_given_back_and_others_kept(store: JobStore) ->
         claimed(store, job, owner)
     store.cancel(canceling.id)
 
-    assert sorted(store.release("dead/")) == sorted([running.id, canceling.id])
+    store.release("dead/")
 
     assert [state(store, job) for job in (running, canceling, other)] == ["queued", "canceled", "running"]
 
 
 def test_given_back_once_and_not_again(tmp_path: Path) -> None:
-    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=0.01))
+    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=0.2))
     job = store.add({}, {})
     claimed(store, job)
-    time.sleep(0.05)
-    assert store.give_back_expired() == [job.id]
-    assert store.give_back_expired() == []
+    time.sleep(0.3)
+    assert store.is_silent("w/")
+    store.give_back_expired()
+    assert state(store, job) == "queued" and not store.is_silent("w/")
+    claimed(store, job)
+    store.give_back_expired()
+    found = store.get(job.id)
+    assert found is not None and found.deaths == 1
     store.close()
 
 
@@ -130,6 +138,43 @@ def test_a_job_that_kills_its_workers_is_given_up(store: JobStore) -> None:
     found = store.get(job.id)
     assert found is not None and found.state == "failed" and found.error is not None
     assert found.error["code"] == "worker-lost"
+
+
+def test_being_told_to_stop_is_no_death(store: JobStore) -> None:
+    job = store.add({}, {})
+    for i in range(10):
+        claimed(store, job, f"w{i}/1")
+        store.release(f"w{i}/", died=False)
+    assert store.give_up() == [] and state(store, job) == "queued"
+
+
+def test_tidying_removes_what_no_job_needs(store: JobStore) -> None:
+    queue = Queue(store, make_celery(store.settings))
+    done, failed, running = (store.add({}, {}) for _ in range(3))
+    store.succeed(claimed(store, done), files=[], warnings=[], progress={})
+    store.fail(claimed(store, failed), {})
+    claimed(store, running)
+    artifacts = store.settings.artifacts
+    for job in (done, failed, running):
+        (artifacts / job.id).mkdir()
+        (artifacts / f".{job.id}.1.partial").mkdir()
+    queue.tidy()
+    assert {path.name for path in artifacts.iterdir()} == {done.id, running.id, f".{running.id}.1.partial"}
+
+
+def test_canceling_a_queued_job_removes_what_earlier_attempts_left(store: JobStore) -> None:
+    job = store.add({}, {})
+    (store.settings.artifacts / f".{job.id}.1.partial").mkdir()
+    Queue(store, make_celery(store.settings)).cancel(job.id)
+    assert list(store.settings.artifacts.iterdir()) == []
+
+
+def test_odd_folders_are_kept_apart(tmp_path: Path) -> None:
+    stores = [JobStore(Settings(data=tmp_path / name)) for name in ("q?x", "q?y")]
+    stores[0].add({}, {})
+    assert [len(store.page()) for store in stores] == [1, 0]
+    for store in stores:
+        store.close()
 
 
 def test_a_lost_message_is_sent_again_ever_more_rarely(tmp_path: Path) -> None:
