@@ -23,6 +23,15 @@ RECIPE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path
 URL = click.option(
     "--url", default="http://127.0.0.1:8000", envvar="WEIGHTSMITH_URL", show_default=True, help="The service."
 )
+DATA = click.option(
+    "--data", type=click.Path(path_type=Path), help="Where jobs and artifacts live.  [default: ./weightsmith-data]"
+)
+MODELS = click.option(
+    "--models",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder that recipes may name models in; may be repeated.  [default: DATA/models]",
+)
 MEMORY = click.option("--memory", metavar="SIZE", help="Most memory of the whole process, such as 1GiB.")
 THREADS = click.option("--threads", type=click.IntRange(1), help="Compute threads (default: one per core).")
 
@@ -36,16 +45,8 @@ def main() -> None:
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Where jobs and artifacts live.  [default: ./weightsmith-data]"
-)
-@click.option(
-    "--models",
-    "models",
-    multiple=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder that recipes may name models in; may be repeated.  [default: DATA/models]",
-)
+@DATA
+@MODELS
 def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> None:
     """Run the service and one worker: no Redis, no Docker.
 
@@ -60,25 +61,20 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> 
         settings = _settings(data, models)
         if host not in ("127.0.0.1", "::1", "localhost"):
             click.echo(f"warning: anybody who can reach {host} can use this service; it has no accounts yet", err=True)
-        service = create_app(settings)
+        config = uvicorn.Config(
+            create_app(settings), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5
+        )
+        listening = config.bind_socket()
         with _supervised(Supervisor(settings)):
             roots = ", ".join(map(str, settings.roots))
-            click.echo(f"Weightsmith {__version__}: http://{host}:{port}/docs", err=True)
+            click.echo(f"Weightsmith {__version__}: http://{host}:{listening.getsockname()[1]}/docs", err=True)
             click.echo(f"  models in {roots}\n  data in {settings.data.absolute()}", err=True)
-            uvicorn.run(service, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 @main.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Where jobs and artifacts live.  [default: ./weightsmith-data]"
-)
-@click.option(
-    "--models",
-    "models",
-    multiple=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder that recipes may name models in; may be repeated.  [default: DATA/models]",
-)
+@DATA
+@MODELS
 def worker(data: Path | None, models: tuple[Path, ...]) -> None:
     """Run one more worker on this machine, or on another with the same data folder, database and broker."""
     with _told():
@@ -132,7 +128,8 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
         return
     click.echo(f"method      {made['method']}, {made['semantics']}'s meaning, measured per {made['scope']}")
     click.echo(f"models      {', '.join(made['models'])}")
-    click.echo(f"tensors     {made['tensors']}, of which {made['tensors_merged']} are merged and the others copied")
+    copied = made["tensors"] - made["tensors_merged"]
+    click.echo(f"tensors     {made['tensors_merged']} merged, {copied} copied")
     click.echo(f"reads       {_bytes(made['bytes_read'])} in {made['passes']} pass{'es' if made['passes'] > 1 else ''}")
     shards = ", ".join(shard["file"] for shard in made["shards"][:3]) + (", …" if made["shards"][3:] else "")
     click.echo(f"writes      {_bytes(made['bytes_written'])}: {shards}")

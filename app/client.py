@@ -31,8 +31,11 @@ class Client:
 
     def __init__(self, url: str) -> None:
         # A proxy has no way to this machine's own addresses.
-        local = httpx2.URL(url).host in ("127.0.0.1", "localhost", "::1")
-        self._http = httpx2.Client(base_url=url, timeout=60, trust_env=not local)
+        try:
+            local = httpx2.URL(url).host in ("127.0.0.1", "localhost", "::1")
+            self._http = httpx2.Client(base_url=url, timeout=60, trust_env=not local)
+        except httpx2.InvalidURL as error:
+            raise ServiceError(f"{url} is no address: {error}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -102,7 +105,7 @@ class Client:
             try:
                 response = self._http.request(verb, path, **options)
                 break
-            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            except httpx2.HTTPError as error:
                 if attempt == retries:
                     raise ServiceError(
                         f"{self._http.base_url} cannot be reached: {error}; is `weightsmith serve` running?"

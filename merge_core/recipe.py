@@ -316,6 +316,7 @@ class Recipe(_Keys):
             raise RecipeError.of([problem])
         if later := [key for key in LATER if data.get(key) is not None]:
             raise RecipeError.of(Problem(LATER[key], f"#/{key}") for key in later)
+        data = {key: value for key, value in data.items() if key not in LATER}
         if "merge_method" not in data and {"experts", "gate_mode"} & set(data):
             raise RecipeError("this is a mixture-of-experts recipe (mergekit-moe), which is not a merge of weights")
         if "merge_method" not in data and {"genome", "tasks"} <= set(data):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,45 @@ def test_mistakes_are_one_message(models: Path, recipe: Path) -> None:
     assert "is not a size" in weightsmith("merge", recipe, "out", "--memory", "lots", cwd=models, status=2).stderr
     refused = weightsmith("submit", recipe, "--url", "http://127.0.0.1:1", cwd=models, status=1).stderr
     assert "cannot be reached" in refused
+
+
+def test_what_cannot_be_read_or_reached_is_one_message(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "bytes.yml").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "file").touch()
+    good = tmp_path / "good.yml"
+    good.write_text(yaml.safe_dump(method_recipe("linear")))
+    for arguments in (
+        ["merge", "bytes.yml", "out"],
+        ["plan", "bytes.yml"],
+        ["merge", good, "file/out"],
+        ["merge", good, "file"],
+        ["submit", good, "--url", "http://[::1"],
+        ["submit", good, "--url", "http://127.0.0.1:1", "--download", "file"],
+        ["serve", "--data", "file"],
+    ):
+        refused = weightsmith(*arguments, cwd=tmp_path, status=1)
+        assert refused.stderr.startswith("error: "), refused.stderr
+    weightsmith("merge", good, "out", "--shard-size", "0", cwd=tmp_path, status=2)
+
+
+def test_a_server_that_is_not_ours_is_told_apart(tmp_path: Path) -> None:
+    class Html(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello</html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Html) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "r.yml").write_text("{}")
+        url = f"http://127.0.0.1:{server.server_port}"
+        refused = weightsmith("submit", "r.yml", "--url", url, cwd=tmp_path, status=1)
+        server.shutdown()
+    assert "does not answer like Weightsmith" in refused.stderr
 
 
 @pytest.mark.xdist_group("service")

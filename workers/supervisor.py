@@ -69,26 +69,14 @@ class Supervisor:
     def _start_worker(self) -> None:
         self._name, self._started = f"worker-{uuid.uuid4().hex[:12]}", time.monotonic()
         # The warning against running as root is about pickled messages; ours are JSON.
-        command = [
-            sys.executable,
-            "-W",
-            "ignore::UserWarning:celery.platforms",
-            "-m",
-            "celery",
-            "--quiet",
-            "--app",
-            "workers.celery_app",
-        ]
-        command += [
-            "worker",
-            "--hostname",
-            f"{self._name}@%h",
-            "--loglevel",
-            "ERROR",
-            "--without-gossip",
-            "--without-mingle",
-        ]
-        self.process = subprocess.Popen(command, env=self._environment(), start_new_session=True)
+        quiet = ["-W", "ignore::UserWarning:celery.platforms"]
+        celery = ["-m", "celery", "--quiet", "--app", "workers.celery_app", "worker"]
+        options = ["--hostname", f"{self._name}@%h", "--loglevel", "ERROR", "--without-gossip", "--without-mingle"]
+        command = [sys.executable, *quiet, *celery, *options]
+        # What Celery has to say goes to stderr; on stdout it only takes its leave.
+        self.process = subprocess.Popen(
+            command, env=self._environment(), stdout=subprocess.DEVNULL, start_new_session=True
+        )
 
     def _environment(self) -> dict[str, str]:
         settings = self.settings

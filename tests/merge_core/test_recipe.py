@@ -145,6 +145,7 @@ def test_all_problems_are_told_at_once() -> None:
     ],
 )
 def test_what_comes_later_says_so(key: str, value: Any) -> None:
+    assert Recipe.from_data({**GOOD, key: None}) == Recipe.from_data(GOOD)
     with pytest.raises(RecipeError, match="not supported yet") as refused:
         Recipe.from_data({**GOOD, key: value})
     assert refused.value.problems[0].pointer == f"#/{key}"
