@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from merge_core.artifact import Artifact, SourceHashes, write_companions
+from merge_core.artifact import Artifact, SourceHashes, read_artifact, write_companions
 from merge_core.checkpoint import Checkpoint, check_below
 from merge_core.errors import CheckpointError, CheckpointNotFound, OutputExists, Problem, RecipeError
 from merge_core.execute import Execution, share_one_heap
@@ -145,12 +145,18 @@ def locate(ref: ModelRef, roots: Sequence[Path] | None) -> Path:
     raise CheckpointNotFound(ref.path, "is in none of this service's model folders; Hub models are not supported yet")
 
 
+def adopt(out: Path) -> Artifact:
+    """An artifact that appeared, but whose maker was killed before it could say so."""
+    (out / JOURNAL).unlink(missing_ok=True)
+    return read_artifact(out)
+
+
 def _appear(partial: Path, out: Path) -> None:
-    """Make the finished folder appear under its name in one step."""
-    (partial / JOURNAL).unlink()
+    """Make the finished folder appear under its name in one step; until then the journal shows whose it is."""
     fsync_folder(partial)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
         out.rmdir()
     partial.rename(out)
+    (out / JOURNAL).unlink()
     fsync_folder(out.parent)

@@ -237,11 +237,13 @@ def test_an_artifact_whose_job_did_not_hear_of_it_is_adopted(llamas: Path, tmp_p
     job = store.add(recipe.to_data(), {"tensors": 0})
     assert store.claim(job.id, "dead/1")
     artifact = merge(recipe, artifact_folder(settings, job.id), roots=[llamas])
+    (artifact.folder / "journal.jsonl").touch()
     store.close()
     with running_service(tmp_path / "data", llamas) as service:
         adopted = {"urls": {"self": f"/v1/merges/{job.id}", "files": f"/v1/merges/{job.id}/files"}}
         assert service.ended(adopted)["status"] == "succeeded"
         assert service.files(adopted) == {file.path: file.sha256 for file in artifact.files}
+        assert service.files(adopted).keys() == {path.name for path in artifact.folder.iterdir()}
 
 
 def test_stopping_the_service_hands_its_job_to_the_next(large: Path, tmp_path: Path) -> None:

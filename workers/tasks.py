@@ -76,15 +76,14 @@ def _end(settings: Settings, keeper: Keeper, move: Callable[[Lease], None]) -> N
 
 def _merge(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
     # Here and not above: torch must be imported in the child that uses it, and only once the lease is kept alive.
-    from merge_core.artifact import read_artifact
-    from merge_core.merge import merge
+    from merge_core.merge import adopt, merge
     from merge_core.recipe import Recipe
 
     out = artifact_folder(settings, lease.job_id)
     partial_output = _take_over(settings, lease, keeper)
     if out.exists():
         # An earlier attempt died between finishing the artifact and saying so.
-        return read_artifact(out)
+        return adopt(out)
     recipe = Recipe.from_data(lease.recipe)
     return merge(
         recipe,

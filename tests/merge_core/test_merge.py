@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import merge_core.merge
 import merge_core.shards
 from merge_core.artifact import LOCK_NAME, read_artifact
 from merge_core.errors import (
@@ -292,6 +293,22 @@ def test_what_a_killed_merge_left_is_proved_before_it_is_used(models: Path, tmp_
         journal.write(b'\n0123456789abcdef {"tensor": "lm_head.weight", "sha')
 
     assert run(models, tmp_path / "out", "linear") == whole
+
+
+@pytest.mark.parametrize("step", ["fsync_folder", "write_companions", "_appear"])
+def test_killed_at_its_very_end(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """All is written; what follows is the folder's appearance."""
+    whole = run(models, tmp_path / "whole", "linear")
+
+    def die(*_: object, **__: object) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(merge_core.merge, step, die)
+        run(models, tmp_path / "out", "linear")
+    resumed = merge(Recipe.from_data(method_recipe("linear")), tmp_path / "out", roots=[models])
+    assert resumed.tensors == whole and resumed.resumed_tensors == len(whole)
+    assert {file.path for file in resumed.files} == {path.name for path in (tmp_path / "out").iterdir()}
 
 
 @pytest.mark.parametrize("seed", range(8))
