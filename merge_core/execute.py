@@ -59,7 +59,8 @@ class Execution:
             self._enter("merging")
             for slot in self.writer.remaining():
                 self._make(pool, slot, known)
-            self.progress.tensors_done = self.progress.tensors_total
+            self.progress.complete()
+            self._tick()
 
     def _make(self, pool: ThreadPoolExecutor, slot: Slot, known: Known) -> None:
         step = self.plan.by_name[slot.name]
@@ -99,6 +100,7 @@ class Execution:
         """Make the stages' passes over the tensors, one stage after the other."""
         for stage in stages:
             if not stage.needed(known):
+                self.progress.bytes_read_total -= sum(source.info.nbytes for step in steps for source in step.reads)
                 continue
             self._enter(f"measuring: {stage.name}")
             jobs = ((step, span) for step in steps for span in self._spans(step))

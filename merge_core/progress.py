@@ -21,6 +21,11 @@ class Progress:
     bytes_written_total: int = 0
     started: float = field(default_factory=time.monotonic)
 
+    def complete(self) -> None:
+        """All is done, also what an earlier attempt had done already and what proved needless to read."""
+        self.tensors_done = self.tensors_total
+        self.bytes_read_total, self.bytes_written_total = self.bytes_read, self.bytes_written
+
     @property
     def fraction(self) -> float:
         total = self.bytes_read_total + self.bytes_written_total

@@ -226,6 +226,20 @@ def test_a_model_that_changes_under_the_merge_is_refused(models: Path, tmp_path:
     assert _leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("title", METHOD_RECIPES)
+def test_progress_only_grows_and_ends_complete(models: Path, tmp_path: Path, title: str) -> None:
+    seen: list[tuple[int, int, int]] = []
+    last: list[Progress] = []
+
+    def watch(progress: Progress) -> None:
+        seen.append((progress.tensors_done, progress.bytes_read, progress.bytes_written))
+        assert 0 <= progress.fraction <= 1
+        last[:] = [progress]
+
+    run(models, tmp_path / "out", title, report=watch, threads=1)
+    assert seen == sorted(seen) and last[0].fraction == 1.0 and last[0].tensors_done == 20
+
+
 def test_an_output_is_never_overwritten(models: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
