@@ -1,6 +1,6 @@
 """The whole flow: recipe → plan → tensors → shards → artifact.
 
-merge(Recipe.from_text(Path("recipe.yml").read_text()), "merged")
+Usage: `merge(Recipe.from_text(text), "merged")`.
 """
 
 from __future__ import annotations

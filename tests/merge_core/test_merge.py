@@ -265,6 +265,17 @@ class _Killed(BaseException):
     """What the process does not live to handle."""
 
 
+def kill_after(tensors: int, models: Path, out: Path, title: str) -> None:
+    """Begin a merge that dies when so many tensors are done."""
+
+    def die(progress: Progress) -> None:
+        if progress.tensors_done == tensors:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        run(models, out, title, report=die)
+
+
 @pytest.mark.parametrize("title", ["linear", "ties", "ties-paper", "dare_ties"])
 @pytest.mark.parametrize("blocks", [1, 7, 14, 20])
 def test_an_interrupted_merge_goes_on_to_the_same_bytes(models: Path, tmp_path: Path, title: str, blocks: int) -> None:
@@ -290,13 +301,7 @@ def test_an_interrupted_merge_goes_on_to_the_same_bytes(models: Path, tmp_path: 
 
 def test_what_a_killed_merge_left_is_proved_before_it_is_used(models: Path, tmp_path: Path) -> None:
     whole = run(models, tmp_path / "whole", "linear")
-
-    def die(progress: Progress) -> None:
-        if progress.tensors_done == 5:
-            raise _Killed
-
-    with pytest.raises(_Killed):
-        run(models, tmp_path / "out", "linear", report=die)
+    kill_after(5, models, tmp_path / "out", "linear")
     partial = tmp_path / ".out.partial"
     shard = next(partial.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
@@ -328,13 +333,7 @@ def test_killed_at_its_very_end(models: Path, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("seed", range(8))
 def test_a_damaged_journal_costs_time_and_never_a_wrong_weight(models: Path, tmp_path: Path, seed: int) -> None:
     whole = run(models, tmp_path / "whole", "ties-paper")
-
-    def die(progress: Progress) -> None:
-        if progress.tensors_done == 9:
-            raise _Killed
-
-    with pytest.raises(_Killed):
-        run(models, tmp_path / "out", "ties-paper", report=die)
+    kill_after(9, models, tmp_path / "out", "ties-paper")
     journal = tmp_path / ".out.partial" / "journal.jsonl"
     data, chance = bytearray(journal.read_bytes()), random.Random(seed)
     for _ in range(5):
@@ -345,12 +344,7 @@ def test_a_damaged_journal_costs_time_and_never_a_wrong_weight(models: Path, tmp
 
 
 def test_what_another_layout_left_is_not_in_the_output(models: Path, tmp_path: Path) -> None:
-    def die(progress: Progress) -> None:
-        if progress.tensors_done == 5:
-            raise _Killed
-
-    with pytest.raises(_Killed):
-        run(models, tmp_path / "out", "linear", report=die)
+    kill_after(5, models, tmp_path / "out", "linear")
     artifact = merge(Recipe.from_data(method_recipe("linear")), tmp_path / "out", roots=[models], max_shard_size=3000)
     assert {file.path for file in artifact.files} == {path.name for path in (tmp_path / "out").iterdir()}
 
@@ -432,13 +426,7 @@ def test_passthrough_copies_integers_of_its_own_model(models: Path, tmp_path: Pa
 
 def test_what_another_recipe_left_is_not_used(models: Path, tmp_path: Path) -> None:
     whole = run(models, tmp_path / "whole", "linear")
-
-    def die(progress: Progress) -> None:
-        if progress.tensors_done == 5:
-            raise _Killed
-
-    with pytest.raises(_Killed):
-        run(models, tmp_path / "out", "task_arithmetic", report=die)
+    kill_after(5, models, tmp_path / "out", "task_arithmetic")
     assert run(models, tmp_path / "out", "linear") == whole
 
 
