@@ -91,7 +91,10 @@ def worker(data: Path | None, models: tuple[Path, ...]) -> None:
 @MEMORY
 @THREADS
 @click.option("--shard-size", metavar="SIZE", help="Most bytes of tensors in one file, such as 5GB.")
-def merge(recipe: Path, out: Path, memory: str | None, threads: int | None, shard_size: str | None) -> None:
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto; the bytes are the same.")
+def merge(
+    recipe: Path, out: Path, memory: str | None, threads: int | None, shard_size: str | None, device: str
+) -> None:
     """Merge by RECIPE into the folder OUT, without a service.
 
     Model paths are as seen from here. Interrupted, the same command goes on where it was.
@@ -101,7 +104,16 @@ def merge(recipe: Path, out: Path, memory: str | None, threads: int | None, shar
         from merge_core import merge as core
 
         with _progress_bar() as report:
-            artifact = core.merge(_read(recipe), out, memory=most, threads=threads, max_shard_size=shard, report=report)
+            artifact = core.merge(
+                _read(recipe),
+                out,
+                memory=most,
+                threads=threads,
+                max_shard_size=shard,
+                cache=Path(click.get_app_dir("weightsmith")) / "cache",
+                device=device,
+                report=report,
+            )
     for warning in artifact.warnings:
         click.echo(f"warning: {warning}", err=True)
     size = sum(file.size for file in artifact.files)

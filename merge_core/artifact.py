@@ -12,8 +12,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,13 @@ import yaml
 
 from merge_core import __version__
 from merge_core.checkpoint import Checkpoint
-from merge_core.errors import Canceled
+from merge_core.files import WrittenFile, write_text
 from merge_core.plan import Plan
-from merge_core.shards import WrittenFile, write_text
 
 LOCK_NAME = "merge.lock.json"
 CARD_NAME = "README.md"
 RECIPE_NAME = "mergekit_config.yml"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
-_READ = 2**22
 
 
 @dataclass(frozen=True)
@@ -43,37 +40,6 @@ class Artifact:
     tensors: Mapping[str, str]
     warnings: tuple[str, ...]
     resumed_tensors: int = 0
-
-
-class SourceHashes:
-    """sha256 of every shard that a plan reads, computed beside the merge."""
-
-    def __init__(self, plan: Plan, checkpoints: Sequence[Checkpoint], stop: Callable[[], bool]) -> None:
-        self._stop, self._closed = stop, False
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        read = {(source.model, source.info.file) for step in plan.steps for source in step.reads}
-        read |= {(pair.model, info.file) for pair in plan.tied for info in (pair.tensor, pair.partner)}
-        self._found: dict[tuple[int, str], Future[str]] = {
-            (model, file): self._pool.submit(self._sha256, checkpoints[model].shards[file].path)
-            for model, file in sorted(read)
-        }
-
-    def result(self) -> dict[tuple[int, str], str]:
-        """(model, file) → sha256; waits for the last one."""
-        return {which: future.result() for which, future in self._found.items()}
-
-    def close(self) -> None:
-        self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _sha256(self, path: Path) -> str:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while data := file.read(_READ):
-                if self._closed or self._stop():
-                    raise Canceled("the merge was canceled")
-                digest.update(data)
-        return digest.hexdigest()
 
 
 def write_companions(
@@ -106,7 +72,7 @@ def write_companions(
         "plan": plan.digest,
         "sources": [_source(plan, checkpoints, model, sources) for model in range(len(plan.models))],
         "files": [asdict(file) for file in files],
-        "tensors": {name: {"sha256": tensors[name]} for name in sorted(tensors)},
+        "tensors": {name: {"blake3": tensors[name]} for name in sorted(tensors)},
         "left_out": list(plan.left_out),
         "warnings": list(warnings),
     }
@@ -124,7 +90,7 @@ def read_artifact(folder: Path) -> Artifact:
     return Artifact(
         folder,
         tuple(files),
-        {name: entry["sha256"] for name, entry in lock["tensors"].items()},
+        {name: entry["blake3"] for name, entry in lock["tensors"].items()},
         tuple(lock["warnings"]),
     )
 

@@ -166,27 +166,32 @@ class Checkpoint:
                 found[info.shape].append(info)
         return found
 
-    def rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+    def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
         """Rows `start` to `stop` of a tensor in its stored dtype, `[stop - start, *shape[1:]]`; a 0-d tensor has one
-        row.
+        row. They are read into `space` (uint8, large enough) if it is given.
         """
-        row = info.elements // info.rows if info.rows else 0
-        size = (stop - start) * row * info.dtype.itemsize
-        buffer = torch.empty(size, dtype=torch.uint8)
-        offset = info.begin + start * row * info.dtype.itemsize
+        size = self.row_bytes(info) * (stop - start)
+        buffer = torch.empty(size, dtype=torch.uint8) if space is None else space[:size]
+        offset = info.begin + start * self.row_bytes(info)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         done = 0
         while done < size:
-            count = os.preadv(self._descriptor(info.file), [view[done:]], offset + done)
+            count = os.preadv(self.descriptor(info.file), [view[done:]], offset + done)
             if count == 0:
-                raise CheckpointError(
-                    self.shards[info.file].path,
-                    f"ends inside {info.name}; it was changed while being read",
-                    tensor=info.name,
-                )
+                raise self.ends_inside(info)
             done += count
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         return buffer.view(info.dtype.torch).reshape(shape)
+
+    def ends_inside(self, info: TensorInfo) -> CheckpointError:
+        """The error of a file that became shorter than its header says."""
+        what = f"ends inside {info.name}; it was changed while being read"
+        return CheckpointError(self.shards[info.file].path, what, tensor=info.name)
+
+    @staticmethod
+    def row_bytes(info: TensorInfo) -> int:
+        """Bytes of one row of a tensor; a 0-d tensor has one row."""
+        return info.nbytes // info.rows if info.rows else 0
 
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if a shard is no longer the file whose header was read."""
@@ -204,7 +209,8 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _descriptor(self, file: str) -> int:
+    def descriptor(self, file: str) -> int:
+        """The shard, open for reading; the same one every time. Raises `CheckpointError` if it changed."""
         if file not in self._descriptors:
             shard = self.shards[file]
             opened, now = open_regular(shard.path)

@@ -110,6 +110,13 @@ class MemoryLimitExceeded(WeightsmithError):
     title = "The merge does not fit in its memory limit"
 
 
+class DeviceNotFound(WeightsmithError):
+    """No such device, or none that this process sees."""
+
+    code = "device-not-found"
+    title = "The device is not there"
+
+
 class InsufficientStorage(WeightsmithError):
     """The disk is too small, or filled up on the way."""
 

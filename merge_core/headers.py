@@ -56,6 +56,7 @@ class Shard:
 
     path: Path
     size: int
+    device: int
     inode: int
     mtime_ns: int
     ctime_ns: int
@@ -63,7 +64,8 @@ class Shard:
 
     def is_still(self, now: os.stat_result) -> bool:
         """Whether a file is this one, unchanged."""
-        return (now.st_size, now.st_ino, now.st_mtime_ns) == (self.size, self.inode, self.mtime_ns)
+        found = (now.st_size, now.st_dev, now.st_ino, now.st_mtime_ns, now.st_ctime_ns)
+        return found == (self.size, self.device, self.inode, self.mtime_ns, self.ctime_ns)
 
 
 def open_regular(path: Path) -> tuple[int, os.stat_result]:
@@ -120,7 +122,7 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
         wrong = f"is cut short: {said}" if at > found.st_size else f"has bytes that no tensor owns: {said}"
         raise CheckpointError(path, wrong, tensor=infos[-1].name if infos else None)
     digest = hashlib.sha256(raw).hexdigest()
-    return Shard(path, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, digest), infos
+    return Shard(path, found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, digest), infos
 
 
 def is_usable_name(name: str) -> bool:

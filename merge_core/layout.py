@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from merge_core.dtypes import DType
 
 INDEX_NAME = "model.safetensors.index.json"
+DATA_ALIGNMENT = 4096
+"""Where the first tensor begins, so that most can be written past the page cache as they are."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def _shard(file: str, tensors: Sequence[Slot], metadata: Mapping[str, str]) -> S
         }
         at += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     begin = len(header)
     slots = []

@@ -10,16 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from merge_core.artifact import Artifact, SourceHashes, read_artifact, write_companions
+import torch
+
+from merge_core import kernels
+from merge_core.artifact import Artifact, read_artifact, write_companions
 from merge_core.checkpoint import Checkpoint, check_below
-from merge_core.errors import CheckpointError, CheckpointNotFound, OutputExists, Problem, RecipeError
-from merge_core.execute import Execution, share_one_heap
+from merge_core.errors import CheckpointError, CheckpointNotFound, DeviceNotFound, OutputExists, Problem, RecipeError
+from merge_core.execute import CPU, Execution, share_one_heap
+from merge_core.files import disk_error, fsync_folder, nearest_existing
 from merge_core.method import Randomness
 from merge_core.plan import Plan
-from merge_core.planner import BLOCK_ELEMENTS, make_plan, referenced_models
+from merge_core.planner import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS, make_plan, referenced_models
 from merge_core.progress import Progress, Report
 from merge_core.recipe import ModelRef, Recipe
-from merge_core.shards import JOURNAL, ShardWriter, disk_error, fsync_folder, nearest_existing, unfinished
+from merge_core.shards import JOURNAL, ShardWriter, unfinished
+from merge_core.sources import Sources
 
 
 def merge(
@@ -30,9 +35,11 @@ def merge(
     partial: Path | None = None,
     memory: int | None = None,
     threads: int | None = None,
-    block_elements: int = BLOCK_ELEMENTS,
+    block_elements: int | None = None,
     max_shard_size: int | None = None,
     randomness: Randomness | None = None,
+    cache: Path | None = None,
+    device: str = "cpu",
     report: Report = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Artifact:
@@ -41,13 +48,15 @@ def merge(
     `roots`: folders that models may lie in, relative paths starting there (None: anywhere, from the working directory).
     `partial`: where the unfinished output grows (beside `out` by default). After a kill, the same call goes on from
     there; after any `WeightsmithError` it is removed. `memory` (bytes), `threads` and `max_shard_size` (bytes) go
-    before the recipe's. `report` is called with the progress after every block, and `stop` is asked whether to give up
-    (`Canceled`).
+    before the recipe's. `device` is `cpu`, `cuda`, `cuda:1` … or `auto`; it changes no byte. `cache`: a folder for what
+    need not be found out twice, which is the inputs' hashes. `report` is called with the progress after every block,
+    and `stop` is asked whether to give up (`Canceled`).
 
     The bytes of every tensor depend on the recipe and the models alone. Raises `WeightsmithError`.
     """
     out = Path(out).absolute()
     partial = partial or out.parent / f".{out.name}.partial"
+    where = _device(device)
     share_one_heap()
     try:
         _check_output(out, partial)
@@ -57,14 +66,30 @@ def merge(
                 checkpoints,
                 memory=memory,
                 threads=threads,
-                block_elements=block_elements,
+                block_elements=block_elements or (BLOCK_ELEMENTS if where == CPU else CUDA_BLOCK_ELEMENTS),
+                on_gpu=where != CPU,
                 max_shard_size=max_shard_size,
             )
             inputs = [checkpoints[model] for model in plan.models]
             with unfinished(partial):
-                return _carry_out(plan, inputs, partial, out, randomness or Randomness(recipe.seed), report, stop)
+                draws = randomness or Randomness(recipe.seed)
+                return _carry_out(plan, inputs, partial, out, draws, cache, where, report, stop)
     except OSError as error:
         raise disk_error(error, Path(error.filename or out), 0) from error
+
+
+def _device(name: str) -> torch.device:
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one. Raises `DeviceNotFound`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind == "cpu" and not number:
+        return CPU
+    if kind != "cuda" or not (number or "0").isdecimal():
+        raise DeviceNotFound(f"{name[:40]!r} is no device; write cpu, cuda, cuda:1 … or auto")
+    if int(number or 0) >= torch.cuda.device_count():
+        raise DeviceNotFound(f"{name} is not there: this process sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", int(number or 0))
 
 
 def _carry_out(
@@ -73,23 +98,27 @@ def _carry_out(
     partial: Path,
     out: Path,
     randomness: Randomness,
+    cache: Path | None,
+    device: torch.device,
     report: Report,
     stop: Callable[[], bool],
 ) -> Artifact:
     try:
         with ExitStack() as stack:
             writer = stack.enter_context(ShardWriter(plan, partial))
-            hashes = SourceHashes(plan, inputs, stop)
-            stack.callback(hashes.close)
-            execution = Execution(plan, inputs, writer, randomness, Progress(), report, stop)
+            sources = Sources(plan, inputs, cache, stop)
+            stack.callback(sources.close)
+            if device == CPU and any(step.is_fused for step in plan.steps):
+                kernels.load()
+            execution = Execution(plan, inputs, writer, randomness, sources.merged, Progress(), report, stop, device)
             execution.run()
             weights = writer.finish()
-            sources = hashes.result()
+            hashes = sources.result()
         for checkpoint in inputs:
             checkpoint.check_unchanged()
         warnings = (*plan.warnings, *execution.warnings)
         files = write_companions(
-            plan, inputs, partial, weights=weights, tensors=writer.digests, sources=sources, warnings=warnings
+            plan, inputs, partial, weights=weights, tensors=writer.digests, sources=hashes, warnings=warnings
         )
         _appear(partial, out)
     except OSError as error:

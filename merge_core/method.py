@@ -3,27 +3,29 @@
 A method's fields are its hyperparameters, resolved for one output tensor. `stages` names what must be known first;
 `merge` turns one block into the merged rows, elementwise across rows, pure in its arguments.
 
-`observe` and `merge` use only operations whose bits depend neither on a block's length nor on the instruction set: sums
-over models are written out in recipe order (`task_vectors.total`), sums over elements go through `Block.sums`; no
-matmul, no `Tensor.sum` of floats, no `softmax`, `lerp` or `addcmul`.
+`observe` and `merge` use only operations whose bits depend neither on a block's length nor on the instruction set: the
+`kernels`, or plain torch with sums over models written out in recipe order (`plain.total`) and sums over elements by
+`grain_sums`; no matmul, no `Tensor.sum` of floats, no `softmax`, `lerp` or `addcmul`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args, get_type_hints
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from merge_core import random
-from merge_core.statistics import Grains, GrainSums, Statistic, grain_sums
+from merge_core import kernels, random
+from merge_core.kernels.vectors import Rows, TaskVectors
+from merge_core.statistics import Grains, GrainSums, Statistic, Sums
 
 Known = dict[str, Any]
 Semantics = Literal["mergekit", "paper"]
@@ -45,77 +47,122 @@ class Randomness:
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def uniform(self, tensor: str, model: int, start: int, count: int) -> Tensor:
+    def key(self, tensor: str, model: int) -> int | None:
+        """The key of a tensor's random stream for one model; None where numbers come from elsewhere."""
+        return random.stream_key(self.seed, model, tensor)
+
+    def uniform(self, tensor: str, model: int, start: int, count: int, device: torch.device) -> Tensor:
         """`[count]`, float32, in [0, 1), for the element indices from `start`."""
-        return random.uniform(random.stream_key(self.seed, model, tensor), start, count)
+        return kernels.uniform(random.stream_key(self.seed, model, tensor), start, count, device)
 
 
 @dataclass
 class Block:
     """A run of whole grains of one output tensor, from all models at once.
 
-    `models` is `[models, rows, *shape[1:]]` in recipe order and `base` `[rows, *shape[1:]]` or None, both in the
-    working dtype (float32; float64 where a source is stored so). `first_grain` is the first grain's index in its
-    tensor.
+    `stored` are the models' rows in recipe order and `stored_base` those of the base or None, each
+    `[rows, *shape[1:]]` in its own dtype. Arithmetic is in `working`: float32, or float64 where a source is stored so.
+    `first_grain` is the first grain's index in its tensor. `out`, if given, is where the merged rows may be put,
+    rounded to its dtype.
     """
 
-    models: Tensor
-    base: Tensor | None = None
+    stored: Sequence[Rows]
+    stored_base: Rows | None = None
     tensor: str = "tensor"
     grains: Grains = field(default_factory=lambda: Grains(1, 1, 1))
     first_grain: int = 0
     randomness: Randomness | None = None
+    working: torch.dtype = torch.float32
+    out: Tensor | None = None
 
     @classmethod
     def of(cls, models: Sequence[Any], base: Any = None, *, seed: int = 0, tensor: str = "tensor") -> Self:
         """A whole small tensor as one block, for examples and tests."""
-        stack = torch.stack([torch.as_tensor(model, dtype=torch.float32) for model in models])
-        origin = None if base is None else torch.as_tensor(base, dtype=torch.float32)
-        return cls(stack, origin, tensor, Grains.of(stack.shape[1:]), 0, Randomness(seed))
+        rows = [Rows.of(torch.as_tensor(model, dtype=torch.float32)) for model in models]
+        origin = None if base is None else Rows.of(torch.as_tensor(base, dtype=torch.float32))
+        return cls(rows, origin, tensor, Grains.of(rows[0].shape), 0, Randomness(seed))
 
     @cached_property
-    def deltas(self) -> Tensor:
-        """Task vectors δᵢ = θᵢ − θ₀: `[models, rows, *shape[1:]]`."""
-        if self.base is None:
-            raise ValueError("deltas need a base")
-        return self.models - self.base
+    def models(self) -> Tensor:
+        """`[models, rows, *shape[1:]]`, in the working dtype."""
+        return torch.stack([rows.load().to(self.working) for rows in self.stored])
+
+    @cached_property
+    def base(self) -> Tensor:
+        """`[rows, *shape[1:]]`, in the working dtype."""
+        return self._base.load().to(self.working)
 
     @property
-    def last_grain(self) -> int:
-        """One past the last grain."""
-        elements = self.models[0].numel()
-        return self.first_grain + -(-elements // max(1, self.grains.size * self.grains.width))
+    def task_vectors(self) -> TaskVectors:
+        """δᵢ = θᵢ − θ₀, as kernels take them."""
+        return TaskVectors(
+            self._base,
+            tuple(self.stored),
+            self.working,
+            self.tensor,
+            self.start,
+            self.grain_elements,
+            self.randomness,
+            self.out,
+        )
 
-    def uniform(self) -> Tensor:
-        """One number in [0, 1) per model and element, float32, shaped like `models`."""
-        if self.randomness is None:
-            raise ValueError("this block was made without randomness")
-        start = self.first_grain * self.grains.size * self.grains.width
-        count = self.models[0].numel()
-        drawn = [self.randomness.uniform(self.tensor, model, start, count) for model in range(len(self.models))]
-        return torch.stack(drawn).reshape(self.models.shape)
+    @property
+    def elements(self) -> int:
+        """Elements of one model in this block."""
+        return self.stored[0].elements
 
-    def sums(self, values: Tensor) -> GrainSums:
-        """Sum `values` (`[..., elements of this block]`) over the elements by the grain rule."""
-        found = GrainSums()
-        per_grain = grain_sums(values, self.grains.size * self.grains.width)
+    @property
+    def start(self) -> int:
+        """The first element's index in its tensor."""
+        return self.first_grain * self.grain_elements
+
+    @property
+    def grain_elements(self) -> int:
+        return self.grains.size * max(1, self.grains.width)
+
+    def linear(self, weights: tuple[float, ...], divisor: float = 1.0, *, with_base: bool = False) -> Tensor:
+        """Σᵢ wᵢ θᵢ / divisor, the base first where it takes part."""
+        sources = [self._base, *self.stored] if with_base else list(self.stored)
+        return kernels.linear(sources, weights, divisor, self.working, self.grain_elements, self.out)
+
+    def put_sums(self, found: dict[str, Statistic], name: str, per_grain: Sequence[Sums]) -> None:
+        """Add float64 sums of each grain to the `GrainSums` of that name."""
+        sums = cast(GrainSums, found.setdefault(name, GrainSums()))
         for offset, value in enumerate(per_grain):
-            found.put(self.tensor, self.grains.count, self.first_grain + offset, value)
-        return found
+            sums.put(self.tensor, self.grains.count, self.first_grain + offset, value)
+
+    @property
+    def _base(self) -> Rows:
+        if self.stored_base is None:
+            raise ValueError("this block has no base")
+        return self.stored_base
 
 
 class Stage(ABC):
     """One pass over the inputs before the merge: what to observe in each block, and what it comes to."""
 
     name: ClassVar[str]
+    reads: ClassVar[float] = 1.0
+    """About how much of a tensor the pass reads."""
+
+    @property
+    def expected(self) -> bool:
+        """Whether a plan reckons with the pass."""
+        return True
 
     def needed(self, known: Known) -> bool:
         """Whether the pass has to be made, given what earlier stages came to."""
         return True
 
+    def concerns(self, tensor: str, known: Known) -> bool:
+        """Whether the pass has to read this tensor."""
+        return True
+
     @abstractmethod
-    def observe(self, block: Block, known: Known) -> dict[str, Statistic]:
-        """Measure one block; results of disjoint blocks are added up in any order."""
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        """Measure one block and add it to what was found; disjoint blocks come in any order, each thread has its own
+        `found`.
+        """
 
     @abstractmethod
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
@@ -129,7 +176,7 @@ class MergeMethod(BaseModel, ABC):
     "model": a base is one of the models, if it has a weight), `count` (fewest and most models besides the base),
     `scopes` it can be measured over, the default first, `measured`, the parameters its statistics depend on (alike for
     all tensors where the scope is the model), whose meaning of the name it is (`semantics`), and `workspace`: the
-    temporaries it holds at once, as arrays of a block's size, per model and fixed.
+    temporaries that the plain form holds at once, as arrays of a block's size, per model and fixed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -151,7 +198,12 @@ class MergeMethod(BaseModel, ABC):
 
     @abstractmethod
     def merge(self, block: Block, known: Known) -> Tensor:
-        """The merged rows of one block, in the working dtype."""
+        """The merged rows of one block, in the working dtype, or rounded into `block.out`."""
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether measuring and merging go through `kernels` alone, whose compiled form needs no workspace."""
+        return False
 
     @property
     def is_copy(self) -> bool:
@@ -159,6 +211,7 @@ class MergeMethod(BaseModel, ABC):
         return False
 
     @classmethod
+    @functools.cache
     def parameters(cls) -> dict[str, bool]:
         """Every parameter's name in a recipe, and whether it is per model."""
         hints = get_type_hints(cls, include_extras=True)
@@ -168,6 +221,7 @@ class MergeMethod(BaseModel, ABC):
         }
 
     @classmethod
+    @functools.cache
     def required_parameters(cls) -> set[str]:
         return {info.alias or name for name, info in cls.model_fields.items() if info.is_required()}
 

@@ -6,19 +6,25 @@ A plan is made from headers and configs alone; the worker is held to it.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from merge_core import __version__
+from merge_core import __version__, kernels
 from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.headers import TensorInfo
 from merge_core.layout import ShardLayout
 from merge_core.method import MergeMethod, Scope
 from merge_core.recipe import ModelRef, Recipe, canonical_json
 from merge_core.statistics import Grains
+
+WRITING_BLOCKS = 4
+"""Merged blocks that may wait for the disk, besides one per thread."""
+STATISTICS_BYTES = 5 * 2**19
+"""Histograms of one model's ranks."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +64,35 @@ class Step:
         return self.sources if self.base is None else (self.base, *self.sources)
 
     @property
-    def element_bytes(self) -> int:
-        """Bytes of memory per element of a block in work, temporaries included."""
+    def stored_bytes(self) -> int:
+        """Bytes of all its sources."""
+        return sum(source.info.nbytes for source in self.reads)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the compiled kernels do all of it, a grain at a time."""
+        formats = (self.dtype.torch, *(source.info.dtype.torch for source in self.reads))
+        return self.method is not None and self.method.is_fused and kernels.serve(formats)
+
+    def element_bytes(self, *, on_gpu: bool = False) -> int:
+        """Bytes of main memory per element of a block in work, temporaries included; the merged block comes on top."""
+        stored = sum(source.info.dtype.itemsize for source in self.reads)
         if self.method is None:
-            return 2 * self.dtype.itemsize + 16
+            return stored + 8
+        if on_gpu:
+            return stored
+        if self.is_fused:
+            return 0
         per_model, fixed = self.method.workspace
         arrays = len(self.reads) + 1 + per_model * len(self.sources) + fixed
-        return (
-            arrays * self.working.itemsize
-            + 2 * self.dtype.itemsize
-            + max(source.info.dtype.itemsize for source in self.reads)
-        )
+        return arrays * self.working.itemsize + stored
+
+    def thread_bytes(self, scope: Scope) -> int:
+        """Bytes of memory that a thread needs however long its blocks are: one grain of all sources, histograms."""
+        grain = min(self.grains.size, self.grains.rows) * max(1, self.grains.width)
+        space = 4 * grain * len(self.reads) if self.is_fused else 0
+        ranks = self.method is not None and len(self.method.stages(scope)) > 1
+        return space + (STATISTICS_BYTES * len(self.sources) if ranks else 0)
 
 
 @dataclass(frozen=True)
@@ -137,17 +161,17 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """The most times that one tensor is read."""
-        return max((1 + len(step.method.stages(self.scope)) if step.method else 1 for step in self.steps), default=1)
+        """The most times that one tensor is read whole."""
+        return max((math.floor(self._reads(step)) for step in self.steps), default=1)
 
     @property
     def input_bytes(self) -> int:
-        """Bytes read from the models, every pass counted (a pass that proves needless is skipped)."""
-        return sum(
-            (1 + len(step.method.stages(self.scope)) if step.method else 1)
-            * sum(source.info.nbytes for source in step.reads)
-            for step in self.steps
-        )
+        """Bytes read from the models, every pass counted that is reckoned with."""
+        return sum(int(self._reads(step) * step.stored_bytes) for step in self.steps)
+
+    def _reads(self, step: Step) -> float:
+        stages = step.method.stages(self.scope) if step.method else ()
+        return 1 + sum(stage.reads for stage in stages if stage.expected)
 
     def to_dict(self, *, steps: bool = False) -> dict[str, Any]:
         """The plan for people and for JSON; `steps` adds one entry per output tensor."""

@@ -24,12 +24,15 @@ from merge_core.errors import IncompatibleModels, MemoryLimitExceeded, Problem, 
 from merge_core.headers import TensorInfo
 from merge_core.layout import Slot, lay_out
 from merge_core.method import MergeMethod, Scope
-from merge_core.plan import ConfigEdit, MemoryPlan, Plan, Source, Step, TiedPair
+from merge_core.plan import WRITING_BLOCKS, ConfigEdit, MemoryPlan, Plan, Source, Step, TiedPair
 from merge_core.recipe import ModelRef, Parameters, Recipe, Setting, SliceSource, canonical_json
 
 FLOOR_BYTES = 400 * 2**20
 """What the process needs before the first block: interpreter, torch, libraries, histograms."""
 BLOCK_ELEMENTS = 2**20
+CUDA_BLOCK_ELEMENTS = 2**22
+_LEAST_BLOCK = 2**17
+"""Rather fewer threads than smaller blocks."""
 _LAYER = re.compile(r"^(|.*?\.)(0|[1-9]\d*)\.(.+)$")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "attention_layers")
@@ -44,6 +47,7 @@ def make_plan(
     threads: int | None = None,
     block_elements: int = BLOCK_ELEMENTS,
     max_shard_size: int | None = None,
+    on_gpu: bool = False,
 ) -> Plan:
     """Plan a merge from headers.
 
@@ -51,7 +55,7 @@ def make_plan(
     recipe's limits; `block_elements` bounds a block from above. Raises `RecipeError`, `IncompatibleModels` or
     `MemoryLimitExceeded`, each naming all that is wrong.
     """
-    return _Planner(recipe, checkpoints).plan(memory, threads, block_elements, max_shard_size)
+    return _Planner(recipe, checkpoints, on_gpu).plan(memory, threads, block_elements, max_shard_size)
 
 
 def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
@@ -108,6 +112,7 @@ class _Wanted:
 class _Planner:
     recipe: Recipe
     checkpoints: Mapping[ModelRef, Checkpoint]
+    on_gpu: bool = False
     problems: list[Problem] = field(default_factory=list)
     recipe_problems: list[Problem] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -142,7 +147,12 @@ class _Planner:
             steps=steps,
             shards=lay_out(slots, max_shard_size or self.recipe.outputs.max_shard_size, metadata),
             memory=_plan_memory(
-                steps, memory or self.recipe.limits.memory, threads or self.recipe.limits.threads, block_elements
+                steps,
+                self.scope,
+                memory or self.recipe.limits.memory,
+                threads or self.recipe.limits.threads,
+                block_elements,
+                on_gpu=self.on_gpu,
             ),
             sources_digest=self._sources_digest(),
             config_edit=self.config_edit,
@@ -552,29 +562,39 @@ class _Planner:
             raise error.of(found)
 
 
-def _plan_memory(steps: Sequence[Step], limit: int, threads: int | None, block_elements: int) -> MemoryPlan:
+def _plan_memory(
+    steps: Sequence[Step], scope: Scope, limit: int, threads: int | None, block_elements: int, *, on_gpu: bool
+) -> MemoryPlan:
     """As many threads and as large blocks as fit under the limit; raises `MemoryLimitExceeded` where not even one grain
     does.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    if not steps:
-        return MemoryPlan(threads, block_elements, FLOOR_BYTES)
-    worst = max(
-        steps, key=lambda step: step.element_bytes * min(step.grains.size, step.grains.rows) * step.grains.width
-    )
-    grain_bytes = max(1, worst.element_bytes * min(worst.grains.size, worst.grains.rows) * worst.grains.width)
     available = limit - FLOOR_BYTES
-    if grain_bytes > available:
+    needed, worst = max(
+        ((_memory_of([step], scope, 1, 1, on_gpu), step) for step in steps), key=lambda need: need[0], default=(0, None)
+    )
+    if worst is not None and needed > available:
         detail = (
-            f"{worst.name} {list(worst.shape)} needs {grain_bytes / 2**20:,.0f} MiB for its smallest block and "
+            f"{worst.name} {list(worst.shape)} needs {needed / 2**20:,.0f} MiB for its smallest block and "
             f"{FLOOR_BYTES / 2**20:,.0f} MiB besides, but the limit is {limit / 2**20:,.0f} MiB; raise limits.memory"
         )
         raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=worst.name)])
-    threads = max(1, min(threads, available // grain_bytes))
-    heaviest = max(step.element_bytes for step in steps)
-    elements = max(1, min(block_elements, available // threads // heaviest))
-    block = max(grain_bytes, heaviest * min(elements, max(step.grains.rows * step.grains.width for step in steps)))
-    return MemoryPlan(threads, elements, FLOOR_BYTES + threads * block)
+    while threads > 1 and _memory_of(steps, scope, threads, _LEAST_BLOCK, on_gpu) > available:
+        threads -= 1
+    while block_elements > 1 and _memory_of(steps, scope, threads, block_elements, on_gpu) > available:
+        block_elements //= 2
+    return MemoryPlan(threads, block_elements, FLOOR_BYTES + _memory_of(steps, scope, threads, block_elements, on_gpu))
+
+
+def _memory_of(steps: Sequence[Step], scope: Scope, threads: int, block_elements: int, on_gpu: bool) -> int:
+    """Bytes that so many threads need for blocks of so many elements, or of a grain where that is more."""
+    in_work = written = 0
+    for step in steps:
+        grain = min(step.grains.size, step.grains.rows) * step.grains.width
+        block = min(max(grain, block_elements // max(1, grain) * grain), step.grains.rows * step.grains.width)
+        in_work = max(in_work, block * step.element_bytes(on_gpu=on_gpu) + step.thread_bytes(scope))
+        written = max(written, block * step.dtype.itemsize)
+    return threads * in_work + (threads + WRITING_BLOCKS) * written
 
 
 def _stacks(names: Iterable[str]) -> dict[str, dict[int, int]]:

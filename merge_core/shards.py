@@ -1,44 +1,38 @@
 """The files: preallocated safetensors shards that are complete or absent.
 
-Bytes arrive in file order and are hashed as they are written: sha256 per tensor and per file. A journal records each
-finished tensor; a killed merge reopens the folder, proves the recorded tensors by their digests and goes on after the
-last good one.
+Bytes arrive in file order and are hashed as they are written: sha256 per file, blake3 per tensor. A journal records
+each tensor that is in its file; a killed merge reopens the folder, proves the recorded tensors by their digests and
+goes on after the last good one.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
-from merge_core.errors import InsufficientStorage, OutputExists, StorageFailed, WeightsmithError
+from merge_core.errors import InsufficientStorage, OutputExists, WeightsmithError
+from merge_core.files import PagedFile, WrittenFile, disk_error, nearest_existing, write_text
 from merge_core.layout import INDEX_NAME, ShardLayout, Slot, index_json
 from merge_core.plan import Plan
 
 JOURNAL = "journal.jsonl"
 SPARE_BYTES = 64 * 2**20
 _READ = 2**22
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """One finished file of the artifact."""
-
-    path: str
-    size: int
-    sha256: str
 
 
 @contextmanager
@@ -80,20 +74,22 @@ def is_held(folder: Path) -> bool:
 class ShardWriter:
     """Writes a plan's shards into a folder, one after the other, tensors in file order.
 
-    Usage: for each slot of `remaining()`, call `begin(slot)`, `write(bytes)` until it is full, then `end()`; finally
-    `finish()`.
+    Usage: for each slot of `remaining()`, in order: `begin(slot)`, `write(values)` until it is full, then `end()`;
+    finally `finish()`. Digests and the disk have a thread each; `write` returns before they are done.
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
         self.digests: dict[str, str] = {}
-        self.files: list[WrittenFile] = []
         self.resumed = 0
         self._journal = _Journal(folder / JOURNAL, plan.digest)
-        self._descriptor: int | None = None
-        self._file_hash = hashlib.sha256()
-        self._tensor_hash = hashlib.sha256()
-        self._at = 0
+        self._files: dict[str, _ShardFile] = {}
+        self._shard_of = {slot.name: shard for shard in plan.shards for slot in shard.slots}
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._digester = ThreadPoolExecutor(1, thread_name_prefix="blake3")
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._in_work: tuple[Slot, _ShardFile] | None = None
+        self._tensor_hash = blake3()
 
     @property
     def journal(self) -> Mapping[str, Any]:
@@ -106,99 +102,117 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         check_space(self.plan, self.folder)
-        self._journal.open()
-        if self._journal.is_new:
-            for left in self.folder.iterdir():
-                if left.name != JOURNAL:
-                    left.unlink()
+        try:
+            self._journal.open()
+            if self._journal.is_new:
+                for left in self.folder.iterdir():
+                    if left.name != JOURNAL:
+                        left.unlink()
+        except BaseException:
+            self._journal.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        for thread in (self._disk, self._hasher, self._digester):
+            thread.shutdown(wait=True, cancel_futures=True)
+        for file in self._files.values():
+            file.data.close()
         self._journal.close()
 
     def remaining(self) -> Iterator[Slot]:
-        """The tensors still to be written; between two of them files are opened, closed and hashed."""
+        """The tensors still to be written. Asking for one opens its file, which may be before the last is full."""
         for shard in self.plan.shards:
-            self._open(shard)
-            good = True
-            for slot in shard.slots:
-                good = good and self._prove(slot)
-                if not good:
-                    yield slot
-            self._complete(shard)
+            file = self._files[shard.file] = _ShardFile(shard, self.folder)
+            file.data.append(memoryview(shard.header))
+            proved = list(itertools.takewhile(lambda slot: self._prove(file, slot), shard.slots))  # noqa: B023
+            if proved:
+                file.data.skip_to(proved[-1].begin + proved[-1].nbytes)
+                self.resumed += len(proved)
+            if len(proved) == len(shard.slots):
+                self._complete(file)
+            yield from shard.slots[len(proved) :]
 
     def begin(self, slot: Slot) -> None:
-        self._at = slot.begin
-        self._tensor_hash = hashlib.sha256()
+        self._in_work = slot, self._files[self._shard_of[slot.name].file]
+        self._tensor_hash = blake3()
 
-    def write(self, values: Tensor) -> None:
-        """Append values, in their stored dtype and row-major order, to the tensor that was begun."""
+    def write(self, values: Tensor) -> Callable[[], None]:
+        """Append values, in their stored dtype and row-major order, to the tensor that was begun.
+
+        They must stay as they are until the returned function, which waits for that, has returned.
+        """
+        assert self._in_work is not None
+        _, file = self._in_work
         data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        self._put(data)
-        self._file_hash.update(data)
-        self._tensor_hash.update(data)
+        written: list[Future[Any]] = [
+            self._hasher.submit(file.sha256.update, data),
+            self._digester.submit(self._tensor_hash.update, data),
+            self._disk.submit(file.data.append, data),
+        ]
 
-    def end(self, slot: Slot) -> None:
-        self.digests[slot.name] = self._tensor_hash.hexdigest()
-        self._journal.tensor(slot.name, self.digests[slot.name])
+        def wait() -> None:
+            for future in written:
+                future.result()
+
+        return wait
+
+    def end(self) -> None:
+        assert self._in_work is not None
+        slot, file = self._in_work
+        digest = self._digester.submit(self._tensor_hash.hexdigest)
+
+        def record() -> None:
+            self.digests[slot.name] = digest.result()
+            self._journal.tensor(slot.name, digest.result())
+
+        while file.pending and file.pending[0].done():
+            file.pending.popleft().result()
+        file.pending.append(self._disk.submit(file.data.when_written, slot.begin + slot.nbytes, record))
+        if slot is file.shard.slots[-1]:
+            self._complete(file)
 
     def finish(self) -> list[WrittenFile]:
-        """Write the index where there are several shards; all files of the output, weights and index."""
+        """Wait for the last byte; write the index where there are several shards. All files, weights and index."""
+        files = []
+        for shard in self.plan.shards:
+            file = self._files[shard.file]
+            for future in file.pending:
+                future.result()
+            files.append(WrittenFile(shard.file, shard.size, file.sha256.hexdigest()))
         if len(self.plan.shards) > 1:
-            self.files.append(write_text(self.folder / INDEX_NAME, index_json(self.plan.shards)))
-        return self.files
+            files.append(write_text(self.folder / INDEX_NAME, index_json(self.plan.shards)))
+        return files
 
-    def _open(self, shard: ShardLayout) -> None:
-        path = self.folder / shard.file
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            os.posix_fallocate(self._descriptor, 0, shard.size)
-        except OSError as error:
-            raise disk_error(error, self.folder, shard.size) from None
-        self._at = 0
-        self._file_hash = hashlib.sha256(shard.header)
-        self._put(memoryview(shard.header))
-
-    def _complete(self, shard: ShardLayout) -> None:
-        assert self._descriptor is not None
-        os.ftruncate(self._descriptor, shard.size)
-        os.fsync(self._descriptor)
-        self._close()
-        self.files.append(WrittenFile(shard.file, shard.size, self._file_hash.hexdigest()))
-
-    def _put(self, data: memoryview) -> None:
-        assert self._descriptor is not None
-        while data:
-            try:
-                count = os.pwrite(self._descriptor, data, self._at)
-            except OSError as error:
-                raise disk_error(error, self.folder, len(data)) from None
-            self._at, data = self._at + count, data[count:]
-
-    def _prove(self, slot: Slot) -> bool:
+    def _prove(self, file: _ShardFile, slot: Slot) -> bool:
         """Whether the journal has this tensor and the file has its bytes; if so they are hashed as if just written."""
         wanted = self._journal.tensors.get(slot.name)
-        if wanted is None or self._descriptor is None:
+        if wanted is None:
             return False
-        before, digest = self._file_hash.copy(), hashlib.sha256()
+        file_hash, tensor_hash = file.sha256.copy(), blake3()
         for start in range(slot.begin, slot.begin + slot.nbytes, _READ):
-            data = os.pread(self._descriptor, min(_READ, slot.begin + slot.nbytes - start), start)
-            digest.update(data)
-            self._file_hash.update(data)
-        if digest.hexdigest() != wanted:
-            self._file_hash = before
+            data = file.data.read(start, min(_READ, slot.begin + slot.nbytes - start))
+            tensor_hash.update(data)
+            file_hash.update(data)
+        if tensor_hash.hexdigest() != wanted:
             return False
-        self.digests[slot.name] = wanted
-        self.resumed += 1
+        self.digests[slot.name], file.sha256 = wanted, file_hash
         return True
 
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+    def _complete(self, file: _ShardFile) -> None:
+        file.pending += [self._hasher.submit(lambda: None), self._disk.submit(file.data.complete)]
+
+
+class _ShardFile:
+    """One shard as it grows: its bytes, its hash, and what its threads have still to do."""
+
+    def __init__(self, shard: ShardLayout, folder: Path) -> None:
+        self.shard = shard
+        self.data = PagedFile(folder / shard.file, shard.size)
+        self.sha256 = hashlib.sha256(shard.header)
+        self.pending: deque[Future[None]] = deque()
 
 
 class _Journal:
@@ -221,12 +235,12 @@ class _Journal:
             return
         for line in lines[1:]:
             if "tensor" in line:
-                self.tensors[line["tensor"]] = line["sha256"]
+                self.tensors[line["tensor"]] = line["blake3"]
             elif "note" in line:
                 self.notes[line["note"]] = line["value"]
 
     def tensor(self, name: str, digest: str) -> None:
-        self._append({"tensor": name, "sha256": digest})
+        self._append({"tensor": name, "blake3": digest})
 
     def note(self, name: str, value: Any) -> None:
         self.notes[name] = value
@@ -258,19 +272,6 @@ def _seal(text: str) -> str:
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
-def write_text(path: Path, text: str) -> WrittenFile:
-    """Write a small file durably."""
-    data = text.encode()
-    try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise disk_error(error, path.parent, len(data)) from None
-    return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest())
-
-
 def check_space(plan: Plan, folder: Path) -> None:
     """Raise `InsufficientStorage` if the output cannot fit beside what is in `folder` already."""
     existing = nearest_existing(folder)
@@ -283,26 +284,3 @@ def check_space(plan: Plan, folder: Path) -> None:
             f"the output needs {plan.output_bytes / 1e9:,.2f} GB, but {existing} has {free / 1e9:,.2f} GB free; "
             "free some space or choose another place"
         )
-
-
-def nearest_existing(path: Path) -> Path:
-    """The path itself or the closest folder above it that is there."""
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def disk_error(error: OSError, folder: Path, wanted: int) -> WeightsmithError:
-    """What an error of the file system means to the user."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return InsufficientStorage(
-            f"the disk filled up while {wanted:,} bytes were to be written in {folder}; free some space and try again"
-        )
-    return StorageFailed(f"{folder} could not be written: {error.strerror or error}")

@@ -1,7 +1,11 @@
 """The measurements that methods share: exact ranks in two radix passes, L1 norms, Gram matrices, sign votes.
 
 A non-negative float32 has the order of its bits, so a histogram of the high 16 bits and one of the low 16 bits inside a
-single bucket give the exact k-th value of any number of elements in bounded memory, ties counted.
+single bucket give the exact k-th value of any number of elements in bounded memory, ties counted. A sample first tells
+about where it will be; then one pass usually finds it, and the two are made only where the sample misled.
+
+Ties are many: in bfloat16 checkpoints a quarter of all |δ| can equal the k-th. Where they are cut to exactly k, the
+first tensor in name order and the lowest index in it go first.
 """
 
 from __future__ import annotations
@@ -14,59 +18,177 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_core.method import Block, Known, Stage
-from merge_core.statistics import Counts, GrainCounts, GrainSums, Statistic
+from merge_core import kernels
+from merge_core.kernels.plain import pairs
+from merge_core.kernels.vectors import KEEP_ALL_TIES, KEEP_NO_TIES, TaskVectors
+from merge_core.method import Block, Known, Scope, Stage
+from merge_core.statistics import Counters, Counts, GrainSums, Statistic, grain_sums
 
-Score = Callable[[Block], Tensor]
+Ranked = Callable[[Block], TaskVectors]
 Keep = Callable[[int, int], int]
-Mask = Callable[[Block, Known], Tensor]
+Measured = Callable[[Block, Known], TaskVectors]
 _HIGH_DIGITS = 2**15
 _LOW_DIGITS = 2**16
+_BRACKET = 4
+"""Values of the high digits that `Bracket` looks into at most."""
+_MANY = 2**22
+"""Elements of a tensor from which on fewer of them are sampled."""
+_FEWEST_SAMPLES = 2**14
 
 
-def magnitude(block: Block) -> Tensor:
-    """|δᵢ| in float32, the score of TIES."""
-    return block.deltas.abs().to(torch.float32)
+def task_vectors(block: Block) -> TaskVectors:
+    """The task vectors as they are: what TIES ranks by magnitude."""
+    return block.task_vectors
 
 
-def largest(score: Score, keep: Keep, *, cut_ties: bool) -> list[Stage]:
-    """Stages after which `kept` tells which entries are among the largest scores of each model.
+def largest(vectors: Ranked, keep: Keep, scope: Scope, *, cut_ties: bool) -> list[Stage]:
+    """Stages after which `trimmed` keeps the entries of the largest magnitudes of each model.
 
     `keep(model, entries)` says how many to keep of so many. With `cut_ties` it is exactly that many, the lowest element
-    indices of equal scores first; without, every score equal to the smallest kept one is kept as well.
+    indices of equal magnitudes first; without, every magnitude equal to the smallest kept one is kept as well.
     """
-    digits: list[Stage] = [HighDigits(score, keep), LowDigits(score)]
-    return [*digits, TieCut(score)] if cut_ties else digits
+    stages: list[Stage] = [
+        Sample(vectors, keep),
+        Bracket(vectors, keep, scope, cut_ties),
+        HighDigits(vectors, keep),
+        LowDigits(vectors),
+    ]
+    if cut_ties:
+        stages += [*([TiesPerTensor(vectors)] if scope == "model" else []), TiesPerGrain(vectors)]
+    return stages
 
 
-def kept(score: Tensor, block: Block, known: Known) -> Tensor:
-    """Which entries are among the largest: bool, `[models, rows, ...]`."""
-    threshold = torch.tensor(known["threshold"], dtype=torch.float32).reshape(-1, *[1] * (score.ndim - 1))
-    mask = (score >= threshold) | score.isnan()
-    if "equals_before" not in known:
-        return mask
-    before = known["equals_before"][block.tensor][str(block.first_grain)]
-    for model, allowed in enumerate(known["ties_kept"]):
-        equal = score[model] == threshold[model]
-        rank = torch.cumsum(equal.flatten(), 0).reshape(equal.shape) + before[model]
-        mask[model] &= ~equal | (rank <= allowed)
-    return mask
+def trimmed(vectors: TaskVectors, block: Block, known: Known) -> TaskVectors:
+    """The task vectors with 0 for whatever is not among the largest."""
+    ties = tuple(_ties_here(cut, block) for cut in known["cut"]) if "cut" in known else None
+    return vectors.trimmed(tuple(known["threshold"]), ties)
 
 
-def _bits(score: Tensor) -> Tensor:
-    return score.reshape(len(score), -1).view(torch.int32)
+def _ties_here(cut: Sequence[Any] | None, block: Block) -> tuple[int, int]:
+    """From which element of the block on how many ties are still kept: `cut` is their last tensor, grain and how many
+    there.
+    """
+    if cut is None or block.tensor < cut[0]:
+        return KEEP_ALL_TIES
+    first = (cut[1] - block.first_grain) * block.grain_elements
+    return KEEP_NO_TIES if block.tensor > cut[0] or first < 0 else (first, cut[2])
+
+
+@dataclass
+class Sample(Stage):
+    """About where the k-th largest magnitude is: `known["guess"]`, per model the high digits from and to, and those of
+    which the least value is the most likely one.
+    """
+
+    vectors: Ranked
+    keep: Keep
+    name: ClassVar[str] = "ranks, sample"
+    reads: ClassVar[float] = 1 / 16
+
+    @property
+    def expected(self) -> bool:
+        return kernels.are_compiled()
+
+    def needed(self, known: Known) -> bool:
+        return kernels.are_compiled()
+
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        counts = _counts(found, "digits", (len(block.stored), _HIGH_DIGITS))
+        every = 8 if block.grains.rows * block.grains.width < _MANY else 32
+        kernels.sampled_digits(self.vectors(block), every, counts.values)
+
+    def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
+        histograms = cast(Counts, found["digits"]).values
+        entries = int(histograms[0].sum())
+        if entries < _FEWEST_SAMPLES:
+            return
+        guess = []
+        for model, histogram in enumerate(histograms):
+            share = min(1.0, max(0.0, self.keep(model, 2**30) / 2**30))
+            from_top = np.cumsum(histogram[::-1])
+            margin = 16 + 4 * (8 * entries * share * (1 - share)) ** 0.5
+            ranks = [share * entries + sign * margin for sign in (-1, 0, 1)]
+            high, middle, low = (_HIGH_DIGITS - 1 - int(np.searchsorted(from_top, rank)) for rank in ranks)
+            low, high = max(low, middle - _BRACKET // 2, 0), min(high, middle + _BRACKET // 2 - 1)
+            guess.append([low, high + 1, max(middle, 0)])
+        known["guess"] = guess
+
+
+@dataclass
+class Bracket(Stage):
+    """The k-th largest magnitude, if it is where the sample said."""
+
+    vectors: Ranked
+    keep: Keep
+    scope: Scope
+    cut_ties: bool
+    name: ClassVar[str] = "ranks"
+
+    @property
+    def expected(self) -> bool:
+        return kernels.are_compiled()
+
+    def needed(self, known: Known) -> bool:
+        return "guess" in known
+
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        models = len(block.stored)
+        lows, highs, candidates = zip(*known["guess"], strict=True)
+        equal = np.zeros((models, -(-block.elements // block.grain_elements)), np.int64)
+        kernels.bracket(
+            self.vectors(block),
+            lows,
+            highs,
+            candidates,
+            _counts(
+                found, "\0digits", (models, _LOW_DIGITS * max(high - low for low, high, _ in known["guess"]))
+            ).values,
+            _counts(found, "\0above", (models,)).values,
+            equal,
+        )
+        _counts(found, "\0entries", (1,)).values += block.elements
+        _count_ties(found, block, equal, self.scope)
+
+    def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
+        digits, above, entries = (cast(Counts, found[f"\0{name}"]).values for name in ("digits", "above", "entries"))
+        ties = {name: cast(Counts, counts).values for name, counts in found.items() if not name.startswith("\0")}
+        wanted, left, threshold, kept, all_ = [], [], [], [], []
+        all_candidates = True
+        for model, (low, _, candidate) in enumerate(known.pop("guess")):
+            place = (candidate - low) << 16
+            digits[model, place] += sum(int(counts[model].sum()) for counts in ties.values())
+            wanted.append(min(self.keep(model, int(entries[0])), int(entries[0])))
+            left.append(wanted[-1] - int(above[model]))
+            if not 0 < left[-1] <= int(digits[model].sum()):
+                return  # the sample misled
+            (here,), (rest,) = _descend(digits[model : model + 1], left[-1:])
+            threshold.append(float(np.int32((low << 16) + here).view(np.float32)))
+            kept.append(rest)
+            all_.append(int(digits[model, here]))
+            all_candidates &= here == place
+        known |= {"wanted": wanted, "threshold": threshold, "ties_kept": kept, "ties": all_, "entries": int(entries[0])}
+        if self.cut_ties and all_candidates and _is_cut(known):
+            known["cut"] = _first_cut(ties, known) if self.scope == "model" else _cut_in(ties, known)
 
 
 @dataclass
 class HighDigits(Stage):
-    """Which bucket of the high 16 bits holds the k-th largest score of each model."""
+    """Which bucket of the high 16 bits holds the k-th largest magnitude of each model."""
 
-    score: Score
+    vectors: Ranked
     keep: Keep
     name: ClassVar[str] = "ranks, high digits"
 
-    def observe(self, block: Block, known: Known) -> dict[str, Statistic]:
-        return {"digits": _histogram(_bits(self.score(block)) >> 16, _HIGH_DIGITS)}
+    @property
+    def expected(self) -> bool:
+        return not kernels.are_compiled()
+
+    def needed(self, known: Known) -> bool:
+        return "threshold" not in known
+
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        counts = _counts(found, "digits", (len(block.stored), _HIGH_DIGITS))
+        kernels.high_digits(self.vectors(block), counts.values)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         histograms = cast(Counts, found["digits"]).values
@@ -78,15 +200,21 @@ class HighDigits(Stage):
 
 @dataclass
 class LowDigits(Stage):
-    """The k-th largest score itself, and how many of its equals are among the k."""
+    """The k-th largest magnitude itself, and how many of its equals are among the k."""
 
-    score: Score
+    vectors: Ranked
     name: ClassVar[str] = "ranks, low digits"
 
-    def observe(self, block: Block, known: Known) -> dict[str, Statistic]:
-        bits = _bits(self.score(block))
-        inside = [row[row >> 16 == bucket] & 0xFFFF for row, bucket in zip(bits, known["bucket"], strict=True)]
-        return {"digits": _histogram(inside, _LOW_DIGITS)}
+    @property
+    def expected(self) -> bool:
+        return not kernels.are_compiled()
+
+    def needed(self, known: Known) -> bool:
+        return "threshold" not in known
+
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        counts = _counts(found, "digits", (len(block.stored), _LOW_DIGITS))
+        kernels.low_digits(self.vectors(block), known["bucket"], counts.values)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         histograms = cast(Counts, found["digits"]).values
@@ -97,44 +225,66 @@ class LowDigits(Stage):
 
 
 @dataclass
-class TieCut(Stage):
-    """How many scores equal to the threshold come before each grain, where some of them must go."""
+class TiesPerTensor(Stage):
+    """In which tensor each model's ties are cut: `known["cut"]`, per model its name and how many it keeps, or None."""
 
-    score: Score
-    name: ClassVar[str] = "ties at the threshold"
+    vectors: Ranked
+    name: ClassVar[str] = "ties at the threshold, per tensor"
+
+    @property
+    def expected(self) -> bool:
+        return not kernels.are_compiled()
 
     def needed(self, known: Known) -> bool:
-        return any(kept < all_ for kept, all_ in zip(known["ties_kept"], known["ties"], strict=True))
+        return "cut" not in known and _is_cut(known)
 
-    def observe(self, block: Block, known: Known) -> dict[str, Statistic]:
-        score = self.score(block).reshape(len(block.models), -1)
-        equal = score == torch.tensor(known["threshold"], dtype=torch.float32).unsqueeze(1)
-        per_grain = torch.split(equal, block.grains.size * block.grains.width, dim=1)
-        counts = {(block.tensor, block.first_grain + i): part.sum(dim=1).tolist() for i, part in enumerate(per_grain)}
-        return {"equals": GrainCounts(counts)}
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        _count_ties(found, block, kernels.ties(self.vectors(block), tuple(known["threshold"])), "model")
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        before = cast(GrainCounts, found["equals"]).before()
-        # JSON has only text keys, and what is known must be the same before and after it crosses workers.
-        known["equals_before"] = {
-            name: {str(grain): count for grain, count in counts.items()} for name, counts in before.items()
-        }
+        known["cut"] = _first_cut({name: cast(Counts, counts).values for name, counts in found.items()}, known)
+
+
+@dataclass
+class TiesPerGrain(Stage):
+    """In which grain each model's ties are cut: `known["cut"]`, per model the tensor, the grain and how many it keeps
+    there, or None where all are kept.
+    """
+
+    vectors: Ranked
+    name: ClassVar[str] = "ties at the threshold, per grain"
+
+    @property
+    def expected(self) -> bool:
+        return not kernels.are_compiled()
+
+    def needed(self, known: Known) -> bool:
+        is_open = "cut" not in known or any(cut is not None and len(cut) == 2 for cut in known["cut"])
+        return is_open and _is_cut(known)
+
+    def concerns(self, tensor: str, known: Known) -> bool:
+        return "cut" not in known or any(cut is not None and cut[0] == tensor for cut in known["cut"])
+
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        _count_ties(found, block, kernels.ties(self.vectors(block), tuple(known["threshold"])), "tensor")
+
+    def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
+        known["cut"] = _cut_in({name: cast(Counts, counts).values for name, counts in found.items()}, known)
 
 
 @dataclass
 class L1Norms(Stage):
-    """How much of each model's |δ| a mask leaves: `known["rescale"]` is ‖δ‖₁ / ‖δ ⊙ m‖₁, 1 where nothing is left."""
+    """How much of each model's |δ| is left: `known["rescale"]` is ‖δ‖₁ / ‖what is left‖₁, 1 where nothing is."""
 
-    mask: Mask
+    left: Measured
     name: ClassVar[str] = "L1 norms"
 
-    def observe(self, block: Block, known: Known) -> dict[str, Statistic]:
-        size = block.deltas.abs().reshape(len(block.models), -1)
-        left = torch.where(self.mask(block, known).reshape(size.shape), size, torch.zeros_like(size))
-        return {"whole": block.sums(size), "left": block.sums(left)}
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        block.put_sums(found, "sums", kernels.absolute_sums(self.left(block, known)))
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        whole, left = (cast(GrainSums, found[name]).total() for name in ("whole", "left"))
+        sums = cast(GrainSums, found["sums"]).total()
+        whole, left = sums[: len(sums) // 2], sums[len(sums) // 2 :]
         known["rescale"] = [a / b if b > 0 else 1.0 for a, b in zip(whole, left, strict=True)]
 
 
@@ -142,12 +292,12 @@ class L1Norms(Stage):
 class SquaredNorms(Stage):
     """`known["squares"]`: the sum of the squares of each model's vector."""
 
-    vectors: Callable[[Block, Known], Tensor]
+    vectors: Measured
     name: ClassVar[str] = "squared norms"
 
-    def observe(self, block: Block, known: Known) -> dict[str, Statistic]:
-        vectors = self.vectors(block, known).to(torch.float64).reshape(len(block.models), -1)
-        return {"squares": block.sums(vectors * vectors)}
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        vectors = kernels.values(self.vectors(block, known)).to(torch.float64).reshape(len(block.stored), -1)
+        block.put_sums(found, "squares", grain_sums(vectors * vectors, block.grain_elements))
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         known["squares"] = list(cast(GrainSums, found["squares"]).total())
@@ -158,42 +308,83 @@ class Gram(Stage):
 
     name: ClassVar[str] = "Gram matrix"
 
-    def observe(self, block: Block, known: Known) -> dict[str, Statistic]:
-        rows = ([] if block.base is None else [block.base]) + list(block.models)
-        flat = [row.reshape(-1).to(torch.float64) for row in rows]
-        products = torch.stack([flat[i] * flat[j] for i, j in _pairs(len(flat))])
-        return {"products": block.sums(products)}
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        rows = [*([] if block.stored_base is None else [block.stored_base]), *block.stored]
+        block.put_sums(found, "products", kernels.gram(rows, block.working, block.grain_elements))
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         products = cast(GrainSums, found["products"]).total()
         count = int((2 * len(products)) ** 0.5)
         gram: list[list[float]] = [[0.0] * count for _ in range(count)]
-        for (i, j), product in zip(_pairs(count), products, strict=True):
+        for (i, j), product in zip(pairs(count), products, strict=True):
             gram[i][j] = gram[j][i] = product
         known["gram"] = gram
 
 
 @dataclass
 class SignVotes(Stage):
-    """`known["majority"]`: the sign (−1, 0, 1) that most elements of an elected sign tensor have."""
+    """`known["majority"]`: the sign (−1, 0, 1) of most elements of an elected sign, or of summed task vectors."""
 
-    elect: Callable[[Block, Known], Tensor]
+    elect: Callable[[Block, Known], Tensor | TaskVectors]
     name: ClassVar[str] = "sign votes"
 
-    def observe(self, block: Block, known: Known) -> dict[str, Statistic]:
-        sign = self.elect(block, known)
-        return {"votes": Counts(np.array([int((sign > 0).sum()) - int((sign < 0).sum())], np.int64))}
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        elected = self.elect(block, known)
+        if isinstance(elected, TaskVectors):
+            above, below = kernels.votes(elected)
+        else:
+            above, below = int((elected > 0).sum()), int((elected < 0).sum())
+        _counts(found, "votes", (1,)).values += above - below
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         known["majority"] = int(np.sign(cast(Counts, found["votes"]).values[0]))
 
 
-def _pairs(count: int) -> list[tuple[int, int]]:
-    return [(i, j) for i in range(count) for j in range(i, count)]
+def _counts(found: dict[str, Statistic], name: str, shape: tuple[int, ...]) -> Counts:
+    if name not in found:
+        found[name] = Counts(np.zeros(shape, np.int64))
+    return cast(Counts, found[name])
 
 
-def _histogram(digits: Sequence[Tensor] | Tensor, size: int) -> Counts:
-    return Counts(torch.stack([torch.bincount(row, minlength=size) for row in digits]).numpy())
+def _is_cut(known: Known) -> bool:
+    return any(kept < all_ for kept, all_ in zip(known["ties_kept"], known["ties"], strict=True))
+
+
+def _count_ties(found: dict[str, Statistic], block: Block, per_grain: Counters, scope: Scope) -> None:
+    """Add a block's ties to those of its tensor: per grain, or together where there are many tensors."""
+    if scope == "model":
+        _counts(found, block.tensor, (len(per_grain),)).values += per_grain.sum(axis=1)
+    else:
+        counts = _counts(found, block.tensor, (len(per_grain), block.grains.count)).values
+        counts[:, block.first_grain : block.first_grain + per_grain.shape[1]] += per_grain
+
+
+def _first_cut(ties: Mapping[str, Counters], known: Known) -> list[list[Any] | None]:
+    """Per model: the first tensor in name order that does not keep all its ties, and how many it keeps."""
+    left = list(known["ties_kept"])
+    cuts: list[list[Any] | None] = [None] * len(left)
+    for tensor in sorted(ties):
+        for model, here in enumerate(ties[tensor].tolist()):
+            if cuts[model] is None and left[model] < here:
+                cuts[model] = [tensor, left[model]]
+            left[model] -= here
+    return cuts
+
+
+def _cut_in(ties: Mapping[str, Counters], known: Known) -> list[list[Any] | None]:
+    """Per model: the tensor and the first grain that do not keep all their ties, and how many the grain keeps."""
+    (only, *_) = ties
+    both = zip(known["ties_kept"], known["ties"], strict=True)
+    cuts = known.get("cut") or [[only, kept] if kept < all_ else None for kept, all_ in both]
+    found: list[list[Any] | None] = []
+    for model, cut in enumerate(cuts):
+        if cut is None:
+            found.append(None)
+            continue
+        before = np.cumsum(ties[cut[0]][model])
+        grain = int(np.searchsorted(before, cut[1], side="right"))
+        found.append([cut[0], grain, cut[1] - (int(before[grain - 1]) if grain else 0)])
+    return found
 
 
 def _descend(histograms: Any, wanted: Sequence[int]) -> tuple[list[int], list[int]]:

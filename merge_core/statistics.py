@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 GRAIN_ELEMENTS = 2**16
+LANES = 1024
 Counters = NDArray[np.int64]
 Sums = tuple[float, ...]
 
@@ -70,34 +71,10 @@ class Counts:
 
 
 @dataclass
-class GrainCounts:
-    """Integer counts kept apart per grain, so that a running total in tensor-name and grain order can be asked for.
-
-    Plain lists: arrays this small, kept while blocks come and go, would break the heap into pieces.
-    """
-
-    values: dict[tuple[str, int], list[int]] = field(default_factory=dict)
-
-    def add(self, other: Self) -> None:
-        self.values.update(other.values)
-
-    def before(self) -> dict[str, dict[int, list[int]]]:
-        """Tensor → grain → the total of all grains that come before it."""
-        totals: dict[str, dict[int, list[int]]] = {}
-        running: list[int] = []
-        for tensor, grain in sorted(self.values):
-            here = self.values[tensor, grain]
-            running = running or [0] * len(here)
-            totals.setdefault(tensor, {})[grain] = running
-            running = [total + count for total, count in zip(running, here, strict=True)]
-        return totals
-
-
-@dataclass
 class GrainSums:
     """Floating-point sums with one meaning, whatever the blocks: float64 by the grain rule. Several at once.
 
-    Inside a grain by halving (`grain_sums`); over grains by the binary tree of grain indices; over tensors in name
+    Inside a grain by lanes (`grain_sums`); over grains by the binary tree of grain indices; over tensors in name
     order. Partial trees hold O(log n) nodes: `(level, index)` is the sum of the grains `index·2^level` to
     `(index+1)·2^level`.
     """
@@ -143,28 +120,28 @@ def _plus(left: Sums, right: Sums) -> Sums:
 
 
 def grain_sums(values: Tensor, grain_elements: int) -> list[Sums]:
-    """Sum each grain of a flat run of whole grains by halving: `[sums, elements]` → one tuple per grain, float64.
+    """Sum each grain of a flat run of whole grains: `[sums, elements]` → one tuple per grain, float64.
 
-    The last grain may be short. Halving adds element i to element i + ⌈n/2⌉, so the result depends on the grain alone.
+    Element i of a grain is added to lane i mod `LANES`, front to back; then the second half of the lanes is added to
+    the first until one is left. The result depends on the grain alone; the last grain may be short.
     """
-    count, elements = values.shape
+    elements = values.shape[-1]
     whole = elements // grain_elements * grain_elements
     sums = []
     if whole:
-        sums.append(_halve(values[..., :whole].reshape(count, -1, grain_elements)))
+        sums.append(_by_lanes(values[..., :whole].reshape(len(values), -1, grain_elements)))
     if whole < elements:
-        sums.append(_halve(values[..., whole:]).unsqueeze(1))
+        sums.append(_by_lanes(values[..., whole:].unsqueeze(1)))
     return [tuple(grain) for grain in torch.cat(sums, dim=1).T.tolist()]
 
 
-def _halve(values: Tensor) -> Tensor:
-    values = values.to(torch.float64)
-    while (length := values.shape[-1]) > 1:
-        half = (length + 1) // 2
-        folded = values[..., :half].clone()
-        folded[..., : length - half] += values[..., half:]
-        values = folded
-    return values[..., 0]
+def _by_lanes(values: Tensor) -> Tensor:
+    lanes = values.new_zeros((*values.shape[:-1], LANES), dtype=torch.float64)
+    for part in torch.split(values, LANES, dim=-1):
+        lanes[..., : part.shape[-1]] += part
+    while (half := lanes.shape[-1] // 2) > 0:
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
 
 
 def add_up(totals: dict[str, Statistic], found: Mapping[str, Statistic]) -> None:

@@ -13,9 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from merge_core import kernels
+from merge_core.kernels import Average
+from merge_core.kernels.plain import column, total
+from merge_core.kernels.vectors import TaskVectors
 from merge_core.method import Block, Known, MergeMethod, Scope, Stage
-from merge_core.stages import SignVotes, SquaredNorms, kept, largest
-from merge_core.task_vectors import column, total
+from merge_core.stages import SignVotes, SquaredNorms, largest, trimmed
 
 Election = Literal["mass", "normfrac", "normmass"]
 Aggregate = Literal["mean", "sum", "max"]
@@ -44,21 +47,30 @@ class TrimElectMerge(MergeMethod):
         """The share of entries kept."""
 
     @abstractmethod
-    def vectors(self, block: Block) -> Tensor:
-        """The task vectors to merge: `[models, rows, ...]`."""
+    def vectors(self, block: Block) -> TaskVectors:
+        """The task vectors to merge."""
+
+    @property
+    def is_fused(self) -> bool:
+        return self.election == "mass"
 
     def stages(self, scope: Scope) -> Sequence[Stage]:
-        ranks = largest(self._score, self._keep, cut_ties=False) if self.trim_to < 1 else []
+        ranks = largest(self.vectors, self._keep, scope, cut_ties=False) if self.trim_to < 1 else []
         norms = [] if self.election == "mass" else [SquaredNorms(self._trimmed)]
         return [*ranks, *norms, SignVotes(self._vote)]
 
     def merge(self, block: Block, known: Known) -> Tensor:
-        assert block.base is not None
         trimmed = self._trimmed(block, known)
-        sign = self._elect(trimmed, known)
+        if self.election == "mass":
+            average: Average = {"mean": "count", "sum": "sum", "max": "max"}[self.aggregate]  # type: ignore[assignment]
+            return kernels.combine(
+                trimmed, vote="majority", majority=known["majority"], average=average, scale=self.lambda_
+            )
+        entries = kernels.values(trimmed)
+        sign = self._elect(entries, known)
         sign = torch.where(sign == 0, torch.full_like(sign, known["majority"]), sign)
-        agrees = torch.where(sign > 0, trimmed > 0, trimmed < 0) | trimmed.isnan()
-        chosen = torch.where(agrees, trimmed, torch.zeros_like(trimmed))
+        agrees = torch.where(sign > 0, entries > 0, entries < 0) | entries.isnan()
+        chosen = torch.where(agrees, entries, torch.zeros_like(entries))
         return block.base + self._combine(chosen, sign) * self.lambda_
 
     def _combine(self, chosen: Tensor, sign: Tensor) -> Tensor:
@@ -68,29 +80,21 @@ class TrimElectMerge(MergeMethod):
             return chosen.abs().amax(dim=0) * sign
         return total(chosen) / (chosen != 0).sum(dim=0).clamp(min=1).to(chosen.dtype)
 
-    def _vote(self, block: Block, known: Known) -> Tensor:
-        return self._elect(self._trimmed(block, known), known)
+    def _vote(self, block: Block, known: Known) -> Tensor | TaskVectors:
+        trimmed = self._trimmed(block, known)
+        return trimmed if self.election == "mass" else self._elect(kernels.values(trimmed), known)
 
-    def _elect(self, trimmed: Tensor, known: Known) -> Tensor:
-        if self.election == "mass":
-            return torch.sign(total(trimmed))
-        squares = column([square if square > 0 else 1.0 for square in known["squares"]], trimmed)
-        shares = trimmed * trimmed / squares
+    def _elect(self, entries: Tensor, known: Known) -> Tensor:
+        """The sign by the entries' shares of their vectors' squared norms."""
+        squares = column([square if square > 0 else 1.0 for square in known["squares"]], entries)
+        shares = entries * entries / squares
         if self.election == "normmass":
-            return torch.sign(total(torch.sign(trimmed) * shares))
-        return torch.sign(torch.gather(trimmed, 0, shares.argmax(dim=0, keepdim=True)))[0]
-
-    def _score(self, block: Block) -> Tensor:
-        return self.vectors(block).abs().to(torch.float32)
+            return torch.sign(total(torch.sign(entries) * shares))
+        return torch.sign(torch.gather(entries, 0, shares.argmax(dim=0, keepdim=True)))[0]
 
     def _keep(self, model: int, entries: int) -> int:
         return int(entries * self.trim_to) + 1
 
-    def _mask(self, block: Block, known: Known) -> Tensor:
-        if self.trim_to >= 1:
-            return torch.ones(block.models.shape, dtype=torch.bool)
-        return kept(self._score(block), block, known)
-
-    def _trimmed(self, block: Block, known: Known) -> Tensor:
+    def _trimmed(self, block: Block, known: Known) -> TaskVectors:
         vectors = self.vectors(block)
-        return torch.where(self._mask(block, known), vectors, torch.zeros_like(vectors))
+        return trimmed(vectors, block, known) if self.trim_to < 1 else vectors

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from merge_core import kernels
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -75,6 +78,17 @@ CONFIG = {
     "hidden_size": 24,
     "tie_word_embeddings": False,
 }
+
+
+FORMS = ("plain", "compiled")
+
+
+@contextmanager
+def kernels_in(form: str) -> Iterator[None]:
+    """Run with one form of the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "are_compiled", lambda: form == "compiled")
+        yield
 
 
 @pytest.fixture

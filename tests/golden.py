@@ -46,7 +46,10 @@ class RecordedMasks(Randomness):
         super().__init__(0)
         self.masks = masks
 
-    def uniform(self, tensor: str, model: int, start: int, count: int) -> Tensor:
+    def key(self, tensor: str, model: int) -> None:
+        return None
+
+    def uniform(self, tensor: str, model: int, start: int, count: int, device: torch.device) -> Tensor:
         if tensor not in self.masks[model]:
             return torch.ones(count)
         return self.masks[model][tensor].flatten()[start : start + count].to(torch.float32)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from merge_core import kernels
 from tests.conftest import method_recipe
 from tests.services import running_service
 
@@ -46,7 +47,7 @@ def test_merge_and_plan(models: Path, recipe: Path) -> None:
     told = weightsmith("plan", recipe, "--steps", cwd=models).stdout
     assert "measured per model" in told and "lm_head.weight  bfloat16[96, 24]" in told
     planned = json.loads(weightsmith("plan", "-", "--json", cwd=models, stdin=recipe.read_text()).stdout)
-    assert planned["passes"] == 4
+    assert planned["passes"] == (3 if kernels.are_compiled() else 4)
 
     done = weightsmith("merge", recipe, "out", "--shard-size", "10KB", "--threads", 1, "--memory", "600MiB", cwd=models)
 

@@ -63,7 +63,8 @@ def test_routes_in_the_readme_exist(tmp_path: Path) -> None:
 
 
 def test_settings_in_the_readme_exist() -> None:
-    names = {f"WEIGHTSMITH_{name.upper()}" for name in Settings.model_fields} | {"REDIS_URL", "DATABASE_URL"}
+    names = {f"WEIGHTSMITH_{name.upper()}" for name in Settings.model_fields}
+    names |= {"REDIS_URL", "DATABASE_URL", "WEIGHTSMITH_KERNELS"}
     assert set(re.findall(r"`(WEIGHTSMITH_\w+|\w+_URL)`", README.read_text())) <= names
 
 

@@ -46,9 +46,13 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SLOWLY = {"WEIGHTSMITH_KERNELS": "plain"}
+"""So that there is time to interrupt a merge; what it gives is compared with what the compiled kernels give."""
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models that take seconds to merge: 24 million parameters in twelve tensors."""
+    """Models that take seconds to merge by plain kernels: 24 million parameters in twelve tensors."""
     folder = tmp_path_factory.mktemp("large")
     for seed, name in enumerate(["base", "m0", "m1", "m2"]):
         generator = torch.Generator().manual_seed(seed)
@@ -92,7 +96,7 @@ def test_a_merged_llama_loads_with_every_key(service: Service, llamas: Path, tmp
 
 
 def test_progress_is_on_the_row(large: Path, tmp_path: Path) -> None:
-    with running_service(tmp_path / "data", large) as service:
+    with running_service(tmp_path / "data", large, **SLOWLY) as service:
         job = service.post(method_recipe("ties-paper"))
         running = eventually(lambda: (found := service.job(job))["progress"].get("bytes_read", 0) > 0 and found)
         assert running["status"] == "running" and running["phase"] and running["progress"]["bytes_read_total"] > 0
@@ -115,7 +119,7 @@ def test_a_failed_job_says_why_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_cancel_takes_less_than_two_seconds_at_any_moment(large: Path, tmp_path: Path, broker: dict[str, str]) -> None:
-    with running_service(tmp_path / "data", large, **broker) as service:
+    with running_service(tmp_path / "data", large, **SLOWLY, **broker) as service:
         for wait in (0.0, 0.7, 2.0, 3.0):
             job = service.post(method_recipe("dare_ties-paper"))
             eventually(lambda job=job: service.job(job)["status"] == "running")
@@ -137,7 +141,7 @@ def test_kill_9_of_the_worker_at_random_points(large: Path, tmp_path: Path, brok
     """The supervisor starts another worker, and the job goes on to the same bytes; nobody submits it again."""
     moments = random.Random(seed)
     recipe = method_recipe("ties-paper", outputs={"max_shard_size": "10MB"})
-    with running_service(tmp_path / "data", large, **broker, WEIGHTSMITH_MAX_ATTEMPTS="50") as service:
+    with running_service(tmp_path / "data", large, **SLOWLY, **broker, WEIGHTSMITH_MAX_ATTEMPTS="50") as service:
         job = service.post(recipe)
         for kills in range(3):
             eventually(
@@ -154,7 +158,7 @@ def test_kill_9_of_the_worker_at_random_points(large: Path, tmp_path: Path, brok
 def test_kill_9_of_the_child_alone(large: Path, tmp_path: Path) -> None:
     """The worker lives and its child dies, as the kernel kills for memory: the job goes on when its lease runs out."""
     recipe = method_recipe("ties")
-    with running_service(tmp_path / "data", large, WEIGHTSMITH_LEASE_SECONDS="2") as service:
+    with running_service(tmp_path / "data", large, **SLOWLY, WEIGHTSMITH_LEASE_SECONDS="2") as service:
         job = service.post(recipe)
         eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
         parent, child = sorted(service.worker_processes(), key=lambda process: process.create_time())[:2]
@@ -167,7 +171,7 @@ def test_kill_9_of_the_child_alone(large: Path, tmp_path: Path) -> None:
 
 def test_a_child_that_hangs_is_replaced(large: Path, tmp_path: Path) -> None:
     """Stopped, as by a dead disk: its supervisor ends it when its lease has run out."""
-    with running_service(tmp_path / "data", large, WEIGHTSMITH_LEASE_SECONDS="2") as service:
+    with running_service(tmp_path / "data", large, **SLOWLY, WEIGHTSMITH_LEASE_SECONDS="2") as service:
         job = service.post(method_recipe("ties"))
         eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
         for process in service.worker_processes():
@@ -200,14 +204,14 @@ def test_a_database_locked_for_long_stops_nothing_for_good(llamas: Path, tmp_pat
 
 def test_kill_9_of_the_whole_service_then_a_new_one(large: Path, tmp_path: Path) -> None:
     recipe, short = method_recipe("ties-paper"), {"WEIGHTSMITH_LEASE_SECONDS": "2"}
-    with running_service(tmp_path / "data", large, **short) as service:
+    with running_service(tmp_path / "data", large, **SLOWLY, **short) as service:
         job = service.post(recipe)
         eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
         workers = service.worker_processes()
         service.process.kill()
         service.process.wait()
         eventually(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 10)
-    with running_service(tmp_path / "data", large, **short) as service:
+    with running_service(tmp_path / "data", large, **SLOWLY, **short) as service:
         assert service.ended(job)["status"] == "succeeded"
         assert service.files(job) == _whole(large, tmp_path, recipe)
 
@@ -248,10 +252,10 @@ def test_an_artifact_whose_job_did_not_hear_of_it_is_adopted(llamas: Path, tmp_p
 
 def test_stopping_the_service_hands_its_job_to_the_next(large: Path, tmp_path: Path) -> None:
     recipe = method_recipe("ties-paper")
-    with running_service(tmp_path / "data", large) as service:
+    with running_service(tmp_path / "data", large, **SLOWLY) as service:
         job = service.post(recipe)
         eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
-    with running_service(tmp_path / "data", large) as service:
+    with running_service(tmp_path / "data", large, **SLOWLY) as service:
         assert service.ended(job, 60)["status"] == "succeeded"
         assert service.files(job) == _whole(large, tmp_path, recipe)
     shutil.rmtree(tmp_path / "data")

@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(None, validation_alias=AliasChoices("database_url", "DATABASE_URL"))
     max_memory: Bytes = Field(4 * 2**30, description="the most that a recipe's limits.memory may ask for")
     threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: one per core)")
+    device: str = Field("cpu", description="where merges compute: cpu, cuda, cuda:1 … or auto; the bytes are the same")
     lease_seconds: float = Field(30.0, gt=0, description="how long a silent worker keeps a job")
     heartbeat_seconds: float = Field(0.5, gt=0, description="how often a worker reports and looks for a cancel")
     max_attempts: int = Field(5, ge=1, description="how many workers may die at a job before it is given up")
@@ -58,6 +59,11 @@ class Settings(BaseSettings):
     @property
     def artifacts(self) -> Path:
         return self.data.absolute() / "artifacts"
+
+    @property
+    def cache(self) -> Path:
+        """What need not be found out twice: the inputs' hashes."""
+        return self.data.absolute() / "cache"
 
     @property
     def broker(self) -> Path:

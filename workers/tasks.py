@@ -92,6 +92,8 @@ def _merge(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
         partial=partial_output,
         memory=min(recipe.limits.memory, settings.max_memory),
         threads=recipe.limits.threads or settings.threads,
+        cache=settings.cache,
+        device=settings.device,
         report=keeper.report,
         stop=keeper.stop,
     )

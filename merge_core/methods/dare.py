@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from merge_core import kernels
+from merge_core.kernels import Vote
+from merge_core.kernels.vectors import TaskVectors
 from merge_core.method import (
     Block,
     Known,
@@ -25,10 +27,8 @@ from merge_core.method import (
     Semantics,
     Share,
     Stage,
-    spread,
 )
 from merge_core.stages import L1Norms
-from merge_core.task_vectors import agreeing, column, elect_sign, total, weighted_mean
 from merge_core.trim_elect_merge import TrimElectMerge
 
 PAPER = "https://arxiv.org/abs/2311.03099"
@@ -48,6 +48,7 @@ class DareLinear(MergeMethod):
     title: ClassVar[str] = "DARE, then task arithmetic"
     paper: ClassVar[str] = PAPER
     workspace: ClassVar[tuple[int, int]] = (14, 6)
+    vote: ClassVar[Vote | None] = None
 
     weight: PerModel = Field(description="wᵢ: coefficient of each task vector")
     density: PerModelShare = Field((1.0,), description="1 − p: chance of each entry to be kept, 0 to 1")
@@ -56,30 +57,31 @@ class DareLinear(MergeMethod):
     lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the merged task vector")
     int8_mask: bool = Field(False, description="read for mergekit's sake; has no effect")
 
+    @property
+    def is_fused(self) -> bool:
+        return True
+
     def stages(self, scope: Scope) -> Sequence[Stage]:
-        return [L1Norms(self._mask)] if self._drops and self.rescale else ()
+        return [L1Norms(self._dropped)] if self._rescales else ()
 
     def merge(self, block: Block, known: Known) -> Tensor:
-        assert block.base is not None
-        weights = column(spread(self.weight, len(block.models)), block.models)
-        return block.base + self._combine(self._dropped(block, known) * weights, weights) * self.lambda_
-
-    def _combine(self, weighted: Tensor, weights: Tensor) -> Tensor:
-        return weighted_mean(weighted, weights) if self.normalize else total(weighted)
+        vectors = self._dropped(block, known)
+        if self._rescales:
+            vectors = vectors.times(tuple(known["rescale"]))
+        return kernels.combine(
+            vectors.times(self.weight),
+            vote=self.vote,
+            average="weight" if self.normalize else "sum",
+            weights=self.weight,
+            scale=self.lambda_,
+        )
 
     @property
-    def _drops(self) -> bool:
-        return any(density < 1 for density in self.density)
+    def _rescales(self) -> bool:
+        return self.rescale and any(density < 1 for density in self.density)
 
-    def _mask(self, block: Block, known: Known) -> Tensor:
-        drop_rate = [1 - density for density in spread(self.density, len(block.models))]
-        return _survives(block, drop_rate)
-
-    def _dropped(self, block: Block, known: Known) -> Tensor:
-        if not self._drops:
-            return block.deltas
-        left = torch.where(self._mask(block, known), block.deltas, torch.zeros_like(block.deltas))
-        return left * column(known["rescale"], left) if self.rescale else left
+    def _dropped(self, block: Block, known: Known) -> TaskVectors:
+        return block.task_vectors.dropped(tuple(1 - density for density in self.density))
 
 
 class DareTies(DareLinear):
@@ -93,15 +95,7 @@ class DareTies(DareLinear):
     name: ClassVar[str] = "dare_ties"
     title: ClassVar[str] = "DARE, then sign election"
     workspace: ClassVar[tuple[int, int]] = (14, 8)
-
-    def _combine(self, weighted: Tensor, weights: Tensor) -> Tensor:
-        agrees = agreeing(weighted, elect_sign(weighted))
-        weighted = torch.where(agrees, weighted, torch.zeros_like(weighted))
-        return (
-            weighted_mean(weighted, torch.where(agrees, weights, torch.zeros_like(weights)))
-            if self.normalize
-            else total(weighted)
-        )
+    vote: ClassVar[Vote | None] = "plus"
 
 
 class OfficialDareLinear(MergeMethod):
@@ -122,10 +116,13 @@ class OfficialDareLinear(MergeMethod):
     rescale: bool = Field(True, description="divide what is left by 1 − p")
     lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the summed task vectors")
 
+    @property
+    def is_fused(self) -> bool:
+        return True
+
     def merge(self, block: Block, known: Known) -> Tensor:
-        assert block.base is not None
-        weights = column(spread(self.weight, len(block.models)), block.models)
-        return block.base + total(_drop_and_rescale(block, self.drop_rate, self.rescale) * weights) * self.lambda_
+        vectors = _drop_and_rescale(block, self.drop_rate, self.rescale)
+        return kernels.combine(vectors.times(self.weight), scale=self.lambda_)
 
 
 class OfficialDareTies(TrimElectMerge):
@@ -151,17 +148,10 @@ class OfficialDareTies(TrimElectMerge):
     def trim_to(self) -> float:
         return self.ties_density
 
-    def vectors(self, block: Block) -> Tensor:
+    def vectors(self, block: Block) -> TaskVectors:
         return _drop_and_rescale(block, self.drop_rate, self.rescale)
 
 
-def _survives(block: Block, drop_rate: Sequence[float]) -> Tensor:
-    return block.uniform() >= column(drop_rate, block.models).to(torch.float32)
-
-
-def _drop_and_rescale(block: Block, drop_rate: Sequence[float], rescale: bool) -> Tensor:
-    rates = spread(drop_rate, len(block.models))
-    if not any(rates):
-        return block.deltas
-    left = torch.where(_survives(block, rates), block.deltas, torch.zeros_like(block.deltas))
-    return left / column([1 - rate for rate in rates], left) if rescale else left
+def _drop_and_rescale(block: Block, drop_rate: tuple[float, ...], rescale: bool) -> TaskVectors:
+    vectors = block.task_vectors.dropped(drop_rate)
+    return vectors.divided(tuple(1 - rate for rate in drop_rate)) if rescale and any(drop_rate) else vectors

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from merge_core.kernels.plain import ZERO_SUM
 from merge_core.method import Block, Known, MergeMethod, PerModel, spread
-from merge_core.task_vectors import ZERO_SUM, column, total
 
 
 class Linear(MergeMethod):
@@ -38,7 +38,10 @@ class Linear(MergeMethod):
             )
         return self
 
+    @property
+    def is_fused(self) -> bool:
+        return True
+
     def merge(self, block: Block, known: Known) -> Tensor:
-        weights = column(spread(self.weight, len(block.models)), block.models)
-        merged = total(block.models * weights)
-        return merged / total(weights) if self.normalize else merged
+        weights = spread(self.weight, len(block.stored))
+        return block.linear(weights, sum(weights) if self.normalize else 1.0)

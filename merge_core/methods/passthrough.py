@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from merge_core.method import Block, Known, MergeMethod, PerModel, spread
-from merge_core.task_vectors import column
 
 
 class Passthrough(MergeMethod):
@@ -35,5 +34,9 @@ class Passthrough(MergeMethod):
     def is_copy(self) -> bool:
         return self.scale == (1.0,)
 
+    @property
+    def is_fused(self) -> bool:
+        return True
+
     def merge(self, block: Block, known: Known) -> Tensor:
-        return (block.models * column(spread(self.scale, 1), block.models))[0]
+        return block.linear(spread(self.scale, 1))

@@ -41,10 +41,12 @@ class Slerp(MergeMethod):
     def stages(self, scope: Scope) -> Sequence[Stage]:
         return [Gram()]
 
+    @property
+    def is_fused(self) -> bool:
+        return True
+
     def merge(self, block: Block, known: Known) -> Tensor:
-        assert block.base is not None
-        from_base, from_other = self._coefficients(known["gram"])
-        return block.base * from_base + block.models[0] * from_other
+        return block.linear(self._coefficients(known["gram"]), with_base=True)
 
     def _coefficients(self, gram: Sequence[Sequence[float]]) -> tuple[float, float]:
         norms = [math.sqrt(gram[i][i]) for i in (0, 1)]

@@ -10,8 +10,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from merge_core.method import Block, Known, MergeMethod, PerModel, spread
-from merge_core.task_vectors import column, total, weighted_mean
+from merge_core import kernels
+from merge_core.method import Block, Known, MergeMethod, PerModel
 
 
 class TaskArithmetic(MergeMethod):
@@ -33,9 +33,14 @@ class TaskArithmetic(MergeMethod):
     rescale: bool = Field(False, description="read for mergekit's sake; has no effect here")
     int8_mask: bool = Field(False, description="read for mergekit's sake; has no effect")
 
+    @property
+    def is_fused(self) -> bool:
+        return True
+
     def merge(self, block: Block, known: Known) -> Tensor:
-        assert block.base is not None
-        weights = column(spread(self.weight, len(block.models)), block.models)
-        weighted = block.deltas * weights
-        summed = weighted_mean(weighted, weights) if self.normalize else total(weighted)
-        return block.base + summed * self.lambda_
+        return kernels.combine(
+            block.task_vectors.times(self.weight),
+            average="weight" if self.normalize else "sum",
+            weights=self.weight,
+            scale=self.lambda_,
+        )

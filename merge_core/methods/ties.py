@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from merge_core.method import Block, Known, MergeMethod, PerModel, PerModelShare, Scope, Semantics, Share, Stage, spread
-from merge_core.stages import L1Norms, kept, largest, magnitude
-from merge_core.task_vectors import agreeing, column, elect_sign, total, weighted_mean
+from merge_core import kernels
+from merge_core.kernels.vectors import TaskVectors
+from merge_core.method import Block, Known, MergeMethod, PerModel, PerModelShare, Scope, Semantics, Share, Stage
+from merge_core.stages import L1Norms, largest, task_vectors, trimmed
 from merge_core.trim_elect_merge import TrimElectMerge
 
 
@@ -42,24 +42,27 @@ class Ties(MergeMethod):
     rescale: bool = Field(False, description="after trimming, scale each task vector back to its L1 norm")
     int8_mask: bool = Field(False, description="read for mergekit's sake; has no effect")
 
+    @property
+    def is_fused(self) -> bool:
+        return True
+
     def stages(self, scope: Scope) -> Sequence[Stage]:
         if not self._trims:
             return ()
-        ranks = largest(magnitude, self._keep, cut_ties=True)
-        return [*ranks, L1Norms(self._mask)] if self.rescale else ranks
+        ranks = largest(task_vectors, self._keep, scope, cut_ties=True)
+        return [*ranks, L1Norms(self._trimmed)] if self.rescale else ranks
 
     def merge(self, block: Block, known: Known) -> Tensor:
-        assert block.base is not None
-        weights = column(spread(self.weight, len(block.models)), block.models)
-        weighted = self._trimmed(block, known) * weights
-        agrees = agreeing(weighted, elect_sign(weighted))
-        weighted = torch.where(agrees, weighted, torch.zeros_like(weighted))
-        merged = (
-            weighted_mean(weighted, torch.where(agrees, weights, torch.zeros_like(weights)))
-            if self.normalize
-            else total(weighted)
+        vectors = self._trimmed(block, known)
+        if self.rescale and self._trims:
+            vectors = vectors.times(tuple(known["rescale"]))
+        return kernels.combine(
+            vectors.times(self.weight),
+            vote="plus",
+            average="weight" if self.normalize else "sum",
+            weights=self.weight,
+            scale=self.lambda_,
         )
-        return block.base + merged * self.lambda_
 
     @property
     def _trims(self) -> bool:
@@ -69,14 +72,8 @@ class Ties(MergeMethod):
         density = self.density[model % len(self.density)]
         return max(1, int(density * entries)) if density < 1 else entries
 
-    def _mask(self, block: Block, known: Known) -> Tensor:
-        return kept(magnitude(block), block, known)
-
-    def _trimmed(self, block: Block, known: Known) -> Tensor:
-        if not self._trims:
-            return block.deltas
-        trimmed = torch.where(self._mask(block, known), block.deltas, torch.zeros_like(block.deltas))
-        return trimmed * column(known["rescale"], trimmed) if self.rescale else trimmed
+    def _trimmed(self, block: Block, known: Known) -> TaskVectors:
+        return trimmed(block.task_vectors, block, known) if self._trims else block.task_vectors
 
 
 class OfficialTies(TrimElectMerge):
@@ -102,5 +99,5 @@ class OfficialTies(TrimElectMerge):
     def trim_to(self) -> float:
         return self.density
 
-    def vectors(self, block: Block) -> Tensor:
-        return block.deltas
+    def vectors(self, block: Block) -> TaskVectors:
+        return block.task_vectors

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from merge_core.kernels.vectors import Rows
 from merge_core.method import Block, Known, MergeMethod, Randomness, Scope
 from merge_core.methods import METHODS
 from merge_core.statistics import Grains, Statistic, add_up
@@ -59,18 +60,17 @@ def run(
     """Measure and merge one tensor in blocks of `length` grains; scattered: two workers hold alternate blocks."""
     blocks = []
     for first in range(0, grains.count, length):
-        last = min(first + length, grains.count)
-        rows = (
-            (..., slice(*grains.row_range(first, last)), *[slice(None)] * (models.ndim - 2)) if models.ndim > 1 else ...
-        )
-        blocks.append(Block(models[rows], None if base is None else base[rows], "t", grains, first, Randomness(5)))
+        rows = slice(*grains.row_range(first, min(first + length, grains.count))) if models.ndim > 1 else ...
+        stored = [Rows.of(model[rows]) for model in models]
+        origin = None if base is None else Rows.of(base[rows])
+        blocks.append(Block(stored, origin, "t", grains, first, Randomness(5)))
     known: Known = {}
     for stage in method.stages(scope):
-        if not stage.needed(known):
+        if not (stage.needed(known) and stage.concerns("t", known)):
             continue
         workers: list[dict[str, Statistic]] = [{}, {}]
         for i, block in reversed(list(enumerate(blocks))) if scattered else enumerate(blocks):
-            add_up(workers[i % 2 if scattered else 0], stage.observe(block, known))
+            stage.observe(block, known, workers[i % 2 if scattered else 0])
         add_up(workers[1], workers[0])
         stage.finish(workers[1], known)
         known = json.loads(json.dumps(known))

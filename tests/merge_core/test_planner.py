@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from merge_core import kernels
 from merge_core.errors import (
     IncompatibleModels,
     InsufficientStorage,
@@ -54,7 +55,7 @@ def test_a_plan_reads_no_weights(models: Path) -> None:
         shard.write_bytes(header)
         os.truncate(shard, size)
     plan = planned(models, method_recipe("ties-paper"))
-    assert plan.output_bytes > 0 and plan.passes == 4
+    assert plan.output_bytes > 0 and plan.passes == (3 if kernels.are_compiled() else 4)
 
 
 def test_precedence_source_then_slice_then_recipe_then_default(models: Path) -> None:

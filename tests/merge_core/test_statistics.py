@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_core.statistics import GRAIN_ELEMENTS, GrainCounts, Grains, GrainSums, grain_sums
+from merge_core.statistics import GRAIN_ELEMENTS, Grains, GrainSums, grain_sums
 
 
 @given(st.integers(1, 70), st.integers(0, 2**32), st.integers(1, 5))
@@ -67,9 +67,3 @@ def test_grains_are_whole_rows_and_cover_every_row_once(shape: list[int]) -> Non
     covered = [row for i in range(grains.count) for row in range(*grains.row_range(i, i + 1))]
     assert covered == list(range(shape[0] if shape else 1))
     assert grains.size == 1 or grains.size * max(1, grains.width) <= GRAIN_ELEMENTS
-
-
-def test_counts_before_each_grain_follow_names_and_grains() -> None:
-    counts = GrainCounts({("b", 0): [5], ("a", 1): [2]})
-    counts.add(GrainCounts({("a", 0): [1]}))
-    assert counts.before() == {"a": {0: [0], 1: [1]}, "b": {0: [3]}}

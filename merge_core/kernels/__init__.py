@@ -1,0 +1,359 @@
+"""The few operations that carry the load, each in two forms that give the same bits.
+
+`plain.py` is torch, runs on any device and says what is meant; `compiled.py` is numba and makes a CPU merge at the
+speed of its disk. The compiled form serves float32 arithmetic on bfloat16, float16 and float32 rows in main memory,
+where numba is installed; `WEIGHTSMITH_KERNELS=plain` in the environment does without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from merge_core import random
+from merge_core.kernels import plain
+from merge_core.kernels.vectors import KEEP_ALL_TIES, Numbers, Rows, TaskVectors
+from merge_core.statistics import Sums
+
+Vote = Literal["plus", "majority"]
+Average = Literal["sum", "weight", "count", "max"]
+_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_VOTES = {None: 0, "plus": 1, "majority": 2}
+_AVERAGES = {"sum": 0, "weight": 1, "count": 2, "max": 3}
+_NEVER = -1.0
+
+
+@functools.cache
+def are_compiled() -> bool:
+    """Whether this process has the compiled form."""
+    return os.environ.get("WEIGHTSMITH_KERNELS") != "plain" and importlib.util.find_spec("numba") is not None
+
+
+def serve(dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether the compiled form serves tensors of these formats."""
+    return are_compiled() and all(dtype in _CODES for dtype in dtypes)
+
+
+def linear(
+    sources: Sequence[Rows], weights: Numbers, divisor: float, working: torch.dtype, grain: int, out: Tensor | None
+) -> Tensor:
+    """Σᵢ wᵢ xᵢ / divisor: `[rows, ...]`, in the working dtype or rounded into `out`.
+
+    >>> rows = [Rows.of(torch.tensor([1.0, 2.0])), Rows.of(torch.tensor([3.0, 6.0]))]
+    >>> linear(rows, (1.0, 1.0), 2.0, torch.float32, 65536, None)
+    tensor([2., 4.])
+    """
+    target = _target(sources, working, out)
+    if target is None:
+        return plain.linear(sources, weights, divisor, working)
+    with _places(sources, grain) as places:
+        _compiled().linear(
+            places,
+            np.array(weights, np.float32),
+            np.float32(divisor),
+            sources[0].elements,
+            grain,
+            target.data_ptr(),
+            _CODES[target.dtype],
+        )
+    return target
+
+
+def values(vectors: TaskVectors) -> Tensor:
+    """The task vectors, sparse and scaled: `[models, rows, ...]`, working dtype."""
+    return plain.values(vectors)
+
+
+def combine(
+    vectors: TaskVectors,
+    *,
+    scale: float,
+    average: Average = "sum",
+    weights: Numbers = (1.0,),
+    vote: Vote | None = None,
+    majority: int = 0,
+) -> Tensor:
+    """θ₀ + λ · the task vectors combined: `[rows, ...]`, in the working dtype or rounded into `vectors.out`.
+
+    Without a `vote` all entries are combined, else those whose sign the sum has; a sum of zero elects + (`"plus"`) or
+    the sign `majority`. `average`: the sum, that divided by the `weights` of the entries, by their number, or the
+    largest magnitude.
+    """
+    weights = weights if len(weights) == len(vectors) else weights * len(vectors)
+    sources = (vectors.base, *vectors.models)
+    target = _target(sources, vectors.working, vectors.out) if _has_keys(vectors) else None
+    if target is None:
+        return plain.combine(vectors, vote, majority, average, weights, scale)
+    with _operands(vectors) as operands:
+        _compiled().combine(
+            operands,
+            _VOTES[vote],
+            np.float32(majority),
+            _AVERAGES[average],
+            np.array(weights, np.float32),
+            np.float32(scale),
+            target.data_ptr(),
+            _CODES[target.dtype],
+        )
+    return target
+
+
+def votes(vectors: TaskVectors) -> tuple[int, int]:
+    """How many elements of the summed task vectors are above and below zero."""
+    if not _is_served(vectors):
+        return plain.votes(vectors)
+    with _operands(vectors) as operands:
+        above, below = _compiled().votes(operands)
+    return int(above), int(below)
+
+
+def high_digits(vectors: TaskVectors, found: NDArray[np.int64]) -> None:
+    """Add up how often each value of the high 16 bits of |δ| in float32 occurs: `found` `[models, 2**15]`."""
+    if not _is_served(vectors):
+        return plain.high_digits(vectors, found)
+    with _operands(vectors) as operands:
+        _compiled().high_digits(operands, found)
+    return None
+
+
+def low_digits(vectors: TaskVectors, buckets: Sequence[int], found: NDArray[np.int64]) -> None:
+    """Add up how often each value of the low 16 bits occurs where the high ones are the model's bucket.
+
+    `found` is `[models, 2**16]`.
+    """
+    if not _is_served(vectors):
+        return plain.low_digits(vectors, buckets, found)
+    with _operands(vectors) as operands:
+        _compiled().low_digits(operands, np.array(buckets, np.int64), found)
+    return None
+
+
+def sampled_digits(vectors: TaskVectors, every: int, found: NDArray[np.int64]) -> None:
+    """`high_digits` of one in so many runs of elements, where that saves reading the others; else of none."""
+    if _is_served(vectors):
+        with _operands(vectors) as operands:
+            _compiled().sampled_digits(operands, every, found)
+
+
+def bracket(
+    vectors: TaskVectors,
+    lows: Sequence[int],
+    highs: Sequence[int],
+    candidates: Sequence[int],
+    digits: NDArray[np.int64],
+    above: NDArray[np.int64],
+    equal: NDArray[np.int64],
+) -> None:
+    """Add up how many |δ| have high digits of `highs` and more (`above`, `[models]`), and how often each value occurs
+    whose high digits are from `lows` on and less (`digits`, `[models, values]`).
+
+    Those equal to the model's candidate, the least value of some high digits inside, are not among `digits`, but in
+    `equal`, `[models, grains]`.
+    """
+    if not _is_served(vectors):
+        return plain.bracket(vectors, lows, highs, candidates, digits, above, equal)
+    with _operands(vectors) as operands:
+        _compiled().bracket(
+            operands,
+            np.array(lows, np.int64),
+            np.array(highs, np.int64),
+            np.array(candidates, np.int64),
+            digits,
+            above,
+            equal,
+        )
+    return None
+
+
+def ties(vectors: TaskVectors, thresholds: Numbers) -> NDArray[np.int64]:
+    """How many |δ| in float32 equal the model's threshold, in each grain: `[models, grains]`."""
+    if not _is_served(vectors):
+        return plain.ties(vectors, thresholds)
+    found = np.empty((len(vectors), math.ceil(vectors.elements / vectors.grain)), np.int64)
+    with _operands(vectors) as operands:
+        _compiled().ties(operands, np.array(thresholds, np.float32), found)
+    return found
+
+
+def gram(sources: Sequence[Rows], working: torch.dtype, grain: int) -> list[Sums]:
+    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows, one tuple per grain, float64."""
+    if not _are_served(sources, working):
+        return plain.gram(sources, grain)
+    pairs = len(sources) * (len(sources) + 1) // 2
+    found = np.empty((math.ceil(sources[0].elements / grain), pairs), np.float64)
+    with _places(sources, grain) as places:
+        _compiled().gram(places, sources[0].elements, grain, found)
+    return [tuple(sums) for sums in found.tolist()]
+
+
+def absolute_sums(vectors: TaskVectors) -> list[Sums]:
+    """Σ|δ| of the plain task vectors, then of what is left of them, one tuple of 2 · models per grain, float64."""
+    if not _is_served(vectors):
+        return plain.absolute_sums(vectors)
+    found = np.empty((math.ceil(vectors.elements / vectors.grain), 2 * len(vectors)), np.float64)
+    with _operands(vectors) as operands:
+        _compiled().absolute_sums(operands, found)
+    return [tuple(sums) for sums in found.tolist()]
+
+
+def first_nonfinite(rows: Tensor) -> int:
+    """The first NaN or infinity, −1 if there is none."""
+    if not (are_compiled() and rows.is_cpu and rows.dtype in _CODES and rows.is_contiguous()):
+        return plain.first_nonfinite(rows)
+    return int(_compiled().first_nonfinite(rows.data_ptr(), _CODES[rows.dtype], rows.numel()))
+
+
+def uniform(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) for the element indices from `start`: `[count]`, float32, multiples of 2⁻²⁴."""
+    if not (are_compiled() and device.type == "cpu"):
+        return random.uniform(key, start, count, device)
+    out = torch.empty(count, dtype=torch.float32)
+    _compiled().uniform(np.uint64(key), start, out.numpy())
+    return out
+
+
+def load() -> None:
+    """Load the compiled form now, which takes about half a second, rather than at the first block."""
+    if not are_compiled():
+        return
+    # numba imports scipy where it is installed, for linear algebra that no kernel has: 20 MB and a quarter of a second.
+    hidden = sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
+    try:
+        linear([Rows.of(torch.zeros(1))], (1.0,), 1.0, torch.float32, 1, None)
+    finally:
+        if hidden is None:
+            del sys.modules["scipy"]
+
+
+def prepare() -> None:
+    """Compile every kernel, so that later processes only load them; they stay beside the sources."""
+    if not are_compiled():
+        return
+    rows = [Rows.of(torch.zeros(8)) for _ in range(2)]
+    vectors = TaskVectors(rows[0], (rows[1],), torch.float32)
+    digits, few = np.zeros((1, 2**16), np.int64), np.zeros(1, np.int64)
+    linear(rows, (1.0, 1.0), 1.0, torch.float32, 8, None)
+    combine(vectors, scale=1.0)
+    votes(vectors)
+    high_digits(vectors, digits)
+    sampled_digits(vectors, 1, digits)
+    bracket(vectors, (0,), (1,), (0,), digits, few, np.zeros((1, 1), np.int64))
+    low_digits(vectors, (0,), digits)
+    ties(vectors, (0.0,))
+    gram(rows, torch.float32, 8)
+    absolute_sums(vectors)
+    first_nonfinite(torch.zeros(8))
+    uniform(0, 0, 8, torch.device("cpu"))
+
+
+@functools.cache
+def _compiled() -> ModuleType:
+    return importlib.import_module("merge_core.kernels.compiled")
+
+
+def _are_served(sources: Sequence[Rows], working: torch.dtype) -> bool:
+    return (
+        are_compiled()
+        and working == torch.float32
+        and all(source.dtype in _CODES and (source.descriptor >= 0 or _in_memory(source)) for source in sources)
+    )
+
+
+def _in_memory(source: Rows) -> bool:
+    tensor = source.load()
+    return tensor.is_cpu and tensor.is_contiguous()
+
+
+def _is_served(vectors: TaskVectors) -> bool:
+    return _has_keys(vectors) and _are_served((vectors.base, *vectors.models), vectors.working)
+
+
+def _has_keys(vectors: TaskVectors) -> bool:
+    return vectors.drop_rates is None or (
+        vectors.draws is not None and vectors.draws.key(vectors.tensor, 0) is not None
+    )
+
+
+def _target(sources: Sequence[Rows], working: torch.dtype, out: Tensor | None) -> Tensor | None:
+    """Where the compiled form writes; None where only the plain one serves."""
+    if not _are_served(sources, working) or (out is not None and out.dtype not in _CODES):
+        return None
+    return torch.empty(sources[0].shape, dtype=torch.float32) if out is None else out.reshape(sources[0].shape)
+
+
+@contextmanager
+def _places(sources: Sequence[Rows], grain: int) -> Iterator[Any]:
+    """Where the sources are, for one call of a compiled kernel; raises what it found wrong with them."""
+    in_files = any(source.descriptor >= 0 for source in sources)
+    places = _compiled().Places(
+        descriptors=np.array([source.descriptor for source in sources], np.int64),
+        offsets=np.array(
+            [source.offset if source.descriptor >= 0 else source.load().data_ptr() for source in sources], np.int64
+        ),
+        codes=np.array([_CODES[source.dtype] for source in sources], np.int64),
+        checked=np.array([source.checked for source in sources], np.uint8),
+        space=_threads.take(len(sources), min(grain, sources[0].elements) * 4 if in_files else 0),
+        refused=np.zeros(2, np.int64),
+    )
+    yield places
+    number, element = places.refused.tolist()
+    if number:
+        sources[number - 1].refuse(element)
+
+
+class _Space(threading.local):
+    """Each thread's space for one grain of every source, used again for every block."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, np.uint8)
+
+    def take(self, sources: int, size: int) -> NDArray[np.uint8]:
+        """`[sources, size]`, until the thread asks again."""
+        size = -(-size // 64) * 64
+        if self._buffer.size < sources * size:
+            self._buffer = np.empty(sources * size, np.uint8)
+        return self._buffer[: sources * size].reshape(sources, size)
+
+
+_threads = _Space()
+
+
+@contextmanager
+def _operands(vectors: TaskVectors) -> Iterator[Any]:
+    count = len(vectors)
+    drops = vectors.drop_rates or (0.0,) * count
+    # The least number that is not dropped, as a multiple of 2⁻²⁴.
+    below = [math.ceil(float(np.float32(rate)) * 2**24) or -1 for rate in drops]
+    keys = [
+        vectors.draws.key(vectors.tensor, model) if vectors.draws is not None and any(drops) else 0
+        for model in range(count)
+    ]
+    ties_ = vectors.ties or (KEEP_ALL_TIES,) * count
+    factors = np.array(vectors.factors or ((1.0,) * count,), np.float32)
+    with _places((vectors.base, *vectors.models), vectors.grain) as places:
+        yield _compiled().Operands(
+            places=places,
+            elements=vectors.elements,
+            grain=vectors.grain,
+            start=vectors.start,
+            keys=np.array(keys, np.uint64),
+            drop_below=np.array(below, np.int64),
+            divisors=np.array(vectors.divisors or (1.0,) * count, np.float32),
+            thresholds=np.array(vectors.thresholds or (_NEVER,) * count, np.float32),
+            ties_from=np.array([first for first, _ in ties_], np.int64),
+            ties_left=np.array([left for _, left in ties_], np.int64),
+            factors=np.ascontiguousarray(factors.T),
+        )

@@ -1,0 +1,207 @@
+"""The kernels in plain torch: what each computes, on any device, in float32 or float64.
+
+Sums over models are written out in recipe order and nothing depends on a block's length, so the bits are the same on
+every device and for every cut into blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from merge_core.kernels.vectors import Numbers, Rows, TaskVectors
+from merge_core.statistics import Sums, grain_sums
+
+ZERO_SUM = 1e-8
+"""A sum of weights nearer to zero than this divides nothing: mergekit puts 1 in its place."""
+
+
+def total(stack: Tensor) -> Tensor:
+    """Sum over the first dimension, one after the other: `[models, ...]` → `[...]`.
+
+    >>> total(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([4., 6.])
+    """
+    result = stack[0].clone()
+    for row in stack[1:]:
+        result += row
+    return result
+
+
+def column(values: Sequence[float], like: Tensor) -> Tensor:
+    """One number per model, shaped to multiply a `[models, ...]` stack.
+
+    A tensor on the same device, because dividing by a mere number is a multiplication by its reciprocal on CUDA.
+    """
+    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def linear(sources: Sequence[Rows], weights: Numbers, divisor: float, working: torch.dtype) -> Tensor:
+    """Σᵢ wᵢ xᵢ / divisor."""
+    stack = torch.stack([source.load().to(working) for source in sources])
+    merged = total(stack * column(weights, stack))
+    return merged / column((divisor,), merged)[0]
+
+
+def values(vectors: TaskVectors) -> Tensor:
+    """The task vectors, sparse and scaled: `[models, rows, ...]`, working dtype."""
+    deltas = torch.stack([model.load().to(vectors.working) for model in vectors.models]) - _base(vectors)
+    zeros = torch.zeros_like(deltas)
+    if vectors.drop_rates is not None:
+        drop_rates = column(vectors.drop_rates, deltas).to(torch.float32)
+        deltas = torch.where(_uniform(vectors, deltas) >= drop_rates, deltas, zeros)
+    if vectors.divisors is not None:
+        deltas = deltas / column(vectors.divisors, deltas)
+    if vectors.thresholds is not None:
+        deltas = torch.where(_kept(vectors, deltas), deltas, zeros)
+    for factors in vectors.factors:
+        deltas = deltas * column(factors, deltas)
+    return deltas
+
+
+def combine(
+    vectors: TaskVectors, vote: str | None, majority: int, average: str, weights: Numbers, scale: float
+) -> Tensor:
+    """θ₀ + λ · the task vectors combined: `[rows, ...]`, working dtype."""
+    rows = values(vectors)
+    combined = total(rows)
+    if vote is None:
+        if average == "weight":
+            combined = combined / _divisor(total(column(weights, rows)), ZERO_SUM)
+    else:
+        combined = _disjoint(rows, _elect(combined, vote, majority), average, weights)
+    return _base(vectors) + combined * scale
+
+
+def votes(vectors: TaskVectors) -> tuple[int, int]:
+    """How many elements of the summed task vectors are above and below zero."""
+    summed = total(values(vectors))
+    return int((summed > 0).sum()), int((summed < 0).sum())
+
+
+def high_digits(vectors: TaskVectors, found: NDArray[np.int64]) -> None:
+    """Add up how often each value of the high 16 bits of |δ| in float32 occurs: `found` `[models, 2**15]`."""
+    for row, counts in zip(_magnitude_bits(vectors), found, strict=True):
+        counts += torch.bincount(row >> 16, minlength=counts.size).cpu().numpy()
+
+
+def low_digits(vectors: TaskVectors, buckets: Sequence[int], found: NDArray[np.int64]) -> None:
+    """Add up how often each value of the low 16 bits occurs where the high bits are the model's bucket."""
+    for row, bucket, counts in zip(_magnitude_bits(vectors), buckets, found, strict=True):
+        inside = row[row >> 16 == bucket] & 0xFFFF
+        counts += torch.bincount(inside, minlength=counts.size).cpu().numpy()
+
+
+def bracket(
+    vectors: TaskVectors,
+    lows: Sequence[int],
+    highs: Sequence[int],
+    candidates: Sequence[int],
+    digits: NDArray[np.int64],
+    above: NDArray[np.int64],
+    equal: NDArray[np.int64],
+) -> None:
+    """Count |δ| above a range of high digits, each value inside it, and, apart, those equal to a candidate."""
+    for model, row in enumerate(_magnitude_bits(vectors)):
+        low, high, candidate = (digits_of[model] << 16 for digits_of in (lows, highs, candidates))
+        same = torch.split(row == candidate, vectors.grain)
+        equal[model] += np.array([int(part.sum()) for part in same], np.int64)
+        inside = row[(row >= low) & (row < high) & (row != candidate)] - low
+        above[model] += int((row >= high).sum())
+        digits[model] += torch.bincount(inside, minlength=digits.shape[1]).cpu().numpy()
+
+
+def ties(vectors: TaskVectors, thresholds: Numbers) -> NDArray[np.int64]:
+    """How many |δ| in float32 equal the model's threshold, in each grain: `[models, grains]`."""
+    bits = _magnitude_bits(vectors)
+    wanted = torch.tensor(thresholds, dtype=torch.float32, device=bits.device).view(torch.int32)
+    equal = bits == wanted.unsqueeze(1)
+    parts = torch.split(equal, vectors.grain, dim=1)
+    found: NDArray[np.int64] = torch.stack([part.sum(dim=1) for part in parts], dim=1).cpu().numpy()
+    return found
+
+
+def gram(sources: Sequence[Rows], grain: int) -> list[Sums]:
+    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows, one tuple per grain, float64."""
+    flat = [source.load().reshape(-1).to(torch.float64) for source in sources]
+    return grain_sums(torch.stack([flat[i] * flat[j] for i, j in pairs(len(flat))]), grain)
+
+
+def absolute_sums(vectors: TaskVectors) -> list[Sums]:
+    """Σ|δ| of the plain task vectors, then of what is left of them, one tuple per grain, float64."""
+    plain = replace(vectors, drop_rates=None, divisors=None, thresholds=None, factors=())
+    sizes = [values(form).abs().reshape(len(form), -1) for form in (plain, vectors)]
+    return grain_sums(torch.cat(sizes), vectors.grain)
+
+
+def pairs(count: int) -> list[tuple[int, int]]:
+    """Which rows are multiplied by which, in the order of `gram`."""
+    return [(i, j) for i in range(count) for j in range(i, count)]
+
+
+def first_nonfinite(rows: Tensor) -> int:
+    """The first NaN or infinity, −1 if there is none."""
+    finite = torch.isfinite(rows)
+    return -1 if bool(finite.all()) else int((~finite).flatten().nonzero()[0])
+
+
+def _base(vectors: TaskVectors) -> Tensor:
+    return vectors.base.load().to(vectors.working)
+
+
+def _elect(summed: Tensor, vote: str, majority: int) -> Tensor:
+    if vote == "plus":
+        return torch.where(summed >= 0, 1.0, -1.0).to(summed.dtype)
+    sign = torch.sign(summed)
+    return torch.where(sign == 0, torch.full_like(sign, majority), sign)
+
+
+def _disjoint(rows: Tensor, sign: Tensor, average: str, weights: Numbers) -> Tensor:
+    """Combine the entries of the elected sign; NaN always counts, so that it is not hidden."""
+    agrees = torch.where(sign > 0, rows > 0, rows < 0) | rows.isnan()
+    chosen = torch.where(agrees, rows, torch.zeros_like(rows))
+    if average == "max":
+        return chosen.abs().amax(dim=0) * sign
+    if average == "sum":
+        return total(chosen)
+    if average == "weight":
+        counted = torch.where(chosen != 0, column(weights, rows), torch.zeros_like(rows))
+        return total(chosen) / _divisor(total(counted), ZERO_SUM)
+    return total(chosen) / _divisor(total((chosen != 0).to(rows.dtype)), 1)
+
+
+def _divisor(divisor: Tensor, least: float) -> Tensor:
+    return torch.where(divisor.abs() < least, torch.ones_like(divisor), divisor)
+
+
+def _kept(vectors: TaskVectors, deltas: Tensor) -> Tensor:
+    """Which entries reach the threshold, as magnitudes in float32."""
+    assert vectors.thresholds is not None
+    size = deltas.abs().to(torch.float32)
+    threshold = column(vectors.thresholds, size)
+    mask = (size >= threshold) | size.isnan()
+    for model, (first, left) in enumerate(vectors.ties or ()):
+        if first < size[model].numel():
+            equal = (size[model] == threshold[model]).flatten()
+            equal[:first] = False
+            mask[model] &= (~equal | (torch.cumsum(equal, 0) <= left)).reshape(mask[model].shape)
+    return mask
+
+
+def _uniform(vectors: TaskVectors, deltas: Tensor) -> Tensor:
+    if vectors.draws is None:
+        raise ValueError("these task vectors were made without randomness")
+    drawn = [
+        vectors.draws.uniform(vectors.tensor, model, vectors.start, vectors.elements, deltas.device)
+        for model in range(len(vectors))
+    ]
+    return torch.stack(drawn).reshape(deltas.shape)
+
+
+def _magnitude_bits(vectors: TaskVectors) -> Tensor:
+    return values(vectors).abs().to(torch.float32).reshape(len(vectors), -1).view(torch.int32)

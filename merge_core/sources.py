@@ -1,0 +1,151 @@
+"""What becomes of input files besides being merged: their sha256 for the lock, and their place in the page cache.
+
+A file is hashed behind the merge, while it is still in memory, so that no disk reads it twice; a file hashed before, by
+any merge that was given the same cache folder, is not hashed again. Where the inputs are larger than memory, what is
+done with leaves the page cache at once, and other programs keep theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merge_core.checkpoint import Checkpoint
+from merge_core.errors import Canceled
+from merge_core.headers import Shard
+from merge_core.plan import Plan, Step
+
+_READ = 2**20
+_WORTH_A_TASK = 2**26
+_SETTLED_NS = 2 * 10**9
+"""A file changed so short a time ago could change again without a new time stamp: its hash is not kept."""
+
+
+@dataclass
+class _File:
+    """One input file: how far it is merged and hashed, in bytes from its start."""
+
+    shard: Shard
+    descriptor: int
+    known: str | None = None
+    merged: int = 0
+    hashed: int = 0
+    sha256: Any = field(default_factory=hashlib.sha256)
+    task: Future[None] | None = None
+
+
+class Sources:
+    """The input files of a plan while they are merged. `cache`: where hashes are kept, if anywhere."""
+
+    def __init__(
+        self, plan: Plan, checkpoints: Sequence[Checkpoint], cache: Path | None, stop: Callable[[], bool]
+    ) -> None:
+        self._cache, self._stop, self._closed, self._opened_ns = cache, stop, False, time.time_ns()
+        self._hashing = ThreadPoolExecutor(plan.memory.threads, thread_name_prefix="sources")
+        read = {(source.model, source.info.file) for step in plan.steps for source in step.reads}
+        read |= {(pair.model, info.file) for pair in plan.tied for info in (pair.tensor, pair.partner)}
+        self._files: dict[tuple[int, str], _File] = {}
+        for model, name in sorted(read):
+            shard = checkpoints[model].shards[name]
+            self._files[model, name] = _File(shard, checkpoints[model].descriptor(name), self._kept(shard))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._most_behind = memory // 4
+        self._leave_cache = sum(file.shard.size for file in self._files.values()) + plan.output_bytes > memory
+
+    def merged(self, step: Step) -> None:
+        """A tensor's inputs are done with; waits if hashing is too far behind for the page cache to hold."""
+        for source in step.reads:
+            file = self._files[source.model, source.info.file]
+            end = source.info.begin + source.info.nbytes
+            if file.known is None:
+                file.merged = max(file.merged, end)
+                if file.merged - file.hashed >= _WORTH_A_TASK and (file.task is None or file.task.done()):
+                    file.task = self._hashing.submit(self._hash, file, file.merged)
+            elif self._leave_cache:
+                self._drop(file, source.info.begin, end)
+        for file in self._files.values():
+            if file.task is not None and self._behind() > self._most_behind:
+                file.task.result()
+
+    def result(self) -> dict[tuple[int, str], str]:
+        """(model, file) → sha256; waits for the last one."""
+        unknown = [file for file in self._files.values() if file.known is None]
+        for file in unknown:
+            if file.task is not None:
+                file.task.result()
+        for task in [self._hashing.submit(self._hash, file, file.shard.size) for file in unknown]:
+            task.result()
+        for file in unknown:
+            file.known = file.sha256.hexdigest()
+            self._keep(file)
+        return {which: file.known or "" for which, file in self._files.items()}
+
+    def close(self) -> None:
+        self._closed = True
+        self._hashing.shutdown(wait=True, cancel_futures=True)
+
+    def _behind(self) -> int:
+        return sum(max(0, file.merged - file.hashed) for file in self._files.values() if file.known is None)
+
+    def _hash(self, file: _File, end: int) -> None:
+        space = _space_of_this_thread()
+        view = memoryview(space)
+        begin = file.hashed
+        while file.hashed < end:
+            if self._closed or self._stop():
+                raise Canceled("the merge was canceled")
+            count = os.preadv(file.descriptor, [view[: min(_READ, end - file.hashed)]], file.hashed)
+            if count == 0:
+                return  # the file became shorter, which `Checkpoint.check_unchanged` tells
+            file.sha256.update(view[:count])
+            file.hashed += count
+        if self._leave_cache:
+            self._drop(file, begin, end)
+
+    @staticmethod
+    def _drop(file: _File, begin: int, end: int) -> None:
+        os.posix_fadvise(file.descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+    def _path(self, shard: Shard) -> Path | None:
+        """Where the hash of a file is kept: a new name whenever the file is another or was changed."""
+        if self._cache is None:
+            return None
+        name = f"{shard.device}-{shard.inode}-{shard.size}-{shard.mtime_ns}-{shard.ctime_ns}"
+        return self._cache / "sha256" / name
+
+    def _kept(self, shard: Shard) -> str | None:
+        path = self._path(shard)
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if path is not None and re.fullmatch("[0-9a-f]{64}", digest := path.read_text()):
+                return digest
+        return None
+
+    def _keep(self, file: _File) -> None:
+        path = self._path(file.shard)
+        is_settled = self._opened_ns - max(file.shard.mtime_ns, file.shard.ctime_ns) > _SETTLED_NS
+        if path is None or file.known is None or not is_settled or not file.shard.is_still(os.fstat(file.descriptor)):
+            return
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_name(f".{uuid.uuid4()}")
+            new.write_text(file.known)
+            new.rename(path)
+
+
+_threads = threading.local()
+
+
+def _space_of_this_thread() -> bytearray:
+    if not hasattr(_threads, "space"):
+        _threads.space = bytearray(_READ)
+    return _threads.space  # type: ignore[no-any-return]
