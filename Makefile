@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test golden lint lock serve clean
+.PHONY: help setup demo test golden bench bench-peer bench-scale bench-cuda lint lock serve clean
+PEER := .venv-peer
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## Make the virtual environment with everything pinned
 
@@ -15,6 +16,7 @@ $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock torch
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/python -m merge_core.kernels
 	touch $@
 
 demo: $(READY)  ## Train four small models, merge them over HTTP by every method, print the accuracies
@@ -25,6 +27,20 @@ test: $(READY)  ## Run the whole test suite
 
 golden: $(READY)  ## Run the golden cases in DIR
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden $(DIR)
+
+bench: $(READY)  ## Measure merges against cat + cp, plain torch and mergekit (SIZE=small: shorter; OUT=rows.json)
+	$(BIN)/python -m benchmarks.bench
+
+bench-peer:  ## Install mergekit in an environment of its own, for `make bench` to compare with
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --constraint requirements.lock torch
+	$(PEER)/bin/python -m pip install --quiet mergekit==0.1.5
+
+bench-scale: $(READY)  ## Measure cost and memory from 0.1 to 8 billion parameters (needs 20 GB of disk)
+	$(BIN)/python -m benchmarks.scale
+
+bench-cuda: $(READY)  ## Measure merges on a CUDA device against the rate of copies to it
+	$(BIN)/python -m benchmarks.cuda
 
 lint: $(READY)  ## Check style, types and who imports whom
 	$(BIN)/ruff check .
