@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dare_linear": {"merge_method": "dare_linear", **ON_BASE, "parameters": {"weight": 0.3, "density": 0.5}},
     "dare_ties": {"merge_method": "dare_ties", **ON_BASE, "parameters": {"weight": 0.3, "density": 0.5}},
     "ties": {"merge_method": "ties", **ON_BASE, "parameters": {"weight": 1, "density": 0.2}},
-    "ties, whole model": {
+    "ties whole model": {
         "merge_method": "ties",
         **ON_BASE,
         "scope": "model",
@@ -58,9 +58,9 @@ def main() -> None:
     size = os.environ.get("SIZE", "large")
     rounds = int(os.environ.get("ROUNDS", ROUNDS_OF[size]))
     work = Path(os.environ.get("WORK", HERE.parent / "build" / "bench")).absolute()
-    chosen = os.environ.get("METHODS", ",".join(RECIPES).replace("ties, whole", "ties; whole")).split(",")
+    chosen = os.environ.get("METHODS", ",".join(RECIPES)).split(",")
     against = os.environ.get("AGAINST", "torch,mergekit").split(",")
-    recipes = {title: RECIPES[title] for title in (name.replace(";", ",").strip() for name in chosen)}
+    recipes = {title.strip(): RECIPES[title.strip()] for title in chosen}
     shape = SHAPES[size]
     with console.status(f"making a base and three fine-tunes of {shape.parameters / 1e9:.2f} billion parameters …"):
         build(work / size, shape, 3)

@@ -27,7 +27,7 @@ def main() -> None:
     for column in ("billion parameters", "method", "merge s", "s per billion", "CPU s per billion", "RSS MB"):
         table.add_column(column, justify="right")
     for size in ("0.1", "small", "large", "8"):
-        for title in ("linear", "ties, whole model"):
+        for title in ("linear", "ties whole model"):
             _row(table, work, size, title, {})
         table.add_section()
     for models in (2, 6, 12):

@@ -70,7 +70,6 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(2, 256, 688, 64, 8000),
     "0.1": Shape(2, 1024, 2816, 256, 32000),
     "small": Shape(4),
     "large": Shape(22),

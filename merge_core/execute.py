@@ -1,7 +1,7 @@
 """The tensors: measured and merged block by block, written in file order.
 
 A pool of threads reads blocks, measures or merges them; what is merged is handed on in order, so that each file is
-hashed and written from front to back by a thread of its own while the next blocks are read and merged. All space is
+hashed and written from front to back by threads of their own while the next blocks are read and merged. All space is
 taken once and used again. While one tensor is merged, the next is measured.
 """
 

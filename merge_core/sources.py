@@ -73,9 +73,10 @@ class Sources:
                     file.task = self._hashing.submit(self._hash, file, file.merged)
             elif self._leave_cache:
                 self._drop(file, source.info.begin, end)
-        for file in self._files.values():
-            if file.task is not None and self._behind() > self._most_behind:
-                file.task.result()
+        if self._behind() > self._most_behind:
+            for file in self._files.values():
+                if file.task is not None:
+                    file.task.result()
 
     def result(self) -> dict[tuple[int, str], str]:
         """(model, file) → sha256; waits for the last one."""

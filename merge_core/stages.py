@@ -74,8 +74,24 @@ def _ties_here(cut: Sequence[Any] | None, block: Block) -> tuple[int, int]:
     return KEEP_NO_TIES if block.tensor > cut[0] or first < 0 else (first, cut[2])
 
 
+class _AtOnce(Stage):
+    """Part of finding the k-th magnitude in one pass, which only compiled kernels are quick enough for."""
+
+    @property
+    def expected(self) -> bool:
+        return kernels.are_compiled()
+
+
+class _AfterAll(Stage):
+    """Part of finding it in several, which compiled kernels do only where the sample misled."""
+
+    @property
+    def expected(self) -> bool:
+        return not kernels.are_compiled()
+
+
 @dataclass
-class Sample(Stage):
+class Sample(_AtOnce):
     """About where the k-th largest magnitude is: `known["guess"]`, per model the high digits from and to, and those of
     which the least value is the most likely one.
     """
@@ -84,10 +100,6 @@ class Sample(Stage):
     keep: Keep
     name: ClassVar[str] = "ranks, sample"
     reads: ClassVar[float] = 1 / 16
-
-    @property
-    def expected(self) -> bool:
-        return kernels.are_compiled()
 
     def needed(self, known: Known) -> bool:
         return kernels.are_compiled()
@@ -115,7 +127,7 @@ class Sample(Stage):
 
 
 @dataclass
-class Bracket(Stage):
+class Bracket(_AtOnce):
     """The k-th largest magnitude, if it is where the sample said."""
 
     vectors: Ranked
@@ -123,10 +135,6 @@ class Bracket(Stage):
     scope: Scope
     cut_ties: bool
     name: ClassVar[str] = "ranks"
-
-    @property
-    def expected(self) -> bool:
-        return kernels.are_compiled()
 
     def needed(self, known: Known) -> bool:
         return "guess" in known
@@ -151,7 +159,7 @@ class Bracket(Stage):
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         digits, above, entries = (cast(Counts, found[f"\0{name}"]).values for name in ("digits", "above", "entries"))
-        ties = {name: cast(Counts, counts).values for name, counts in found.items() if not name.startswith("\0")}
+        ties = _per_tensor(found)
         wanted, left, threshold, kept, all_ = [], [], [], [], []
         all_candidates = True
         for model, (low, _, candidate) in enumerate(known.pop("guess")):
@@ -172,16 +180,12 @@ class Bracket(Stage):
 
 
 @dataclass
-class HighDigits(Stage):
+class HighDigits(_AfterAll):
     """Which bucket of the high 16 bits holds the k-th largest magnitude of each model."""
 
     vectors: Ranked
     keep: Keep
     name: ClassVar[str] = "ranks, high digits"
-
-    @property
-    def expected(self) -> bool:
-        return not kernels.are_compiled()
 
     def needed(self, known: Known) -> bool:
         return "threshold" not in known
@@ -199,15 +203,11 @@ class HighDigits(Stage):
 
 
 @dataclass
-class LowDigits(Stage):
+class LowDigits(_AfterAll):
     """The k-th largest magnitude itself, and how many of its equals are among the k."""
 
     vectors: Ranked
     name: ClassVar[str] = "ranks, low digits"
-
-    @property
-    def expected(self) -> bool:
-        return not kernels.are_compiled()
 
     def needed(self, known: Known) -> bool:
         return "threshold" not in known
@@ -225,15 +225,11 @@ class LowDigits(Stage):
 
 
 @dataclass
-class TiesPerTensor(Stage):
+class TiesPerTensor(_AfterAll):
     """In which tensor each model's ties are cut: `known["cut"]`, per model its name and how many it keeps, or None."""
 
     vectors: Ranked
     name: ClassVar[str] = "ties at the threshold, per tensor"
-
-    @property
-    def expected(self) -> bool:
-        return not kernels.are_compiled()
 
     def needed(self, known: Known) -> bool:
         return "cut" not in known and _is_cut(known)
@@ -242,21 +238,17 @@ class TiesPerTensor(Stage):
         _count_ties(found, block, kernels.ties(self.vectors(block), tuple(known["threshold"])), "model")
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        known["cut"] = _first_cut({name: cast(Counts, counts).values for name, counts in found.items()}, known)
+        known["cut"] = _first_cut(_per_tensor(found), known)
 
 
 @dataclass
-class TiesPerGrain(Stage):
+class TiesPerGrain(_AfterAll):
     """In which grain each model's ties are cut: `known["cut"]`, per model the tensor, the grain and how many it keeps
     there, or None where all are kept.
     """
 
     vectors: Ranked
     name: ClassVar[str] = "ties at the threshold, per grain"
-
-    @property
-    def expected(self) -> bool:
-        return not kernels.are_compiled()
 
     def needed(self, known: Known) -> bool:
         is_open = "cut" not in known or any(cut is not None and len(cut) == 2 for cut in known["cut"])
@@ -269,7 +261,7 @@ class TiesPerGrain(Stage):
         _count_ties(found, block, kernels.ties(self.vectors(block), tuple(known["threshold"])), "tensor")
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        known["cut"] = _cut_in({name: cast(Counts, counts).values for name, counts in found.items()}, known)
+        known["cut"] = _cut_in(_per_tensor(found), known)
 
 
 @dataclass
@@ -357,6 +349,11 @@ def _count_ties(found: dict[str, Statistic], block: Block, per_grain: Counters, 
     else:
         counts = _counts(found, block.tensor, (len(per_grain), block.grains.count)).values
         counts[:, block.first_grain : block.first_grain + per_grain.shape[1]] += per_grain
+
+
+def _per_tensor(found: Mapping[str, Statistic]) -> dict[str, Counters]:
+    """What `_count_ties` added up; no tensor's name begins as those of the other counts do."""
+    return {name: cast(Counts, counts).values for name, counts in found.items() if not name.startswith("\0")}
 
 
 def _first_cut(ties: Mapping[str, Counters], known: Known) -> list[list[Any] | None]:

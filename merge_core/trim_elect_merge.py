@@ -15,13 +15,14 @@ from torch import Tensor
 
 from merge_core import kernels
 from merge_core.kernels import Average
-from merge_core.kernels.plain import column, total
+from merge_core.kernels.plain import column, disjoint, total
 from merge_core.kernels.vectors import TaskVectors
 from merge_core.method import Block, Known, MergeMethod, Scope, Stage
 from merge_core.stages import SignVotes, SquaredNorms, largest, trimmed
 
 Election = Literal["mass", "normfrac", "normmass"]
 Aggregate = Literal["mean", "sum", "max"]
+_AVERAGES: dict[Aggregate, Average] = {"mean": "count", "sum": "sum", "max": "max"}
 
 
 class TrimElectMerge(MergeMethod):
@@ -61,24 +62,15 @@ class TrimElectMerge(MergeMethod):
 
     def merge(self, block: Block, known: Known) -> Tensor:
         trimmed = self._trimmed(block, known)
+        average = _AVERAGES[self.aggregate]
         if self.election == "mass":
-            average: Average = {"mean": "count", "sum": "sum", "max": "max"}[self.aggregate]  # type: ignore[assignment]
             return kernels.combine(
                 trimmed, vote="majority", majority=known["majority"], average=average, scale=self.lambda_
             )
         entries = kernels.values(trimmed)
         sign = self._elect(entries, known)
         sign = torch.where(sign == 0, torch.full_like(sign, known["majority"]), sign)
-        agrees = torch.where(sign > 0, entries > 0, entries < 0) | entries.isnan()
-        chosen = torch.where(agrees, entries, torch.zeros_like(entries))
-        return block.base + self._combine(chosen, sign) * self.lambda_
-
-    def _combine(self, chosen: Tensor, sign: Tensor) -> Tensor:
-        if self.aggregate == "sum":
-            return total(chosen)
-        if self.aggregate == "max":
-            return chosen.abs().amax(dim=0) * sign
-        return total(chosen) / (chosen != 0).sum(dim=0).clamp(min=1).to(chosen.dtype)
+        return block.base + disjoint(entries, sign, average, (1.0,)) * self.lambda_
 
     def _vote(self, block: Block, known: Known) -> Tensor | TaskVectors:
         trimmed = self._trimmed(block, known)

@@ -74,7 +74,7 @@ def combine(
         if average == "weight":
             combined = combined / _divisor(total(column(weights, rows)), ZERO_SUM)
     else:
-        combined = _disjoint(rows, _elect(combined, vote, majority), average, weights)
+        combined = disjoint(rows, _elect(combined, vote, majority), average, weights)
     return _base(vectors) + combined * scale
 
 
@@ -161,8 +161,10 @@ def _elect(summed: Tensor, vote: str, majority: int) -> Tensor:
     return torch.where(sign == 0, torch.full_like(sign, majority), sign)
 
 
-def _disjoint(rows: Tensor, sign: Tensor, average: str, weights: Numbers) -> Tensor:
-    """Combine the entries of the elected sign; NaN always counts, so that it is not hidden."""
+def disjoint(rows: Tensor, sign: Tensor, average: str, weights: Numbers) -> Tensor:
+    """Combine the entries of the elected sign, `[models, rows, ...]` → `[rows, ...]`; NaN always counts, so that it is
+    not hidden.
+    """
     agrees = torch.where(sign > 0, rows > 0, rows < 0) | rows.isnan()
     chosen = torch.where(agrees, rows, torch.zeros_like(rows))
     if average == "max":
