@@ -18,11 +18,13 @@ from merge_core.checkpoint import Checkpoint, check_below
 from merge_core.errors import CheckpointError, CheckpointNotFound, DeviceNotFound, OutputExists, Problem, RecipeError
 from merge_core.execute import CPU, Execution, share_one_heap
 from merge_core.files import disk_error, fsync_folder, nearest_existing
+from merge_core.memory import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge_core.method import Randomness
 from merge_core.plan import Plan
-from merge_core.planner import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS, make_plan, referenced_models
+from merge_core.planner import make_plan
 from merge_core.progress import Progress, Report
 from merge_core.recipe import ModelRef, Recipe
+from merge_core.runs import referenced_models
 from merge_core.shards import JOURNAL, ShardWriter, unfinished
 from merge_core.sources import Sources
 

@@ -1,0 +1,325 @@
+"""What takes part in a merge: runs of output tensors that are made alike, each from its inputs.
+
+Coverage is proved from the names that are stored, with no table of architectures: every tensor of the donor (the base,
+else the first model) is in the output exactly once, or `left_out` says why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from merge_core.checkpoint import Checkpoint, is_embedding
+from merge_core.errors import IncompatibleModels, Problem, RecipeError, WeightsmithError
+from merge_core.headers import TensorInfo
+from merge_core.layers import by_layer, in_stack, place_of, stacks
+from merge_core.plan import ConfigEdit, TiedPair
+from merge_core.recipe import ModelRef, Parameters, Recipe, SliceSource
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "attention_layers")
+"""Keys of a config that list one entry per layer."""
+
+
+def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
+    """Every model the recipe names, in order, and the JSON pointer of its first mention."""
+    found: dict[ModelRef, str] = {}
+    if recipe.base_model:
+        found[recipe.base_model] = "#/base_model"
+    for i, entry in enumerate(recipe.models or []):
+        found.setdefault(entry.model, f"#/models/{i}/model")
+    for i, piece in enumerate(recipe.slices or []):
+        if piece.base_model:
+            found.setdefault(piece.base_model, f"#/slices/{i}/base_model")
+        for j, source in enumerate(piece.sources):
+            found.setdefault(source.model, f"#/slices/{i}/sources/{j}/model")
+    return found
+
+
+@dataclass
+class Findings:
+    """What planning came upon: why it cannot be, and what the user should know."""
+
+    problems: list[Problem] = field(default_factory=list)
+    recipe_problems: list[Problem] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add_recipe_problem(self, problem: Problem) -> None:
+        """One per place of the recipe, however many tensors it concerns."""
+        if problem.pointer not in {known.pointer for known in self.recipe_problems}:
+            self.recipe_problems.append(problem)
+
+    def raise_any(self) -> None:
+        """Raise what was found so far; what is wrong with the recipe goes before what its models lack."""
+        error: type[WeightsmithError] = RecipeError if self.recipe_problems else IncompatibleModels
+        if found := self.recipe_problems or self.problems:
+            raise error.of(found)
+
+
+@dataclass
+class Input:
+    """One model taking part in a run of output tensors."""
+
+    ref: ModelRef
+    parameters: Parameters
+    pointer: str
+    first_layer: int = 0
+
+
+@dataclass
+class Run:
+    """Output tensors that are made alike: a recipe's `models`, or one slice."""
+
+    inputs: list[Input]
+    base: ModelRef | None
+    parameters: Parameters
+    pointer: str
+
+    @property
+    def donor(self) -> Input:
+        return next((taken for taken in self.inputs if taken.ref == self.base), self.inputs[0])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One output tensor: what and whose it is, each input's name for it, its place in the layers (0 first, 1 last)."""
+
+    name: str
+    info: TensorInfo
+    owner: ModelRef
+    names: tuple[str, ...]
+    place: float
+
+
+@dataclass
+class Structure:
+    """The runs of a recipe and the tensors of each; `findings` takes what is wrong or worth knowing."""
+
+    recipe: Recipe
+    checkpoints: Mapping[ModelRef, Checkpoint]
+    findings: Findings
+    tied: list[TiedPair] = field(default_factory=list)
+    config_edit: ConfigEdit = field(default_factory=ConfigEdit)
+
+    def __post_init__(self) -> None:
+        self.models = tuple(referenced_models(self.recipe))
+        self.runs = self._runs_of_slices() if self.recipe.slices else [self._run_of_models()]
+
+    @property
+    def donor(self) -> ModelRef:
+        """Whose tensors, config and tokenizer the output has, as far as slices do not say otherwise."""
+        return self.recipe.base_model or self.runs[0].donor.ref
+
+    def wanted(self) -> list[tuple[Run, list[Wanted]]]:
+        """Every output tensor, in order, below the run that makes it."""
+        found = self._wanted_of_slices(self.runs) if self.recipe.slices else self._wanted_of_models(self.runs[0])
+        self.findings.raise_any()
+        return found
+
+    # Who takes part.
+
+    def _run_of_models(self) -> Run:
+        inputs = [
+            Input(entry.model, entry.parameters, f"#/models/{i}") for i, entry in enumerate(self.recipe.models or [])
+        ]
+        base = self.recipe.base_model
+        if base and all(taken.ref != base for taken in inputs):
+            inputs.insert(0, Input(base, {}, "#/base_model"))
+        return Run(inputs, base, {}, "#")
+
+    def _runs_of_slices(self) -> list[Run]:
+        runs = []
+        for i, piece in enumerate(self.recipe.slices or []):
+            inputs = [self._slice_input(source, f"#/slices/{i}/sources/{j}") for j, source in enumerate(piece.sources)]
+            runs.append(Run(inputs, piece.base_model or self.recipe.base_model, piece.parameters, f"#/slices/{i}"))
+        return runs
+
+    @staticmethod
+    def _slice_input(source: SliceSource, pointer: str) -> Input:
+        return Input(source.model, source.parameters, pointer, source.layer_range[0])
+
+    # Which tensors there are.
+
+    def _wanted_of_models(self, run: Run) -> list[tuple[Run, list[Wanted]]]:
+        donor = self.checkpoints[run.donor.ref]
+        layers = stacks(donor.tensors)
+        if not self._same_layers(run, layers):
+            return []
+        heads = self._tied_heads(donor, run.donor.ref, run.inputs)
+        tensors = []
+        for info in donor.tensors.values():
+            if info.name in heads:
+                continue
+            place = place_of(info.name, layers)
+            tensors.append(Wanted(info.name, info, run.donor.ref, (info.name,) * len(run.inputs), place))
+        self._report_extras(donor, run.donor.ref, run.inputs)
+        return [(run, tensors)]
+
+    def _same_layers(self, run: Run, layers: Mapping[str, Mapping[int, int]]) -> bool:
+        same = True
+        for taken in run.inputs:
+            theirs = stacks(self.checkpoints[taken.ref].tensors)
+            for prefix, numbers in layers.items():
+                if prefix in theirs and len(theirs[prefix]) != len(numbers):
+                    same = False
+                    has = f"{taken.ref} has {len(theirs[prefix])} layers in {prefix}*"
+                    self.findings.problems.append(
+                        Problem(f"{has}, but {run.donor.ref} has {len(numbers)}", taken.pointer)
+                    )
+        return same
+
+    def _tied_heads(self, donor: Checkpoint, name: ModelRef, inputs: Sequence[Input]) -> set[str]:
+        """Heads that the donor's config ties to an embedding, which are stored once.
+
+        Where a model stores a tied head, that it really is its embedding is checked when the merge runs.
+        """
+        heads = {}
+        for info in donor.tensors.values():
+            if partner := donor.tied_partner(info.name, info.shape):
+                heads[info.name] = partner.name
+                self.findings.left_out.append(
+                    f"{info.name}: the config ties it to {partner.name}, which is stored once"
+                )
+        for taken in inputs:
+            theirs = self.checkpoints[taken.ref]
+            for info in theirs.tensors.values():
+                partner = theirs.tied_partner(info.name, info.shape)
+                if partner is None and info.name in heads and not theirs.config:
+                    partner = theirs.tensors.get(heads[info.name])
+                if partner is not None:
+                    self.tied.append(TiedPair(self.models.index(taken.ref), info, partner))
+                elif info.name in heads:
+                    self._refuse_head(taken, info, name)
+        return set(heads)
+
+    def _report_extras(
+        self, donor: Checkpoint, name: ModelRef, inputs: Sequence[Input], *, but: str | None = None
+    ) -> None:
+        """Tensors that another model has and the output will not; those below the prefix `but` are told elsewhere."""
+        for taken in inputs:
+            theirs = self.checkpoints[taken.ref]
+            lost = []
+            for info in theirs.tensors.values():
+                if info.name in donor.tensors or (but is not None and in_stack(info.name, but)):
+                    continue
+                if donor.tied_partner(info.name, info.shape) is None:
+                    lost.append(info.name)
+                elif theirs.tied_partner(info.name, info.shape) is None:
+                    self._refuse_head(taken, info, name)
+            self._leave_out(lost, taken.ref, name)
+
+    def _refuse_head(self, taken: Input, head: TensorInfo, donor: ModelRef) -> None:
+        has = f"{taken.ref} has a head of its own, {head.name}"
+        detail = f"{has}, which {donor} ties to its embeddings; it would be lost"
+        self.findings.problems.append(Problem(detail, taken.pointer, tensor=head.name))
+
+    def _leave_out(self, lost: Sequence[str], model: ModelRef, donor: ModelRef) -> None:
+        if lost:
+            shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+            note = f"{shown}: only {model} has {'it' if len(lost) == 1 else 'them'}, {donor} has not"
+            if note not in self.findings.left_out:
+                self.findings.left_out.append(note)
+
+    def _wanted_of_slices(self, runs: Sequence[Run]) -> list[tuple[Run, list[Wanted]]]:
+        prefix = self._common_prefix()
+        pieces = self.recipe.slices or []
+        for run, piece in zip(runs, pieces, strict=True):
+            for taken, source in zip(run.inputs, piece.sources, strict=True):
+                has = len(stacks(self.checkpoints[taken.ref].tensors)[prefix])
+                if source.layer_range[1] > has:
+                    detail = f"{taken.ref} has {has} layers, so layer_range {list(source.layer_range)} is not in it"
+                    self.findings.problems.append(Problem(detail, f"{taken.pointer}/layer_range"))
+        self.findings.raise_any()
+
+        owner = self.recipe.base_model or runs[0].donor.ref
+        donor = self.checkpoints[owner]
+        outer = list({taken.ref: taken for run in (runs[0], runs[-1]) for taken in run.inputs}.values())
+        heads = self._tied_heads(donor, owner, outer)
+        self._report_extras(donor, owner, outer, but=prefix)
+        outside = [info for info in donor.tensors.values() if not in_stack(info.name, prefix)]
+        outside = [info for info in outside if info.name not in heads]
+
+        wanted = [(runs[0], _around(runs[0], owner, [info for info in outside if is_embedding(info.name)]))]
+        made: list[tuple[ModelRef, int]] = []
+        for run, piece in zip(runs, pieces, strict=True):
+            length = piece.sources[0].layer_range[1] - piece.sources[0].layer_range[0]
+            layers = by_layer(self.checkpoints[run.donor.ref].tensors, prefix)
+            tensors = []
+            for i in range(length):
+                place = i / (length - 1) if length > 1 else 1.0
+                for rest, info in layers[run.donor.first_layer + i].items():
+                    names = tuple(f"{prefix}{taken.first_layer + i}.{rest}" for taken in run.inputs)
+                    tensors.append(Wanted(f"{prefix}{len(made)}.{rest}", info, run.donor.ref, names, place))
+                made.append((run.donor.ref, run.donor.first_layer + i))
+            self._report_layer_extras(run, prefix, length)
+            wanted.append((run, tensors))
+        wanted.append((runs[-1], _around(runs[-1], owner, [info for info in outside if not is_embedding(info.name)])))
+        self.config_edit = self._edit_config(donor, made)
+        return wanted
+
+    def _edit_config(self, donor: Checkpoint, made: Sequence[tuple[ModelRef, int]]) -> ConfigEdit:
+        """What the donor's config must say of the output's layers; an entry per layer comes from that layer's model."""
+        values: dict[str, Any] = {}
+        for key in _LAYER_COUNTS:
+            if isinstance(donor.text_config.get(key), int):
+                values[key] = len(made)
+        if donor.config and not values:
+            self.findings.warnings.append("config.json names no layer count that could be set to the output's")
+        for key in _PER_LAYER:
+            if isinstance(donor.text_config.get(key), list):
+                values[key] = [self._of_layer(model, key, layer) for model, layer in made]
+        return ConfigEdit(donor.text_section, values)
+
+    def _of_layer(self, model: ModelRef, key: str, layer: int) -> Any:
+        entries = self.checkpoints[model].text_config.get(key)
+        if isinstance(entries, list) and layer < len(entries):
+            return entries[layer]
+        detail = f"the config of {model} has no entry of {key} for layer {layer}, which the output's config needs"
+        if all(problem.detail != detail for problem in self.findings.problems):
+            self.findings.problems.append(Problem(detail))
+        return None
+
+    def _common_prefix(self) -> str:
+        prefixes = {model: self._layer_prefix(model) for model in self.models}
+        if len(set(prefixes.values())) > 1 and not self.findings.problems:
+            named = ", ".join(f"{model} has {prefix}*" for model, prefix in prefixes.items())
+            self.findings.problems.append(Problem(f"the models name their layers differently: {named}"))
+        self.findings.raise_any()
+        return next(iter(prefixes.values()))
+
+    def _layer_prefix(self, model: ModelRef) -> str:
+        """What stands before the layer number in the names of the layers that `layer_range` counts."""
+        checkpoint = self.checkpoints[model]
+        complete = {
+            prefix: numbers
+            for prefix, numbers in stacks(checkpoint.tensors).items()
+            if list(numbers) == list(range(len(numbers)))
+        }
+        config = checkpoint.text_config
+        declared = [config[key] for key in _LAYER_COUNTS if isinstance(config.get(key), int)]
+        fitting = [prefix for prefix, numbers in complete.items() if not declared or len(numbers) == declared[0]]
+        if len(fitting) == 1:
+            return fitting[0]
+        if not fitting:
+            wanted = f"the {declared[0]} numbered layers that its config says" if declared else "numbered layers"
+            detail = f"{model} has not {wanted}, so it cannot be sliced"
+        else:
+            runs = ", ".join(f"{prefix}*" for prefix in fitting)
+            detail = f"{model} has several runs of layers ({runs}); slices cannot tell which is meant"
+        self.findings.problems.append(Problem(detail))
+        return ""
+
+    def _report_layer_extras(self, run: Run, prefix: str, length: int) -> None:
+        ours = by_layer(self.checkpoints[run.donor.ref].tensors, prefix)
+        for taken in run.inputs:
+            theirs = by_layer(self.checkpoints[taken.ref].tensors, prefix)
+            for i in range(length):
+                lost = sorted(theirs[taken.first_layer + i].keys() - ours[run.donor.first_layer + i].keys())
+                self._leave_out([f"{prefix}{taken.first_layer + i}.{rest}" for rest in lost], taken.ref, run.donor.ref)
+
+
+def _around(run: Run, owner: ModelRef, infos: Sequence[TensorInfo]) -> list[Wanted]:
+    """Tensors before or after the layers, which every model knows by the same name."""
+    return [Wanted(info.name, info, owner, (info.name,) * len(run.inputs), 0.0) for info in infos]
