@@ -21,9 +21,9 @@ import torch
 import yaml
 
 from merge_core import __version__
-from merge_core.checkpoint import Checkpoint
 from merge_core.files import WrittenFile, write_text
 from merge_core.plan import Plan
+from merge_core.weights import Weights
 
 LOCK_NAME = "merge.lock.json"
 CARD_NAME = "README.md"
@@ -44,7 +44,7 @@ class Artifact:
 
 def write_companions(
     plan: Plan,
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Weights],
     folder: Path,
     *,
     weights: Sequence[WrittenFile],
@@ -134,7 +134,7 @@ def _edited_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _source(
-    plan: Plan, checkpoints: Sequence[Checkpoint], model: int, sources: Mapping[tuple[int, str], str]
+    plan: Plan, checkpoints: Sequence[Weights], model: int, sources: Mapping[tuple[int, str], str]
 ) -> dict[str, Any]:
     checkpoint = checkpoints[model]
     files = [

@@ -7,10 +7,7 @@ A checkpoint is a folder in the Hugging Face layout (one `model.safetensors`, or
 from __future__ import annotations
 
 import os
-import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from merge_core.errors import CheckpointError, CheckpointNotFound, PathNotAllowed, UnsafeFormat
 from merge_core.headers import Shard, TensorInfo, clip, is_usable_name, open_regular, read_header, read_json
+from merge_core.weights import Weights
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 COMPANIONS = (
@@ -39,22 +37,10 @@ COMPANIONS = (
 )
 """Files beside the weights that belong to a model whatever its weights are; never code."""
 MAX_COMPANION_BYTES = 256 * 2**20
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-_NUMBERED = re.compile(r"(^|\.)\d+\.")
-_EMBEDDING = re.compile(r"embed(?!_out)|(^|[._])(wte|wpe|shared|project_in|patch|pre_layrnorm|pre_layernorm)([._]|$)")
 
 
-def is_embedding(tensor: str) -> bool:
-    """Whether a tensor outside the layers stands before them (embeddings) rather than after (final norm, head)."""
-    return _EMBEDDING.search(tensor) is not None
-
-
-class Checkpoint:
-    """Named tensors in safetensors files, described by headers, read by rows.
-
-    Attributes: `path`, what was opened; `tensors`, name → `TensorInfo` in storage order; `shards`, file name → `Shard`;
-    `config`, the parsed `config.json` or an empty dict.
-    """
+class Checkpoint(Weights):
+    """Named tensors in safetensors files; `shards` are those files by name."""
 
     def __init__(
         self,
@@ -119,24 +105,7 @@ class Checkpoint:
         return self.path if self.path.is_dir() else None
 
     @property
-    def ties_embeddings(self) -> bool:
-        """Whether the config says that the output head is the input embedding."""
-        tied = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
-        return tied is True
-
-    @property
-    def text_section(self) -> str | None:
-        """Where a multimodal config describes its language model; None: at the top."""
-        return next((name for name in _TEXT_CONFIGS if isinstance(self.config.get(name), dict)), None)
-
-    @property
-    def text_config(self) -> Mapping[str, Any]:
-        """The part of the config about the language model."""
-        return self.config[self.text_section] if self.text_section else self.config
-
-    @property
     def companions(self) -> list[Path]:
-        """The config and tokenizer files to be copied with the weights. Raises `PathNotAllowed`."""
         if self.folder is None:
             return []
         found = [self.folder / name for name in COMPANIONS if (self.folder / name).is_file()]
@@ -144,32 +113,7 @@ class Checkpoint:
             check_below(path, self.roots)
         return [path for path in found if path.stat().st_size <= MAX_COMPANION_BYTES]
 
-    def find(self, name: str, shape: tuple[int, ...]) -> TensorInfo | None:
-        """The stored tensor that answers to `name`: itself, or the embedding that the config ties it to.
-
-        A tied head is not stored; its partner is the only stored embedding of the wanted `shape`.
-        """
-        return self.tensors.get(name) or self.tied_partner(name, shape)
-
-    def tied_partner(self, head: str, shape: tuple[int, ...]) -> TensorInfo | None:
-        """The embedding that the config ties a head to, whether the head is stored or not; None if it ties none."""
-        if not self.ties_embeddings or len(shape) != 2 or is_embedding(head) or _NUMBERED.search(head):
-            return None
-        partners = self._embeddings[shape]
-        return partners[0] if len(partners) == 1 else None
-
-    @cached_property
-    def _embeddings(self) -> Mapping[tuple[int, ...], list[TensorInfo]]:
-        found: dict[tuple[int, ...], list[TensorInfo]] = defaultdict(list)
-        for info in self.tensors.values():
-            if is_embedding(info.name):
-                found[info.shape].append(info)
-        return found
-
     def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
-        """Rows `start` to `stop` of a tensor in its stored dtype, `[stop - start, *shape[1:]]`; a 0-d tensor has one
-        row. They are read into `space` (uint8, large enough) if it is given.
-        """
         size = self.row_bytes(info) * (stop - start)
         buffer = torch.empty(size, dtype=torch.uint8) if space is None else space[:size]
         offset = info.begin + start * self.row_bytes(info)
@@ -183,34 +127,20 @@ class Checkpoint:
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         return buffer.view(info.dtype.torch).reshape(shape)
 
-    def ends_inside(self, info: TensorInfo) -> CheckpointError:
-        """The error of a file that became shorter than its header says."""
-        what = f"ends inside {info.name}; it was changed while being read"
-        return CheckpointError(self.shards[info.file].path, what, tensor=info.name)
+    def place(self, info: TensorInfo) -> tuple[int, int]:
+        return self.descriptor(info.file), info.begin
 
-    @staticmethod
-    def row_bytes(info: TensorInfo) -> int:
-        """Bytes of one row of a tensor; a 0-d tensor has one row."""
-        return info.nbytes // info.rows if info.rows else 0
+    def ranges(self, info: TensorInfo) -> Iterator[tuple[str, int, int]]:
+        yield info.file, info.begin, info.begin + info.nbytes
 
-    def check_unchanged(self) -> None:
-        """Raise `CheckpointError` if a shard is no longer the file whose header was read."""
-        for shard in self.shards.values():
-            if not shard.path.exists() or not shard.is_still(shard.path.stat()):
-                raise CheckpointError(shard.path, "changed while it was being merged; start the merge again")
+    def temporary(self, info: TensorInfo) -> float:
+        return 0
 
     def close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def descriptor(self, file: str) -> int:
-        """The shard, open for reading; the same one every time. Raises `CheckpointError` if it changed."""
         if file not in self._descriptors:
             shard = self.shards[file]
             opened, now = open_regular(shard.path)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from merge_core import kernels
-from merge_core.checkpoint import Checkpoint
 from merge_core.errors import Canceled, IncompatibleModels, NonFinite, Problem
 from merge_core.kernels.vectors import Rows
 from merge_core.layout import Slot
@@ -33,6 +32,7 @@ from merge_core.plan import WRITING_BLOCKS, Plan, Source, Step, TiedPair
 from merge_core.progress import Progress, Report
 from merge_core.shards import ShardWriter
 from merge_core.statistics import Statistic, add_up
+from merge_core.weights import Weights
 
 _M_ARENA_MAX = -8
 _ALIGNED = 64
@@ -51,7 +51,7 @@ class Execution:
     """
 
     plan: Plan
-    checkpoints: Sequence[Checkpoint]
+    checkpoints: Sequence[Weights]
     writer: ShardWriter
     randomness: Randomness
     merged: Callable[[Step], None] = lambda step: None
@@ -286,7 +286,7 @@ class Execution:
             raise Canceled("the merge was canceled")
         start, stop = step.grains.row_range(*span)
         check = check and not self.plan.recipe.allow_nonfinite
-        sizes = [Checkpoint.row_bytes(source.info) * (stop - start) for source in sources]
+        sizes = [Weights.row_bytes(source.info) * (stop - start) for source in sources]
         with self._counting:
             self.progress.bytes_read += int(reads * sum(sizes))
         spaces = functools.cache(lambda: self._space.take(sizes))
@@ -320,20 +320,16 @@ class Execution:
             )
             raise NonFinite(info.name, file, message)
 
-        return Rows(
-            info.dtype.torch,
-            (stop - start, *info.shape[1:]) if info.shape else (),
-            load,
-            checkpoint.descriptor(info.file) if self.device == CPU else -1,
-            info.begin + start * Checkpoint.row_bytes(info),
-            check,
-            refuse,
-        )
+        place = checkpoint.place(info) if self.device == CPU else None
+        descriptor, offset = place or (-1, 0)
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        return Rows(info.dtype.torch, shape, load, descriptor, offset + start * Weights.row_bytes(info), check, refuse)
 
     def _spans(self, step: Step) -> Iterator[_Span]:
         """Runs of whole grains, as long as the plan's blocks."""
         grains = step.grains
-        length = max(1, self.plan.memory.block_elements // max(1, grains.size * grains.width))
+        least = max(1, -(-step.least_rows // grains.size))
+        length = max(1, self.plan.memory.block_elements // max(1, least * grains.size * grains.width)) * least
         for first in range(0, grains.count if step.shape == () or all(step.shape) else 0, length):
             yield first, min(first + length, grains.count)
 

@@ -45,8 +45,8 @@ def _memory_of(steps: Sequence[Step], scope: Scope, threads: int, block_elements
     """Bytes that so many threads need for blocks of so many elements, or of a grain where that is more."""
     in_work = written = 0
     for step in steps:
-        grain = min(step.grains.size, step.grains.rows) * step.grains.width
-        block = min(max(grain, block_elements // max(1, grain) * grain), step.grains.rows * step.grains.width)
+        least = step.least_rows * step.grains.width
+        block = min(max(least, block_elements // max(1, least) * least), step.grains.rows * step.grains.width)
         in_work = max(in_work, block * step.element_bytes(on_gpu=on_gpu) + step.thread_bytes(scope))
         written = max(written, block * step.dtype.itemsize)
     return threads * in_work + (threads + WRITING_BLOCKS) * written

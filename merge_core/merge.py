@@ -27,6 +27,7 @@ from merge_core.recipe import ModelRef, Recipe
 from merge_core.runs import referenced_models
 from merge_core.shards import JOURNAL, ShardWriter, unfinished
 from merge_core.sources import Sources
+from merge_core.weights import Weights
 
 
 def merge(
@@ -96,7 +97,7 @@ def _device(name: str) -> torch.device:
 
 def _carry_out(
     plan: Plan,
-    inputs: Sequence[Checkpoint],
+    inputs: Sequence[Weights],
     partial: Path,
     out: Path,
     randomness: Randomness,
@@ -147,10 +148,10 @@ def plan_only(
 
 
 @contextmanager
-def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[ModelRef, Checkpoint]]:
+def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[ModelRef, Weights]]:
     """Every model of the recipe, opened from its headers. Raises `CheckpointError` or `RecipeError` naming the key."""
     with ExitStack() as stack:
-        found: dict[ModelRef, Checkpoint] = {}
+        found: dict[ModelRef, Weights] = {}
         for ref, pointer in referenced_models(recipe).items():
             if ref.revision or ref.adapter:
                 what = "an adapter" if ref.adapter else "a revision"

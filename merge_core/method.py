@@ -30,6 +30,7 @@ from merge_core.statistics import Grains, GrainSums, Statistic, Sums
 Known = dict[str, Any]
 Semantics = Literal["mergekit", "paper"]
 Scope = Literal["tensor", "model"]
+Extent = Literal["grain", "tensor"]
 
 
 class PerModelMarker:
@@ -125,8 +126,8 @@ class Block:
         sources = [self._base, *self.stored] if with_base else list(self.stored)
         return kernels.linear(sources, weights, divisor, self.working, self.grain_elements, self.out)
 
-    def put_sums(self, found: dict[str, Statistic], name: str, per_grain: Sequence[Sums]) -> None:
-        """Add float64 sums of each grain to the `GrainSums` of that name."""
+    def put_sums(self, found: dict[str, Statistic], name: str, per_grain: Sums) -> None:
+        """Add float64 sums of each grain, `[grains, ...]`, to the `GrainSums` of that name."""
         sums = cast(GrainSums, found.setdefault(name, GrainSums()))
         for offset, value in enumerate(per_grain):
             sums.put(self.tensor, self.grains.count, self.first_grain + offset, value)
@@ -192,6 +193,12 @@ class MergeMethod(BaseModel, ABC):
     semantics: ClassVar[Semantics] = "mergekit"
     workspace: ClassVar[tuple[int, int]] = (2, 4)
 
+    def extent(self, shape: Sequence[int]) -> Extent:
+        """What a block must hold at least of a tensor of that shape: a grain, which is whole rows of the first
+        dimension, or all of it. A method whose rows are in the last dimension takes a 1-D tensor as one row.
+        """
+        return "grain"
+
     def stages(self, scope: Scope) -> Sequence[Stage]:
         """The passes this tensor needs before `merge`; none for most methods."""
         return ()
@@ -224,6 +231,15 @@ class MergeMethod(BaseModel, ABC):
     @functools.cache
     def required_parameters(cls) -> set[str]:
         return {info.alias or name for name, info in cls.model_fields.items() if info.is_required()}
+
+    @classmethod
+    def example_parameters(cls) -> dict[str, Any]:
+        """Values by recipe name with which the method does all its work: the fields' examples, else of those required
+        0.7.
+        """
+        examples = {info.alias or name: info.examples for name, info in cls.model_fields.items()}
+        required = dict.fromkeys(cls.required_parameters(), 0.7)
+        return required | {name: values[0] for name, values in examples.items() if values}
 
 
 def spread(values: Sequence[float], count: int) -> tuple[float, ...]:

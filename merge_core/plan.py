@@ -29,10 +29,14 @@ STATISTICS_BYTES = 5 * 2**19
 
 @dataclass(frozen=True)
 class Source:
-    """One stored tensor that a step reads: `model` is an index into `Plan.models`."""
+    """One tensor that a step reads: `model` is an index into `Plan.models`.
+
+    `temporary`: bytes of memory per element for computing its rows, 0 where they are stored.
+    """
 
     model: int
     info: TensorInfo
+    temporary: float = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class Step:
     @property
     def grains(self) -> Grains:
         return Grains.of(self.shape)
+
+    @property
+    def least_rows(self) -> int:
+        """How many rows a block has at least: those of a grain, or all."""
+        whole = self.method is not None and self.method.extent(self.shape) == "tensor"
+        return self.grains.rows if whole else min(self.grains.size, self.grains.rows)
 
     @property
     def working(self) -> DType:
@@ -76,13 +86,14 @@ class Step:
 
     def element_bytes(self, *, on_gpu: bool = False) -> int:
         """Bytes of main memory per element of a block in work, temporaries included; the merged block comes on top."""
-        stored = sum(source.info.dtype.itemsize for source in self.reads)
+        stored = sum(source.info.dtype.itemsize + math.ceil(source.temporary) for source in self.reads)
         if self.method is None:
             return stored + 8
         if on_gpu:
             return stored
         if self.is_fused:
-            return 0
+            computed = [source for source in self.reads if source.temporary]
+            return sum(source.info.dtype.itemsize + math.ceil(source.temporary) for source in computed)
         per_model, fixed = self.method.workspace
         arrays = len(self.reads) + 1 + per_model * len(self.sources) + fixed
         return arrays * self.working.itemsize + stored

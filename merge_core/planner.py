@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from merge_core import __version__
-from merge_core.checkpoint import Checkpoint, is_embedding
 from merge_core.dtypes import OUTPUT, DType
 from merge_core.errors import Problem
 from merge_core.headers import TensorInfo
@@ -21,11 +20,12 @@ from merge_core.parameters import Resolver
 from merge_core.plan import Plan, Source, Step
 from merge_core.recipe import ModelRef, Recipe, canonical_json
 from merge_core.runs import Findings, Input, Run, Structure, Wanted
+from merge_core.weights import Weights, is_embedding
 
 
 def make_plan(
     recipe: Recipe,
-    checkpoints: Mapping[ModelRef, Checkpoint],
+    checkpoints: Mapping[ModelRef, Weights],
     *,
     memory: int | None = None,
     threads: int | None = None,
@@ -43,7 +43,7 @@ def make_plan(
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint], on_gpu: bool) -> None:
+    def __init__(self, recipe: Recipe, checkpoints: Mapping[ModelRef, Weights], on_gpu: bool) -> None:
         self.recipe, self.checkpoints, self.on_gpu = recipe, checkpoints, on_gpu
         self.findings = Findings()
         self.structure = Structure(recipe, checkpoints, self.findings)
@@ -137,7 +137,7 @@ class _Planner:
                 detail = f"{name} is stored as {found.dtype} in {taken.ref} but as {info.dtype} in {wanted.owner}"
                 self.findings.problems.append(Problem(detail, taken.pointer, tensor=name))
             else:
-                sources.append((taken, Source(self.index[taken.ref], found)))
+                sources.append((taken, self._source(taken.ref, found)))
         if len(sources) < len(run.inputs):
             return None
         donor = next(source for taken, source in sources if taken is run.donor)
@@ -164,6 +164,9 @@ class _Planner:
         if info.elements == 0:
             return Step(wanted.name, info.shape, self._output_dtype(info), (donor,), reason="it is empty")
         return Step(wanted.name, info.shape, self._output_dtype(info), taking_part, base, method)
+
+    def _source(self, model: ModelRef, info: TensorInfo) -> Source:
+        return Source(self.index[model], info, self.checkpoints[model].temporary(info))
 
     def _output_dtype(self, info: TensorInfo) -> DType:
         written = self.recipe.out_dtype or self.recipe.dtype

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_core.checkpoint import Checkpoint, is_embedding
 from merge_core.errors import IncompatibleModels, Problem, RecipeError, WeightsmithError
 from merge_core.headers import TensorInfo
 from merge_core.layers import by_layer, in_stack, place_of, stacks
 from merge_core.plan import ConfigEdit, TiedPair
 from merge_core.recipe import ModelRef, Parameters, Recipe, SliceSource
+from merge_core.weights import Weights, is_embedding
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "attention_layers")
@@ -98,7 +98,7 @@ class Structure:
     """The runs of a recipe and the tensors of each; `findings` takes what is wrong or worth knowing."""
 
     recipe: Recipe
-    checkpoints: Mapping[ModelRef, Checkpoint]
+    checkpoints: Mapping[ModelRef, Weights]
     findings: Findings
     tied: list[TiedPair] = field(default_factory=list)
     config_edit: ConfigEdit = field(default_factory=ConfigEdit)
@@ -170,7 +170,7 @@ class Structure:
                     )
         return same
 
-    def _tied_heads(self, donor: Checkpoint, name: ModelRef, inputs: Sequence[Input]) -> set[str]:
+    def _tied_heads(self, donor: Weights, name: ModelRef, inputs: Sequence[Input]) -> set[str]:
         """Heads that the donor's config ties to an embedding, which are stored once.
 
         Where a model stores a tied head, that it really is its embedding is checked when the merge runs.
@@ -195,7 +195,7 @@ class Structure:
         return set(heads)
 
     def _report_extras(
-        self, donor: Checkpoint, name: ModelRef, inputs: Sequence[Input], *, but: str | None = None
+        self, donor: Weights, name: ModelRef, inputs: Sequence[Input], *, but: str | None = None
     ) -> None:
         """Tensors that another model has and the output will not; those below the prefix `but` are told elsewhere."""
         for taken in inputs:
@@ -259,7 +259,7 @@ class Structure:
         self.config_edit = self._edit_config(donor, made)
         return wanted
 
-    def _edit_config(self, donor: Checkpoint, made: Sequence[tuple[ModelRef, int]]) -> ConfigEdit:
+    def _edit_config(self, donor: Weights, made: Sequence[tuple[ModelRef, int]]) -> ConfigEdit:
         """What the donor's config must say of the output's layers; an entry per layer comes from that layer's model."""
         values: dict[str, Any] = {}
         for key in _LAYER_COUNTS:

@@ -14,16 +14,16 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge_core.checkpoint import Checkpoint
 from merge_core.errors import Canceled
 from merge_core.headers import Shard
-from merge_core.plan import Plan, Step
+from merge_core.plan import Plan, Source, Step
+from merge_core.weights import Weights
 
 _READ = 2**20
 _WORTH_A_TASK = 2**26
@@ -48,12 +48,14 @@ class Sources:
     """The input files of a plan while they are merged. `cache`: where hashes are kept, if anywhere."""
 
     def __init__(
-        self, plan: Plan, checkpoints: Sequence[Checkpoint], cache: Path | None, stop: Callable[[], bool]
+        self, plan: Plan, checkpoints: Sequence[Weights], cache: Path | None, stop: Callable[[], bool]
     ) -> None:
         self._cache, self._stop, self._closed, self._opened_ns = cache, stop, False, time.time_ns()
         self._hashing = ThreadPoolExecutor(plan.memory.threads, thread_name_prefix="sources")
-        read = {(source.model, source.info.file) for step in plan.steps for source in step.reads}
-        read |= {(pair.model, info.file) for pair in plan.tied for info in (pair.tensor, pair.partner)}
+        self._checkpoints = checkpoints
+        read = {file for step in plan.steps for source in step.reads for file, _, _ in self._ranges(source)}
+        tied = [Source(pair.model, info) for pair in plan.tied for info in (pair.tensor, pair.partner)]
+        read |= {file for source in tied for file, _, _ in self._ranges(source)}
         self._files: dict[tuple[int, str], _File] = {}
         for model, name in sorted(read):
             shard = checkpoints[model].shards[name]
@@ -65,18 +67,24 @@ class Sources:
     def merged(self, step: Step) -> None:
         """A tensor's inputs are done with; waits if hashing is too far behind for the page cache to hold."""
         for source in step.reads:
-            file = self._files[source.model, source.info.file]
-            end = source.info.begin + source.info.nbytes
-            if file.known is None:
-                file.merged = max(file.merged, end)
-                if file.merged - file.hashed >= _WORTH_A_TASK and (file.task is None or file.task.done()):
-                    file.task = self._hashing.submit(self._hash, file, file.merged)
-            elif self._leave_cache:
-                self._drop(file, source.info.begin, end)
+            for which, begin, end in self._ranges(source):
+                self._merged(self._files[which], begin, end)
         if self._behind() > self._most_behind:
             for file in self._files.values():
                 if file.task is not None:
                     file.task.result()
+
+    def _ranges(self, source: Source) -> Iterator[tuple[tuple[int, str], int, int]]:
+        for name, begin, end in self._checkpoints[source.model].ranges(source.info):
+            yield (source.model, name), begin, end
+
+    def _merged(self, file: _File, begin: int, end: int) -> None:
+        if file.known is None:
+            file.merged = max(file.merged, end)
+            if file.merged - file.hashed >= _WORTH_A_TASK and (file.task is None or file.task.done()):
+                file.task = self._hashing.submit(self._hash, file, file.merged)
+        elif self._leave_cache:
+            self._drop(file, begin, end)
 
     def result(self) -> dict[tuple[int, str], str]:
         """(model, file) → sha256; waits for the last one."""
@@ -107,7 +115,7 @@ class Sources:
                 raise Canceled("the merge was canceled")
             count = os.preadv(file.descriptor, [view[: min(_READ, end - file.hashed)]], file.hashed)
             if count == 0:
-                return  # the file became shorter, which `Checkpoint.check_unchanged` tells
+                return  # the file became shorter, which `Weights.check_unchanged` tells
             file.sha256.update(view[:count])
             file.hashed += count
         if self._leave_cache:

@@ -275,7 +275,7 @@ class L1Norms(Stage):
         block.put_sums(found, "sums", kernels.absolute_sums(self.left(block, known)))
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        sums = cast(GrainSums, found["sums"]).total()
+        sums = cast(GrainSums, found["sums"]).total().tolist()
         whole, left = sums[: len(sums) // 2], sums[len(sums) // 2 :]
         known["rescale"] = [a / b if b > 0 else 1.0 for a, b in zip(whole, left, strict=True)]
 
@@ -292,7 +292,7 @@ class SquaredNorms(Stage):
         block.put_sums(found, "squares", grain_sums(vectors * vectors, block.grain_elements))
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        known["squares"] = list(cast(GrainSums, found["squares"]).total())
+        known["squares"] = cast(GrainSums, found["squares"]).total().tolist()
 
 
 class Gram(Stage):
@@ -305,7 +305,7 @@ class Gram(Stage):
         block.put_sums(found, "products", kernels.gram(rows, block.working, block.grain_elements))
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        products = cast(GrainSums, found["products"]).total()
+        products = cast(GrainSums, found["products"]).total().tolist()
         count = int((2 * len(products)) ** 0.5)
         gram: list[list[float]] = [[0.0] * count for _ in range(count)]
         for (i, j), product in zip(pairs(count), products, strict=True):

@@ -20,7 +20,7 @@ from torch import Tensor
 GRAIN_ELEMENTS = 2**16
 LANES = 1024
 Counters = NDArray[np.int64]
-Sums = tuple[float, ...]
+Sums = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Counts:
 
 @dataclass
 class GrainSums:
-    """Floating-point sums with one meaning, whatever the blocks: float64 by the grain rule. Several at once.
+    """Floating-point sums with one meaning, whatever the blocks: float64 by the grain rule. An array of them at once.
 
     Inside a grain by lanes (`grain_sums`); over grains by the binary tree of grain indices; over tensors in name
     order. Partial trees hold O(log n) nodes: `(level, index)` is the sum of the grains `index·2^level` to
@@ -96,13 +96,13 @@ class GrainSums:
     def total(self) -> Sums:
         """The whole sums; every grain of every tensor must have been put, and at least one."""
         roots = [self._root(tensor) for tensor in sorted(self.nodes)]
-        return functools.reduce(_plus, roots)
+        return functools.reduce(np.add, roots)
 
     @staticmethod
     def _carry(nodes: dict[tuple[int, int], Sums], node: tuple[int, int], value: Sums) -> None:
         level, index = node
         while (sibling := nodes.pop((level, index ^ 1), None)) is not None:
-            value = _plus(sibling, value) if index & 1 else _plus(value, sibling)
+            value = sibling + value if index & 1 else value + sibling
             level, index = level + 1, index >> 1
         nodes[level, index] = value
 
@@ -115,12 +115,8 @@ class GrainSums:
         return pending[level, 0]
 
 
-def _plus(left: Sums, right: Sums) -> Sums:
-    return tuple(a + b for a, b in zip(left, right, strict=True))
-
-
-def grain_sums(values: Tensor, grain_elements: int) -> list[Sums]:
-    """Sum each grain of a flat run of whole grains: `[sums, elements]` → one tuple per grain, float64.
+def grain_sums(values: Tensor, grain_elements: int) -> Sums:
+    """Sum each grain of a flat run of whole grains: `[sums, elements]` → `[grains, sums]`, float64.
 
     Element i of a grain is added to lane i mod `LANES`, front to back; then the second half of the lanes is added to
     the first until one is left. The result depends on the grain alone; the last grain may be short.
@@ -132,7 +128,8 @@ def grain_sums(values: Tensor, grain_elements: int) -> list[Sums]:
         sums.append(_by_lanes(values[..., :whole].reshape(len(values), -1, grain_elements)))
     if whole < elements:
         sums.append(_by_lanes(values[..., whole:].unsqueeze(1)))
-    return [tuple(grain) for grain in torch.cat(sums, dim=1).T.tolist()]
+    found: Sums = torch.cat(sums, dim=1).T.cpu().numpy()
+    return found
 
 
 def _by_lanes(values: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from merge_core import kernels
+from merge_core.method import MergeMethod
+from merge_core.methods import METHODS, find_method
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -100,16 +102,14 @@ def models(tmp_path: Path) -> Path:
     return folder
 
 
-METHOD_RECIPES: dict[str, dict[str, Any]] = {
-    "linear": {"merge_method": "linear", "parameters": {"weight": 1}},
-    "slerp": {"merge_method": "slerp", "base_model": "base", "parameters": {"t": 0.3}},
-    "task_arithmetic": {"merge_method": "task_arithmetic", "base_model": "base", "parameters": {"weight": 0.5}},
-    "ties": {"merge_method": "ties", "base_model": "base", "parameters": {"weight": 1, "density": 0.2}},
-    "ties-rescaled": {
-        "merge_method": "ties",
-        "base_model": "base",
-        "parameters": {"weight": 1, "density": 0.2, "rescale": True, "normalize": False},
-    },
+def _recipe_of(method: type[MergeMethod]) -> dict[str, Any]:
+    base = {"base_model": "base"} if method.base == "required" else {}
+    meaning = {"semantics": "paper"} if method.semantics == "paper" and len(METHODS[method.name]) > 1 else {}
+    return {"merge_method": method.name, **base, **meaning, "parameters": method.example_parameters()}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ties-exact": {"merge_method": "ties", "base_model": "base", "parameters": {"weight": 1, "density": 0.2}},
     "ties-model-rescaled": {
         "merge_method": "ties",
         "base_model": "base",
@@ -122,7 +122,6 @@ METHOD_RECIPES: dict[str, dict[str, Any]] = {
         "scope": "model",
         "parameters": {"weight": 1, "density": 0.2},
     },
-    "ties-paper": {"merge_method": "ties", "base_model": "base", "semantics": "paper"},
     "ties-paper-norms": {
         "merge_method": "ties",
         "base_model": "base",
@@ -130,17 +129,18 @@ METHOD_RECIPES: dict[str, dict[str, Any]] = {
         "scope": "tensor",
         "parameters": {"election": "normmass", "aggregate": "max"},
     },
-    "dare_linear": {"merge_method": "dare_linear", "base_model": "base", "parameters": {"weight": 0.5, "density": 0.4}},
-    "dare_linear-paper": {"merge_method": "dare_linear", "base_model": "base", "semantics": "paper"},
-    "dare_ties": {"merge_method": "dare_ties", "base_model": "base", "parameters": {"weight": 0.5, "density": 0.4}},
-    "dare_ties-paper": {"merge_method": "dare_ties", "base_model": "base", "semantics": "paper"},
-    "passthrough": {"merge_method": "passthrough"},
 }
-"""Every method with every meaning, on the models of the `models` fixture (see `method_recipe`)."""
+"""Ways to merge that the registry's examples do not take."""
+METHOD_RECIPES: dict[str, dict[str, Any]] = {
+    f"{name}-paper" if meaning == "paper" and len(meanings) > 1 else name: _recipe_of(method)
+    for name, meanings in METHODS.items()
+    for meaning, method in meanings.items()
+} | VARIANTS
+"""Every method with every meaning, and variants, on the models of the `models` fixture (see `method_recipe`)."""
 
 
 def method_recipe(title: str, **keys: Any) -> dict[str, Any]:
     """One of `METHOD_RECIPES`, complete, with further top-level keys."""
     recipe = METHOD_RECIPES[title]
-    names = ["m0"] if recipe["merge_method"] in ("slerp", "passthrough") else ["m0", "m1", "m2"]
-    return {**recipe, "models": [{"model": name} for name in names], **keys}
+    most = find_method(recipe["merge_method"], recipe.get("semantics", "mergekit")).count[1]
+    return {**recipe, "models": [{"model": name} for name in ("m0", "m1", "m2")[:most]], **keys}

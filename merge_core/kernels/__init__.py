@@ -188,25 +188,25 @@ def ties(vectors: TaskVectors, thresholds: Numbers) -> NDArray[np.int64]:
     return found
 
 
-def gram(sources: Sequence[Rows], working: torch.dtype, grain: int) -> list[Sums]:
-    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows, one tuple per grain, float64."""
+def gram(sources: Sequence[Rows], working: torch.dtype, grain: int) -> Sums:
+    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows: `[grains, pairs]`, float64."""
     if not _are_served(sources, working):
         return plain.gram(sources, grain)
     pairs = len(sources) * (len(sources) + 1) // 2
     found = np.empty((math.ceil(sources[0].elements / grain), pairs), np.float64)
     with _places(sources, grain) as places:
         _compiled().gram(places, sources[0].elements, grain, found)
-    return [tuple(sums) for sums in found.tolist()]
+    return found
 
 
-def absolute_sums(vectors: TaskVectors) -> list[Sums]:
-    """Σ|δ| of the plain task vectors, then of what is left of them, one tuple of 2 · models per grain, float64."""
+def absolute_sums(vectors: TaskVectors) -> Sums:
+    """Σ|δ| of the plain task vectors, then of what is left of them: `[grains, 2 · models]`, float64."""
     if not _is_served(vectors):
         return plain.absolute_sums(vectors)
     found = np.empty((math.ceil(vectors.elements / vectors.grain), 2 * len(vectors)), np.float64)
     with _operands(vectors) as operands:
         _compiled().absolute_sums(operands, found)
-    return [tuple(sums) for sums in found.tolist()]
+    return found
 
 
 def first_nonfinite(rows: Tensor) -> int:

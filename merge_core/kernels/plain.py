@@ -126,14 +126,14 @@ def ties(vectors: TaskVectors, thresholds: Numbers) -> NDArray[np.int64]:
     return found
 
 
-def gram(sources: Sequence[Rows], grain: int) -> list[Sums]:
-    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows, one tuple per grain, float64."""
+def gram(sources: Sequence[Rows], grain: int) -> Sums:
+    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows: `[grains, pairs]`, float64."""
     flat = [source.load().reshape(-1).to(torch.float64) for source in sources]
     return grain_sums(torch.stack([flat[i] * flat[j] for i, j in pairs(len(flat))]), grain)
 
 
-def absolute_sums(vectors: TaskVectors) -> list[Sums]:
-    """Σ|δ| of the plain task vectors, then of what is left of them, one tuple per grain, float64."""
+def absolute_sums(vectors: TaskVectors) -> Sums:
+    """Σ|δ| of the plain task vectors, then of what is left of them: `[grains, 2 · models]`, float64."""
     plain = replace(vectors, drop_rates=None, divisors=None, thresholds=None, factors=())
     sizes = [values(form).abs().reshape(len(form), -1) for form in (plain, vectors)]
     return grain_sums(torch.cat(sizes), vectors.grain)

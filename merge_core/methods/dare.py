@@ -51,7 +51,7 @@ class DareLinear(MergeMethod):
     vote: ClassVar[Vote | None] = None
 
     weight: PerModel = Field(description="wᵢ: coefficient of each task vector")
-    density: PerModelShare = Field((1.0,), description="1 − p: chance of each entry to be kept, 0 to 1")
+    density: PerModelShare = Field((1.0,), examples=[0.4], description="1 − p: chance of each entry to be kept, 0 to 1")
     normalize: bool = Field(False, description="divide by the sum of the weights")
     rescale: bool = Field(True, description="scale what is left of each tensor back to its L1 norm")
     lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the merged task vector")

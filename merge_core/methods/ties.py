@@ -36,10 +36,12 @@ class Ties(MergeMethod):
     workspace: ClassVar[tuple[int, int]] = (12, 6)
 
     weight: PerModel = Field(description="wᵢ: coefficient of each task vector, in the vote and in the average")
-    density: PerModelShare = Field((1.0,), description="share of each task vector that is kept, 0 to 1")
+    density: PerModelShare = Field((1.0,), examples=[0.3], description="share of each task vector that is kept, 0 to 1")
     normalize: bool = Field(True, description="divide by the weights of the models that agree")
     lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the merged task vector")
-    rescale: bool = Field(False, description="after trimming, scale each task vector back to its L1 norm")
+    rescale: bool = Field(
+        False, examples=[True], description="after trimming, scale each task vector back to its L1 norm"
+    )
     int8_mask: bool = Field(False, description="read for mergekit's sake; has no effect")
 
     @property

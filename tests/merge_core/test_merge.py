@@ -107,9 +107,17 @@ def _oracle(title: str, base: Tensor, models: list[Tensor]) -> Tensor:
     return theta0 + mean.reshape(theta0.shape)
 
 
-@pytest.mark.parametrize("title", ["linear", "task_arithmetic", "slerp", "ties"])
+ORACLES = {
+    "linear": {"weight": 1},
+    "task_arithmetic": {"weight": 0.5},
+    "slerp": {"t": 0.3},
+    "ties": {"weight": 1, "density": 0.2},
+}
+
+
+@pytest.mark.parametrize("title", ORACLES)
 def test_numbers_agree_with_a_float64_oracle_after_one_rounding(models: Path, tmp_path: Path, title: str) -> None:
-    run(models, tmp_path / "out", title)
+    run(models, tmp_path / "out", title, {"parameters": ORACLES[title]})
     out = load_file(tmp_path / "out" / "model.safetensors")
     sources = [mixed_tensors(seed) for seed in range(4)]
     for name, merged in out.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -18,19 +17,13 @@ from merge_core.statistics import Grains, Statistic, add_up
 EVERY = [(method, scope) for meanings in METHODS.values() for method in meanings.values() for scope in method.scopes]
 IDS = [f"{method.name}-{method.semantics}-{scope}" for method, scope in EVERY]
 every_method = pytest.mark.parametrize(("method", "scope"), EVERY, ids=IDS)
-SHARES = {"density": 0.3, "drop_rate": 0.6, "ties_density": 0.3}
 
 
 def example(method: type[MergeMethod], models: int) -> MergeMethod:
     """The method with parameters that make it do all its work."""
-    values: dict[str, Any] = {}
-    for name, is_per_model in method.parameters().items():
-        value = SHARES.get(name, 0.7 if name in method.required_parameters() else None)
-        if value is not None:
-            values[name] = (value,) * models if is_per_model else value
-    if "rescale" in method.parameters():
-        values["rescale"] = True
-    return method.model_validate(values)
+    is_per_model = method.parameters()
+    values = method.example_parameters().items()
+    return method.model_validate({name: (value,) * models if is_per_model[name] else value for name, value in values})
 
 
 def count_of(method: type[MergeMethod]) -> int:
@@ -59,6 +52,7 @@ def run(
 ) -> Tensor:
     """Measure and merge one tensor in blocks of `length` grains; scattered: two workers hold alternate blocks."""
     blocks = []
+    length = grains.count if method.extent(models.shape[1:]) == "tensor" else length
     for first in range(0, grains.count, length):
         rows = slice(*grains.row_range(first, min(first + length, grains.count))) if models.ndim > 1 else ...
         stored = [Rows.of(model[rows]) for model in models]

@@ -1,0 +1,134 @@
+"""Named tensors that a merge reads from, by rows, wherever the rows come from.
+
+A `Checkpoint` reads them from its files. Others wrap one and compute rows from it: planner, executor and methods never
+know which.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from merge_core.errors import CheckpointError
+from merge_core.headers import Shard, TensorInfo
+
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
+_EMBEDDING = re.compile(r"embed(?!_out)|(^|[._])(wte|wpe|shared|project_in|patch|pre_layrnorm|pre_layernorm)([._]|$)")
+
+
+def is_embedding(tensor: str) -> bool:
+    """Whether a tensor outside the layers stands before them (embeddings) rather than after (final norm, head)."""
+    return _EMBEDDING.search(tensor) is not None
+
+
+class Weights(ABC):
+    """Named tensors, described by headers, read by rows.
+
+    Attributes: `path`, what was opened; `tensors`, name → `TensorInfo` in storage order; `shards`, every file that rows
+    come from, name → `Shard`; `config`, the parsed `config.json` or an empty dict.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    shards: Mapping[str, Shard]
+    config: Mapping[str, Any]
+
+    @abstractmethod
+    def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
+        """Rows `start` to `stop` of a tensor in its dtype, `[stop - start, *shape[1:]]`; a 0-d tensor has one row.
+
+        They are put into `space` (uint8, large enough) if it is given. Raises `CheckpointError`.
+        """
+
+    @abstractmethod
+    def place(self, info: TensorInfo) -> tuple[int, int] | None:
+        """The descriptor and offset where a tensor's rows lie as they are; None where they have to be computed."""
+
+    @abstractmethod
+    def ranges(self, info: TensorInfo) -> Iterator[tuple[str, int, int]]:
+        """Which bytes of which files in `shards` a tensor's rows come from: name, begin and end."""
+
+    @abstractmethod
+    def temporary(self, info: TensorInfo) -> float:
+        """Bytes of memory per element of a block for computing a tensor's rows, besides the rows; 0 for stored ones."""
+
+    @property
+    @abstractmethod
+    def companions(self) -> list[Path]:
+        """The config and tokenizer files to be copied with the weights. Raises `PathNotAllowed`."""
+
+    @abstractmethod
+    def descriptor(self, file: str) -> int:
+        """A file of `shards`, open for reading; the same one every time. Raises `CheckpointError` if it changed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close every file."""
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether the config says that the output head is the input embedding."""
+        tied = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
+        return tied is True
+
+    @property
+    def text_section(self) -> str | None:
+        """Where a multimodal config describes its language model; None: at the top."""
+        return next((name for name in _TEXT_CONFIGS if isinstance(self.config.get(name), dict)), None)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of the config about the language model."""
+        return self.config[self.text_section] if self.text_section else self.config
+
+    def find(self, name: str, shape: tuple[int, ...]) -> TensorInfo | None:
+        """The stored tensor that answers to `name`: itself, or the embedding that the config ties it to.
+
+        A tied head is not stored; its partner is the only stored embedding of the wanted `shape`.
+        """
+        return self.tensors.get(name) or self.tied_partner(name, shape)
+
+    def tied_partner(self, head: str, shape: tuple[int, ...]) -> TensorInfo | None:
+        """The embedding that the config ties a head to, whether the head is stored or not; None if it ties none."""
+        if not self.ties_embeddings or len(shape) != 2 or is_embedding(head) or _NUMBERED.search(head):
+            return None
+        partners = self._embeddings[shape]
+        return partners[0] if len(partners) == 1 else None
+
+    @cached_property
+    def _embeddings(self) -> Mapping[tuple[int, ...], list[TensorInfo]]:
+        found: dict[tuple[int, ...], list[TensorInfo]] = defaultdict(list)
+        for info in self.tensors.values():
+            if is_embedding(info.name):
+                found[info.shape].append(info)
+        return found
+
+    def ends_inside(self, info: TensorInfo) -> CheckpointError:
+        """The error of a file that became shorter than its header says."""
+        what = f"ends inside {info.name}; it was changed while being read"
+        return CheckpointError(self.shards[info.file].path, what, tensor=info.name)
+
+    @staticmethod
+    def row_bytes(info: TensorInfo) -> int:
+        """Bytes of one row of a tensor; a 0-d tensor has one row."""
+        return info.nbytes // info.rows if info.rows else 0
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if a shard is no longer the file whose header was read."""
+        for shard in self.shards.values():
+            if not shard.path.exists() or not shard.is_still(shard.path.stat()):
+                raise CheckpointError(shard.path, "changed while it was being merged; start the merge again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
