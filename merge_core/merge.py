@@ -14,9 +14,10 @@ import torch
 
 from merge_core import kernels
 from merge_core.artifact import Artifact, read_artifact, write_companions
+from merge_core.blocks import CPU
 from merge_core.checkpoint import Checkpoint, check_below
 from merge_core.errors import CheckpointError, CheckpointNotFound, DeviceNotFound, OutputExists, Problem, RecipeError
-from merge_core.execute import CPU, Execution, share_one_heap
+from merge_core.execute import Execution, share_one_heap
 from merge_core.files import disk_error, fsync_folder, nearest_existing
 from merge_core.memory import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge_core.method import Randomness

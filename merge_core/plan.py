@@ -31,12 +31,21 @@ STATISTICS_BYTES = 5 * 2**19
 class Source:
     """One tensor that a step reads: `model` is an index into `Plan.models`.
 
-    `temporary`: bytes of memory per element for computing its rows, 0 where they are stored.
+    Where its rows are computed: `temporary` bytes of memory per element and `thread_bytes` per thread for that,
+    `file_bytes` to read for all of them, and whether only all can be had at once (`is_whole`).
     """
 
     model: int
     info: TensorInfo
     temporary: float = 0
+    thread_bytes: int = 0
+    file_bytes: int | None = None
+    is_whole: bool = False
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of files that its rows come from."""
+        return self.info.nbytes if self.file_bytes is None else self.file_bytes
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Step:
     def least_rows(self) -> int:
         """How many rows a block has at least: those of a grain, or all."""
         whole = self.method is not None and self.method.extent(self.shape) == "tensor"
+        whole = whole or any(source.is_whole for source in self.reads)
         return self.grains.rows if whole else min(self.grains.size, self.grains.rows)
 
     @property
@@ -76,7 +86,7 @@ class Step:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all its sources."""
-        return sum(source.info.nbytes for source in self.reads)
+        return sum(source.stored_bytes for source in self.reads)
 
     @property
     def is_fused(self) -> bool:
@@ -103,7 +113,8 @@ class Step:
         grain = min(self.grains.size, self.grains.rows) * max(1, self.grains.width)
         space = 4 * grain * len(self.reads) if self.is_fused else 0
         ranks = self.method is not None and len(self.method.stages(scope)) > 1
-        return space + (STATISTICS_BYTES * len(self.sources) if ranks else 0)
+        computing = max((source.thread_bytes for source in self.reads), default=0)
+        return space + computing + (STATISTICS_BYTES * len(self.sources) if ranks else 0)
 
 
 @dataclass(frozen=True)

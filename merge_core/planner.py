@@ -166,7 +166,16 @@ class _Planner:
         return Step(wanted.name, info.shape, self._output_dtype(info), taking_part, base, method)
 
     def _source(self, model: ModelRef, info: TensorInfo) -> Source:
-        return Source(self.index[model], info, self.checkpoints[model].temporary(info))
+        weights = self.checkpoints[model]
+        stored = sum(end - begin for _, begin, end in weights.ranges(info))
+        return Source(
+            self.index[model],
+            info,
+            weights.temporary(info),
+            weights.thread_bytes(info),
+            None if stored == info.nbytes else stored,
+            weights.is_whole(info),
+        )
 
     def _output_dtype(self, info: TensorInfo) -> DType:
         written = self.recipe.out_dtype or self.recipe.dtype

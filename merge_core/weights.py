@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -72,6 +73,19 @@ class Weights(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close every file."""
+
+    def prepare(self, info: TensorInfo, pool: Executor | None) -> None:  # noqa: B027 — most have nothing to find out
+        """Find out what must be known before a tensor's rows can be computed, many threads at once; nothing for stored
+        ones. Rows are right without it, but may be slow.
+        """
+
+    def thread_bytes(self, info: TensorInfo) -> int:
+        """Bytes of memory per thread for computing a tensor's rows, however many at once."""
+        return 0
+
+    def is_whole(self, info: TensorInfo) -> bool:
+        """Whether a tensor's rows can only be computed all at once."""
+        return False
 
     @property
     def ties_embeddings(self) -> bool:
