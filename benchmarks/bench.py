@@ -45,7 +45,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "scope": "model",
         "parameters": {"weight": 1, "density": 0.2},
     },
+    "widen": {"merge_method": "widen", **ON_BASE},
 }
+NOT_IN_MERGEKIT = {"widen"}
 ROUNDS_OF = {"large": 3, "small": 1}
 FOR_TORCH = "0.1"
 """The size at which compiled kernels are set against plain ones, which would take minutes for a large model."""
@@ -77,7 +79,7 @@ def main() -> None:
                 if "torch" in against and not number:
                     for form in ("plain", "compiled"):
                         found[title][form].append(measure(work, FOR_TORCH, recipe, models, form))
-                if "mergekit" in against and PEER.exists() and "scope" not in recipe:
+                if "mergekit" in against and PEER.exists() and "scope" not in recipe and title not in NOT_IN_MERGEKIT:
                     found[title]["peer"].append(_peer(work, size, recipe, models))
     rows = [_row(title, of) for title, of in found.items()]
     described = (

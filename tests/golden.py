@@ -161,6 +161,19 @@ def _dare(case: Case) -> Run:
     return Run(recipe | {"parameters": parameters}, case["inputs"]["keep_masks"])
 
 
+def _widen(case: Case) -> Run:
+    return Run(
+        {
+            "merge_method": "widen",
+            "base_model": case["inputs"]["base"],
+            "models": _models(case),
+            "parameters": {
+                key: case["params"][key] for key in ("above_average_value_ratio", "score_calibration_value")
+            },
+        }
+    )
+
+
 def _density_of_mask_rate(case: Case, rate: float) -> float:
     """MergeLM keeps |δ| ≥ its int(N · rate)-th smallest, TIES int(N · density) + 1 entries: the density that means the
     same.
@@ -187,6 +200,7 @@ ADAPTERS: dict[str, Callable[[Case], Run]] = {
     "task_arithmetic": _task_arithmetic,
     "ties": _ties,
     "dare": _dare,
+    "widen": _widen,
     **{
         f"mergekit/{name}": _mergekit
         for name in ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "passthrough")
