@@ -99,7 +99,13 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
     """The README of the merged model, in the Hub's conventions."""
     method = plan.recipe.method
     models = [str(model) for model in plan.models]
-    named = [model for model in models if _HUB_ID.fullmatch(model)]
+    parts = [
+        f"{path}@{revision}" if revision else path
+        for model in plan.models
+        for path, revision in ((model.path, model.revision), (model.adapter, model.adapter_revision))
+        if path
+    ]
+    named = [part for part in dict.fromkeys(parts) if _HUB_ID.fullmatch(part)]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "weightsmith", plan.recipe.merge_method]}
     if named:
         front = {"base_model": named, "base_model_relation": "merge"} | front
@@ -142,11 +148,11 @@ def _source(
         for (index, file), digest in sources.items()
         if index == model
     ]
-    small = [checkpoint.path / "config.json"] if checkpoint.config else []
-    small += plan.companions if model == plan.donor else []
-    for path in small:
+    small = dict(checkpoint.settings)
+    small |= {path.name: path for path in (plan.companions if model == plan.donor else ())}
+    for name, path in small.items():
         data = path.read_bytes()
-        files.append({"path": path.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+        files.append({"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     return {"model": str(plan.models[model]), "commit": None, "files": files}
 
 

@@ -105,6 +105,10 @@ class Checkpoint(Weights):
         return self.path if self.path.is_dir() else None
 
     @property
+    def settings(self) -> Mapping[str, Path]:
+        return {"config.json": self.path / "config.json"} if self.config else {}
+
+    @property
     def companions(self) -> list[Path]:
         if self.folder is None:
             return []

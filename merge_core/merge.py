@@ -8,15 +8,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from merge_core import kernels
+from merge_core.adapted import Adapted
+from merge_core.adapters import Adapter, is_adapter
 from merge_core.artifact import Artifact, read_artifact, write_companions
 from merge_core.blocks import CPU
 from merge_core.checkpoint import Checkpoint, check_below
-from merge_core.errors import CheckpointError, CheckpointNotFound, DeviceNotFound, OutputExists, Problem, RecipeError
+from merge_core.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    DeviceNotFound,
+    IncompatibleModels,
+    OutputExists,
+    Problem,
+    RecipeError,
+)
 from merge_core.execute import Execution, share_one_heap
 from merge_core.files import disk_error, fsync_folder, nearest_existing
 from merge_core.memory import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
@@ -154,28 +165,42 @@ def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[Mod
     with ExitStack() as stack:
         found: dict[ModelRef, Weights] = {}
         for ref, pointer in referenced_models(recipe).items():
-            if ref.revision or ref.adapter:
-                what = "an adapter" if ref.adapter else "a revision"
-                raise RecipeError.of(
-                    [Problem(f"{ref} names {what}, which is not supported yet; give a local folder", pointer)]
-                )
             try:
-                found[ref] = stack.enter_context(Checkpoint.open(locate(ref, roots), roots=roots))
+                found[ref] = stack.enter_context(_open(ref, pointer, roots))
             except CheckpointError as error:
                 raise error.as_written(roots or (), pointer) from None
         yield found
 
 
-def locate(ref: ModelRef, roots: Sequence[Path] | None) -> Path:
-    """The path a model reference means: as it stands, or below the first root that has it."""
-    written = Path(ref.path)
+def _open(ref: ModelRef, pointer: str, roots: Sequence[Path] | None) -> Weights:
+    """A model, with its adapter on it where it names one."""
+    for path, revision in ((ref.path, ref.revision), (ref.adapter, ref.adapter_revision)):
+        if revision:
+            detail = f"{path}@{revision}: a local folder has no revisions; leave @{revision} away"
+            raise RecipeError.of([Problem(detail, pointer)])
+    where = locate(ref.path, roots)
+    if is_adapter(where):
+        detail = f"{ref.path} is an adapter, not a model; write the model it is for before it: base+{ref.path}"
+        raise RecipeError.of([Problem(detail, pointer)])
+    base = Checkpoint.open(where, roots=roots)
+    if ref.adapter is None:
+        return base
+    try:
+        return Adapted(base, Adapter.open(locate(ref.adapter, roots), roots=roots), ref.adapter)
+    except IncompatibleModels as error:
+        raise IncompatibleModels.of(replace(problem, pointer=pointer) for problem in error.problems) from None
+
+
+def locate(path: str, roots: Sequence[Path] | None) -> Path:
+    """The path that a recipe means: as it stands, or below the first root that has it."""
+    written = Path(path)
     if roots is None or written.is_absolute():
         return written.expanduser() if roots is None else written
     for root in roots:
         check_below(root / written, [root])
         if os.path.lexists(root / written):
             return root / written
-    raise CheckpointNotFound(ref.path, "is in none of this service's model folders; Hub models are not supported yet")
+    raise CheckpointNotFound(path, "is in none of this service's model folders; Hub models are not supported yet")
 
 
 def adopt(out: Path) -> Artifact:

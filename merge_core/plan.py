@@ -102,8 +102,7 @@ class Step:
         if on_gpu:
             return stored
         if self.is_fused:
-            computed = [source for source in self.reads if source.temporary]
-            return sum(source.info.dtype.itemsize + math.ceil(source.temporary) for source in computed)
+            return stored if any(source.temporary for source in self.reads) else 0
         per_model, fixed = self.method.workspace
         arrays = len(self.reads) + 1 + per_model * len(self.sources) + fixed
         return arrays * self.working.itemsize + stored

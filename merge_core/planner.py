@@ -143,27 +143,29 @@ class _Planner:
         donor = next(source for taken, source in sources if taken is run.donor)
         others = tuple(source for taken, source in sources if taken is not run.donor)
 
+        dtype = self._output_dtype(wanted.owner, info)
         if info.dtype.kind != "float" and self.method.copies:
             source = next(source for taken, source in sources if taken.pointer != "#/base_model")
             return Step(wanted.name, info.shape, info.dtype, (source,), reason="passed through")
         if info.dtype.kind in ("integer", "bool"):
             return Step(wanted.name, info.shape, info.dtype, (donor, *others), reason="integers are not averaged")
         if any(pattern in wanted.name for pattern in self.recipe.exclude):
-            return Step(wanted.name, info.shape, self._output_dtype(info), (donor,), reason="excluded by the recipe")
+            return Step(wanted.name, info.shape, dtype, (donor,), reason="excluded by the recipe")
         method, base, taking_part = self.resolver.resolve(run, wanted, sources)
         if method is None:
             return None
         if method.is_copy and taking_part:
             source = taking_part[0]
-            return Step(wanted.name, info.shape, self._output_dtype(source.info), (source,), reason="passed through")
+            dtype = self._output_dtype(self.models[source.model], source.info)
+            return Step(wanted.name, info.shape, dtype, (source,), reason="passed through")
         if info.dtype.kind == "packed":
             self.findings.problems.append(
                 Problem(f"{info.name} is stored as {info.dtype}; merge the unquantised weights", tensor=info.name)
             )
             return None
         if info.elements == 0:
-            return Step(wanted.name, info.shape, self._output_dtype(info), (donor,), reason="it is empty")
-        return Step(wanted.name, info.shape, self._output_dtype(info), taking_part, base, method)
+            return Step(wanted.name, info.shape, dtype, (donor,), reason="it is empty")
+        return Step(wanted.name, info.shape, dtype, taking_part, base, method)
 
     def _source(self, model: ModelRef, info: TensorInfo) -> Source:
         weights = self.checkpoints[model]
@@ -177,9 +179,9 @@ class _Planner:
             weights.is_whole(info),
         )
 
-    def _output_dtype(self, info: TensorInfo) -> DType:
+    def _output_dtype(self, model: ModelRef, info: TensorInfo) -> DType:
         written = self.recipe.out_dtype or self.recipe.dtype
-        return OUTPUT[written] if written and info.dtype.kind == "float" else info.dtype
+        return OUTPUT[written] if written and info.dtype.kind == "float" else self.checkpoints[model].format(info)
 
     def _check_filters(self, wanted: Sequence[tuple[Run, Sequence[Wanted]]]) -> None:
         names = {name for _, tensors in wanted for tensor in tensors for name in (tensor.name, *tensor.names)}
@@ -222,5 +224,10 @@ class _Planner:
             [str(model), str(shard.path), shard.size, shard.inode, shard.mtime_ns, shard.ctime_ns, shard.header_sha256]
             for model in self.models
             for shard in self.checkpoints[model].shards.values()
+        ]
+        shards += [
+            [str(model), name, hashlib.sha256(path.read_bytes()).hexdigest()]
+            for model in self.models
+            for name, path in self.checkpoints[model].settings.items()
         ]
         return hashlib.sha256(canonical_json(shards).encode()).hexdigest()

@@ -157,7 +157,7 @@ def _conditional(written: Mapping[str, Any]) -> Entry:
 
 
 class ModelRef(BaseModel):
-    """Which model: `path[@revision][+adapter[@revision]]`, a local folder or file, later a Hub id.
+    """Which model: `path[@revision][+adapter[@revision]]`, local folders or files, later Hub ids.
 
     mergekit's dict form, `{model: {path, revision}, lora: …}`, is read too; it alone can name a path with `@` or `+`.
 
@@ -170,6 +170,7 @@ class ModelRef(BaseModel):
     path: str
     revision: str | None = None
     adapter: str | None = None
+    adapter_revision: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -186,17 +187,31 @@ class ModelRef(BaseModel):
             raise ValueError("a model is a text, or {model: {path, revision}, lora: …}")
         if "path" in written:
             return cls._part(written)
-        adapter = None if written.get("lora") is None else cls._part(written["lora"])
-        lora = None if adapter is None else "@".join(filter(None, (adapter["path"], adapter["revision"])))
-        return {**cls._part(written.get("model")), "adapter": lora}
+        read = cls._part(written.get("model"))
+        if written.get("lora") is None:
+            return read
+        if read.get("adapter"):
+            raise ValueError("a model has one adapter: name it behind '+' or as lora, not both")
+        adapter = cls._part(written["lora"])
+        if adapter.get("adapter"):
+            raise ValueError("an adapter has no adapter of its own")
+        return {**read, "adapter": adapter["path"], "adapter_revision": adapter["revision"]}
 
     @classmethod
     def _split(cls, text: str) -> dict[str, str | None]:
         if text.count("+") > 1 or any(part.count("@") > 1 for part in text.split("+")):
             raise ValueError(f"{text[:200]!r} has more than one '+', or more than one '@' in a part")
-        model, _, adapter = text.partition("+")
-        path, _, revision = model.partition("@")
-        return {**cls._part({"path": path, "revision": revision or None}), "adapter": adapter or None}
+        model, plus, adapter = text.partition("+")
+        read = cls._named(model)
+        if not plus:
+            return read
+        named = cls._named(adapter)
+        return {**read, "adapter": named["path"], "adapter_revision": named["revision"]}
+
+    @classmethod
+    def _named(cls, text: str) -> dict[str, str | None]:
+        path, _, revision = text.partition("@")
+        return cls._part({"path": path, "revision": revision or None})
 
     @classmethod
     def _part(cls, part: Any) -> dict[str, str | None]:
@@ -209,16 +224,33 @@ class ModelRef(BaseModel):
             raise ValueError(f"{str(path)[:200]!r} names no model")
         return {"path": path, "revision": revision}
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        text = {"type": "string", "minLength": 1}
+        path = {"path": text, "revision": {"anyOf": [text, {"type": "null"}]}}
+        part = {"anyOf": [text, _object(path, "path")]}
+        whole = {"model": part, "lora": {"anyOf": [part, {"type": "null"}]}, "override_architecture": {}}
+        description = "path[@revision][+adapter[@revision]], or {model: {path, revision}, lora: …}"
+        return {"description": description, "anyOf": [*part["anyOf"], _object(whole, "model")]}
+
     @model_serializer
     def _write(self) -> Any:
-        if "+" not in self.path and "@" not in self.path:
+        if not any(sign in path for sign in "+@" for path in (self.path, self.adapter or "")):
             return str(self)
         model = {"path": self.path} | ({"revision": self.revision} if self.revision else {})
-        return {"model": model} | ({"lora": self.adapter} if self.adapter else {})
+        lora = {"path": self.adapter} | ({"revision": self.adapter_revision} if self.adapter_revision else {})
+        return {"model": model} | ({"lora": lora} if self.adapter else {})
 
     def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"{self.path}{revision}" + (f"+{self.adapter}" if self.adapter else "")
+        model, adapter = (
+            f"{path}@{revision}" if revision else path
+            for path, revision in ((self.path, self.revision), (self.adapter, self.adapter_revision))
+        )
+        return f"{model}+{adapter}" if adapter else str(model)
+
+
+def _object(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
 DTypeName = Annotated[

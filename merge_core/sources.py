@@ -57,12 +57,16 @@ class Sources:
         tied = [Source(pair.model, info) for pair in plan.tied for info in (pair.tensor, pair.partner)]
         read |= {file for source in tied for file, _, _ in self._ranges(source)}
         self._files: dict[tuple[int, str], _File] = {}
+        once: dict[Shard, _File] = {}  # several models of a recipe may be the same base with different adapters
         for model, name in sorted(read):
             shard = checkpoints[model].shards[name]
-            self._files[model, name] = _File(shard, checkpoints[model].descriptor(name), self._kept(shard))
+            if shard not in once:
+                once[shard] = _File(shard, checkpoints[model].descriptor(name), self._kept(shard))
+            self._files[model, name] = once[shard]
+        self._once = list(once.values())
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._most_behind = memory // 4
-        self._leave_cache = sum(file.shard.size for file in self._files.values()) + plan.output_bytes > memory
+        self._leave_cache = sum(shard.size for shard in once) + plan.output_bytes > memory
 
     def merged(self, step: Step) -> None:
         """A tensor's inputs are done with; waits if hashing is too far behind for the page cache to hold."""
@@ -70,7 +74,7 @@ class Sources:
             for which, begin, end in self._ranges(source):
                 self._merged(self._files[which], begin, end)
         if self._behind() > self._most_behind:
-            for file in self._files.values():
+            for file in self._once:
                 if file.task is not None:
                     file.task.result()
 
@@ -88,7 +92,7 @@ class Sources:
 
     def result(self) -> dict[tuple[int, str], str]:
         """(model, file) → sha256; waits for the last one."""
-        unknown = [file for file in self._files.values() if file.known is None]
+        unknown = [file for file in self._once if file.known is None]
         for file in unknown:
             if file.task is not None:
                 file.task.result()
@@ -104,7 +108,7 @@ class Sources:
         self._hashing.shutdown(wait=True, cancel_futures=True)
 
     def _behind(self) -> int:
-        return sum(max(0, file.merged - file.hashed) for file in self._files.values() if file.known is None)
+        return sum(max(0, file.merged - file.hashed) for file in self._once if file.known is None)
 
     def _hash(self, file: _File, end: int) -> None:
         space = _space_of_this_thread()

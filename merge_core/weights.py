@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from merge_core.dtypes import DType
 from merge_core.errors import CheckpointError
 from merge_core.headers import Shard, TensorInfo
 
@@ -60,6 +61,15 @@ class Weights(ABC):
     @abstractmethod
     def temporary(self, info: TensorInfo) -> float:
         """Bytes of memory per element of a block for computing a tensor's rows, besides the rows; 0 for stored ones."""
+
+    def format(self, info: TensorInfo) -> DType:
+        """The number format that the model keeps a tensor in; computed rows may come in a wider one."""
+        return info.dtype
+
+    @property
+    def settings(self) -> Mapping[str, Path]:
+        """The small files that say what the weights are, by the names that the lock gives them."""
+        return {}
 
     @property
     @abstractmethod

@@ -209,6 +209,23 @@ def absolute_sums(vectors: TaskVectors) -> Sums:
     return found
 
 
+def low_rank(stored: Tensor, left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
+    """out = stored + scale · left · right: `[rows, width]`, with thin `[rows, rank]` and `[rank, width]`, all in main
+    memory; the arithmetic is in the dtype of `out`, which the thin ones have.
+
+    >>> out = torch.empty(1, 2)
+    >>> low_rank(torch.ones(1, 2), torch.tensor([[2.0]]), torch.tensor([[3.0, 4.0]]), 0.5, out)
+    >>> out
+    tensor([[4., 5.]])
+    """
+    if not serve((stored.dtype, out.dtype)) or out.dtype != torch.float32:
+        return plain.low_rank(stored, left, right, scale, out)
+    _compiled().low_rank(
+        stored.data_ptr(), _CODES[stored.dtype], left.numpy(), right.numpy(), np.float32(scale), out.numpy()
+    )
+    return None
+
+
 def first_nonfinite(rows: Tensor) -> int:
     """The first NaN or infinity, −1 if there is none."""
     if not (are_compiled() and rows.is_cpu and rows.dtype in _CODES and rows.is_contiguous()):
@@ -255,6 +272,7 @@ def prepare() -> None:
     ties(vectors, (0.0,))
     gram(rows, torch.float32, 8)
     absolute_sums(vectors)
+    low_rank(torch.zeros(1, 8), torch.zeros(1, 1), torch.zeros(1, 8), 1.0, torch.zeros(1, 8))
     first_nonfinite(torch.zeros(8))
     uniform(0, 0, 8, torch.device("cpu"))
 

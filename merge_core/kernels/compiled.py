@@ -749,3 +749,29 @@ def uniform(key: int, start: int, out: Array) -> None:
         for j in range(size):
             number = np.uint32(np.uint32(high[j]) << np.uint32(16)) | np.uint32(low[j])
             part[j] = np.float32(np.int32(number)) * np.float32(2.0**-24)
+
+
+@_kernel
+def low_rank(stored: int, code: int, left: Array, right: Array, scale: float, out: Array) -> None:
+    """out = stored + scale · left · right, two ranks at a time, added one after the other."""
+    rows, width, rank = out.shape[0], out.shape[1], right.shape[0]
+    summed, row = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for start in range(0, width, TILE):
+        stop = min(start + TILE, width)
+        size = stop - start
+        acc, one = summed[:size], row[:size]
+        for i in range(rows):
+            acc[:] = 0
+            for r in range(0, rank - 1, 2):
+                a, b = left[i, r], left[i, r + 1]
+                first, second = right[r, start:stop], right[r + 1, start:stop]
+                for j in range(size):
+                    acc[j] = acc[j] + a * first[j] + b * second[j]
+            if rank % 2:
+                a, first = left[i, rank - 1], right[rank - 1, start:stop]
+                for j in range(size):
+                    acc[j] += a * first[j]
+            _load(stored, code, i * width + start, one)
+            into = out[i, start:stop]
+            for j in range(size):
+                into[j] = one[j] + acc[j] * scale

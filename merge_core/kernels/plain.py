@@ -144,6 +144,16 @@ def pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i, count)]
 
 
+def low_rank(stored: Tensor, left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
+    """out = stored + scale · left · right, the sum over the rank in its order: no matmul, whose bits depend on the
+    number of rows.
+    """
+    summed = torch.zeros_like(out)
+    for i in range(len(right)):
+        summed += left[:, i : i + 1] * right[i]
+    torch.add(stored.to(out.dtype), summed.mul_(scale), out=out)
+
+
 def first_nonfinite(rows: Tensor) -> int:
     """The first NaN or infinity, −1 if there is none."""
     finite = torch.isfinite(rows)

@@ -234,3 +234,19 @@ def test_nan_and_infinity_are_treated_alike_where_they_are_let_through() -> None
 
 def _numbers(values: Tensor) -> Tensor:
     return torch.nan_to_num(values, nan=7.0, posinf=8.0, neginf=9.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rank", [1, 2, 7, 16])
+def test_low_rank_products_have_the_same_bits_in_both_forms(dtype: torch.dtype, rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    stored, left, right = (torch.randn(shape, generator=generator) for shape in ((5, 2500), (5, rank), (rank, 2500)))
+    found = []
+    for form in FORMS:
+        with kernels_in(form):
+            out = torch.empty(5, 2500)
+            kernels.low_rank(stored.to(dtype), left, right, 0.3, out)
+            found.append(out)
+    assert torch.equal(*found)
+    expected = stored.to(dtype).double() + 0.3 * (left.double() @ right.double())
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)

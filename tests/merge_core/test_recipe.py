@@ -202,13 +202,21 @@ def test_whatever_stands_at_a_key_is_read_or_refused(key: str, value: Any) -> No
 
 def test_model_references() -> None:
     whole = ModelRef.model_validate("org/m@refs/pr/1+org/a@v1")
-    assert (whole.path, whole.revision, whole.adapter) == ("org/m", "refs/pr/1", "org/a@v1")
+    assert (whole.path, whole.revision) == ("org/m", "refs/pr/1")
+    assert (whole.adapter, whole.adapter_revision) == ("org/a", "v1")
     as_dict = {"model": {"path": "org/m", "revision": "v2"}, "lora": "org/a"}
     assert str(ModelRef.model_validate(as_dict)) == "org/m@v2+org/a"
     for odd in ("/x/pl+us", "/x/a@t"):
-        for form in ({"path": odd}, {"model": {"path": odd, "revision": "v1"}, "lora": "org/a@v2"}):
+        for form in (
+            {"path": odd},
+            {"model": {"path": odd, "revision": "v1"}, "lora": "org/a@v2"},
+            {"model": "m", "lora": {"path": odd}},
+        ):
             ref = ModelRef.model_validate(form)
-            assert ref.path == odd and ModelRef.model_validate(ref.model_dump()) == ref
+            assert odd in (ref.path, ref.adapter) and ModelRef.model_validate(ref.model_dump()) == ref
+    for twice in ("org/m+", {"model": "m+a", "lora": "b"}, {"model": "m", "lora": "a+b"}):
+        with pytest.raises(RecipeError, match=r"names no model|one adapter|adapter of its own"):
+            Recipe.from_data({**GOOD, "base_model": twice})
     with pytest.raises(RecipeError, match="a model is a text"):
         Recipe.from_data({**GOOD, "base_model": {"path": "x", "revison": "main"}})
 
