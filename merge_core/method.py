@@ -30,6 +30,7 @@ from merge_core.statistics import Grains, GrainSums, Statistic, Sums
 Known = dict[str, Any]
 Semantics = Literal["mergekit", "paper"]
 Scope = Literal["tensor", "model"]
+BaseUse = Literal["required", "optional", "model"]
 Extent = Literal["grain", "tensor"]
 
 
@@ -126,6 +127,12 @@ class Block:
         sources = [self._base, *self.stored] if with_base else list(self.stored)
         return kernels.linear(sources, weights, divisor, self.working, self.grain_elements, self.out)
 
+    def combination(self, coefficients: tuple[float, ...]) -> Tensor:
+        """θ₀ + Σᵢ cᵢ δᵢ, or Σᵢ cᵢ θᵢ where there is no base."""
+        if self.stored_base is None:
+            return self.linear(coefficients)
+        return kernels.combine(self.task_vectors.times(coefficients), scale=1.0)
+
     def put_sums(self, found: dict[str, Statistic], name: str, per_grain: Sums) -> None:
         """Add float64 sums of each grain, `[grains, ...]`, to the `GrainSums` of that name."""
         sums = cast(GrainSums, found.setdefault(name, GrainSums()))
@@ -174,10 +181,11 @@ class MergeMethod(BaseModel, ABC):
     """Base class of all methods: subclass it in a file of `merge_core/methods` and it is known everywhere.
 
     Class attributes: `name` (in recipes), `title`, `paper` (URL), `base` ("required": subtracted or interpolated from;
-    "model": a base is one of the models, if it has a weight), `count` (fewest and most models besides the base),
-    `scopes` it can be measured over, the default first, `measured`, the parameters its statistics depend on (alike for
-    all tensors where the scope is the model), whose meaning of the name it is (`semantics`), and `workspace`: the
-    temporaries that the plain form holds at once, as arrays of a block's size, per model and fixed.
+    "optional": subtracted where one is given; "model": a base is one of the models, if it has a weight or none is
+    asked for), `count` (fewest and most models besides the base), `scopes` it can be measured over, the default
+    first, `measured`, the parameters its statistics depend on (alike for all tensors where the scope is the model),
+    whose meaning of the name it is (`semantics`), and `workspace`: the temporaries that the plain form holds at once,
+    as arrays of a block's size, per model and fixed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -185,7 +193,7 @@ class MergeMethod(BaseModel, ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
-    base: ClassVar[Literal["required", "model"]] = "required"
+    base: ClassVar[BaseUse] = "required"
     count: ClassVar[tuple[int, int | None]] = (1, None)
     scopes: ClassVar[tuple[Scope, ...]] = ("tensor",)
     measured: ClassVar[tuple[str, ...]] = ()

@@ -33,7 +33,7 @@ class Resolver:
         required = self.method.required_parameters()
         base = (
             next((source for taken, source in sources if taken.ref == run.base), None)
-            if self.method.base == "required"
+            if self.method.base != "model"
             else None
         )
         names = {taken.pointer: name for taken, name in zip(run.inputs, wanted.names, strict=True)}
@@ -47,7 +47,8 @@ class Resolver:
             for name in (name for name, is_per_model in self.method.parameters().items() if is_per_model):
                 found[name] = self._lookup(name, names[taken.pointer], wanted.place, taken.parameters, run.parameters)
             missing = sorted(name for name, value in found.items() if value is None and name in required)
-            if taken.ref == run.base and (missing or (taken.pointer == "#/base_model" and not required & found.keys())):
+            is_unasked = taken.pointer == "#/base_model" and found and not required & found.keys()
+            if taken.ref == run.base and (missing or is_unasked):
                 continue
             for name in missing:
                 detail = f"{taken.ref} has no {name} for {wanted.name}; give it beside the model or for all"

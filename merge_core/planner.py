@@ -93,19 +93,19 @@ class _Planner:
             others = [taken for taken in run.inputs if taken.ref != run.base or self.method.base == "model"]
             if self.method.base == "model":
                 others = [taken for taken in others if taken.pointer != "#/base_model"]
-            elif run.base is None:
+            elif run.base is None and self.method.base == "required":
                 self.findings.recipe_problems.append(
                     Problem(f"{self.recipe.merge_method} needs a base_model", "#/base_model")
                 )
                 continue
-            elif all(taken.ref != run.base for taken in run.inputs):
+            elif run.base is not None and all(taken.ref != run.base for taken in run.inputs):
                 detail = (
                     f"the base {run.base} is not among the sources of this slice, so its layers are not known; add it"
                 )
                 self.findings.recipe_problems.append(Problem(detail, f"{run.pointer}/sources"))
             if not fewest <= len(others) <= (most or len(others)):
                 wants = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
-                beside = " besides the base" if self.method.base == "required" else ""
+                beside = " besides the base" if self.method.base != "model" and run.base else ""
                 models = "models" if fewest > 1 else "model"
                 detail = f"{self.recipe.merge_method} takes {wants} {models}{beside}, not {len(others)}"
                 self.findings.recipe_problems.append(

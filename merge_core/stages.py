@@ -11,7 +11,7 @@ first tensor in name order and the lowest index in it go first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -295,14 +295,33 @@ class SquaredNorms(Stage):
         known["squares"] = cast(GrainSums, found["squares"]).total().tolist()
 
 
-class Gram(Stage):
-    """`known["gram"]`: all inner products of the base (first) and the models, float64."""
+def base_as_model(block: Block) -> Block:
+    """The base first among the models, and nothing to subtract."""
+    return (
+        block
+        if block.stored_base is None
+        else replace(block, stored=[block.stored_base, *block.stored], stored_base=None)
+    )
 
+
+def first_as_base(block: Block) -> Block:
+    """The other models seen from the first."""
+    return replace(block, stored=block.stored[1:], stored_base=block.stored[0])
+
+
+@dataclass
+class Gram(Stage):
+    """`known["gram"]`: all inner products, float64, of the task vectors, or of the models where there is no base; `of`
+    may say otherwise what is a model and what the base.
+    """
+
+    of: Callable[[Block], Block] = lambda block: block
     name: ClassVar[str] = "Gram matrix"
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        rows = [*([] if block.stored_base is None else [block.stored_base]), *block.stored]
-        block.put_sums(found, "products", kernels.gram(rows, block.working, block.grain_elements))
+        chosen = self.of(block)
+        products = kernels.gram(chosen.stored, block.working, block.grain_elements, chosen.stored_base)
+        block.put_sums(found, "products", products)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         products = cast(GrainSums, found["products"]).total().tolist()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from merge_core.merge import merge
 from merge_core.method import Randomness
+from merge_core.methods import METHODS
 from merge_core.recipe import Recipe
 
 Case = Mapping[str, Any]
@@ -115,6 +116,17 @@ def _task_arithmetic(case: Case) -> Run:
     )
 
 
+def _wise_ft(case: Case) -> Run:
+    if "fisher" in case["inputs"]:
+        raise Skip("a recipe cannot name importance files beside models")
+    recipe = {"merge_method": "wise_ft", "base_model": case["inputs"]["base"], "models": _models(case)}
+    return Run(recipe | {"parameters": {"alpha": case["params"]["alpha"]}})
+
+
+def _model_stock(case: Case) -> Run:
+    return Run({"merge_method": "model_stock", "base_model": case["inputs"]["base"], "models": _models(case)})
+
+
 def _ties(case: Case) -> Run:
     params = case["params"]
     rate = params.get("param_value_mask_rate")
@@ -198,18 +210,14 @@ ADAPTERS: dict[str, Callable[[Case], Run]] = {
     "uniform_soup": _uniform_soup,
     "slerp": _slerp,
     "task_arithmetic": _task_arithmetic,
+    "wise_ft": _wise_ft,
+    "model_stock": _model_stock,
     "ties": _ties,
     "dare": _dare,
     "widen": _widen,
-    **{
-        f"mergekit/{name}": _mergekit
-        for name in ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "passthrough")
-    },
+    **{f"mergekit/{name}": _mergekit for name in METHODS},
 }
-WHOLE_RECIPES = {
-    f"mergekit-yaml/{name}"
-    for name in ("linear", "slerp", "task_arithmetic", "ties", "passthrough", "dare_linear", "dare_ties")
-}
+WHOLE_RECIPES = {f"mergekit-yaml/{name}" for name in METHODS}
 
 
 def run_case(folder: Path, case: Case, scratch: Path) -> str:

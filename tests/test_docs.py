@@ -32,7 +32,7 @@ def method_table() -> str:
             count = str(fewest) if fewest == most else f"{fewest} or more" if most is None else f"{fewest} to {most}"
             title = f"[{method.title}]({method.paper})"
             shown = f"`{name}`" + (", `semantics: paper`" if semantics == "paper" else "")
-            base = "needed" if method.base == "required" else "–"
+            base = {"required": "needed", "optional": "if given", "model": "–"}[method.base]
             parameters = ", ".join(f"`{parameter}`" for parameter in method.parameters())
             lines.append(f"| {shown} | {title} | {base} | {count} | {parameters} |")
     return "\n".join(lines) + "\n"

@@ -188,14 +188,20 @@ def ties(vectors: TaskVectors, thresholds: Numbers) -> NDArray[np.int64]:
     return found
 
 
-def gram(sources: Sequence[Rows], working: torch.dtype, grain: int) -> Sums:
-    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows: `[grains, pairs]`, float64."""
-    if not _are_served(sources, working):
-        return plain.gram(sources, grain)
+def gram(sources: Sequence[Rows], working: torch.dtype, grain: int, base: Rows | None = None) -> Sums:
+    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows: `[grains, pairs]`, float64.
+
+    With a `base`, of the rows less the base, each difference rounded to the working dtype.
+    """
+    if base is not None and not sources:
+        return np.empty((math.ceil(base.elements / grain), 0))
+    every = sources if base is None else [base, *sources]
+    if not _are_served(every, working):
+        return plain.gram(sources, working, grain, base)
     pairs = len(sources) * (len(sources) + 1) // 2
     found = np.empty((math.ceil(sources[0].elements / grain), pairs), np.float64)
-    with _places(sources, grain) as places:
-        _compiled().gram(places, sources[0].elements, grain, found)
+    with _places(every, grain) as places:
+        _compiled().gram(places, base is not None, sources[0].elements, grain, found)
     return found
 
 

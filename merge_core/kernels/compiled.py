@@ -670,10 +670,13 @@ def _sum_of(lanes: Array) -> float:
 
 
 @_kernel
-def gram(places: Places, elements: int, grain: int, found: Array) -> None:
-    """Inner products of all pairs of rows by the grain rule, float64: `found` `[grains, pairs]`."""
-    sources, pairs = len(places.codes), found.shape[1]
-    addresses = np.empty(sources, np.int64)
+def gram(places: Places, has_base: bool, elements: int, grain: int, found: Array) -> None:
+    """Inner products of all pairs of rows, less the first of the places if it is a base, by the grain rule, float64:
+    `found` `[grains, pairs]`.
+    """
+    before = 1 if has_base else 0
+    sources, pairs = len(places.codes) - before, found.shape[1]
+    addresses, base = np.empty(sources + before, np.int64), np.empty(LANES, np.float32)
     tiles, lanes = np.empty((sources, LANES), np.float32), np.empty((pairs, LANES), np.float64)
     for first in range(0, elements, grain):
         count = min(grain, elements - first)
@@ -682,8 +685,14 @@ def gram(places: Places, elements: int, grain: int, found: Array) -> None:
         lanes[:] = 0
         for start in range(0, count, LANES):
             size = min(LANES, count - start)
+            if has_base:
+                _load(addresses[0], places.codes[0], start, base[:size])
             for i in range(sources):
-                _load(addresses[i], places.codes[i], start, tiles[i, :size])
+                one = tiles[i, :size]
+                _load(addresses[i + before], places.codes[i + before], start, one)
+                if has_base:
+                    for j in range(size):
+                        one[j] -= base[j]
             pair = 0
             for i in range(sources):
                 for k in range(i, sources):

@@ -126,9 +126,13 @@ def ties(vectors: TaskVectors, thresholds: Numbers) -> NDArray[np.int64]:
     return found
 
 
-def gram(sources: Sequence[Rows], grain: int) -> Sums:
-    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows: `[grains, pairs]`, float64."""
-    flat = [source.load().reshape(-1).to(torch.float64) for source in sources]
+def gram(sources: Sequence[Rows], working: torch.dtype, grain: int, base: Rows | None) -> Sums:
+    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows, less the base: `[grains, pairs]`, float64."""
+    rows = [source.load().reshape(-1).to(working) for source in sources]
+    if base is not None:
+        start = base.load().reshape(-1).to(working)
+        rows = [row - start for row in rows]
+    flat = [row.to(torch.float64) for row in rows]
     return grain_sums(torch.stack([flat[i] * flat[j] for i, j in pairs(len(flat))]), grain)
 
 

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from merge_core.kernels.plain import ZERO_SUM
-from merge_core.method import Block, Known, MergeMethod, PerModel, spread
+from merge_core.method import BaseUse, Block, Known, MergeMethod, PerModel, spread
 
 
 class Linear(MergeMethod):
@@ -24,7 +24,7 @@ class Linear(MergeMethod):
     name: ClassVar[str] = "linear"
     title: ClassVar[str] = "Weighted average (model soup)"
     paper: ClassVar[str] = "https://arxiv.org/abs/2203.05482"
-    base: ClassVar[Literal["required", "model"]] = "model"
+    base: ClassVar[BaseUse] = "model"
     workspace: ClassVar[tuple[int, int]] = (1, 3)
 
     weight: PerModel = Field(description="wᵢ: coefficient of each model")

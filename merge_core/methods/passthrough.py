@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from merge_core.method import Block, Known, MergeMethod, PerModel, spread
+from merge_core.method import BaseUse, Block, Known, MergeMethod, PerModel, spread
 
 
 class Passthrough(MergeMethod):
@@ -23,7 +23,7 @@ class Passthrough(MergeMethod):
     name: ClassVar[str] = "passthrough"
     title: ClassVar[str] = "Copy (layer stacking)"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.15166"
-    base: ClassVar[Literal["required", "model"]] = "model"
+    base: ClassVar[BaseUse] = "model"
     count: ClassVar[tuple[int, int | None]] = (1, 1)
     copies: ClassVar[bool] = True
     workspace: ClassVar[tuple[int, int]] = (1, 1)

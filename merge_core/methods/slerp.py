@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merge_core.method import Block, Known, MergeMethod, Scope, Stage
-from merge_core.stages import Gram
+from merge_core.stages import Gram, base_as_model
 
 PARALLEL = 0.9995
 SMALLEST_NORM = 1e-8
@@ -39,7 +39,7 @@ class Slerp(MergeMethod):
     t: float = Field(description="where to stop: 0 is the base, 1 the other model")
 
     def stages(self, scope: Scope) -> Sequence[Stage]:
-        return [Gram()]
+        return [Gram(base_as_model)]
 
     @property
     def is_fused(self) -> bool:

@@ -129,6 +129,7 @@ def test_measurements(vectors: TaskVectors) -> None:
     in_both_forms(lambda: kernels.votes(vectors))
     in_both_forms(lambda: kernels.absolute_sums(vectors))
     in_both_forms(lambda: kernels.gram([vectors.base, *vectors.models], torch.float32, vectors.grain))
+    in_both_forms(lambda: kernels.gram(vectors.models, torch.float32, vectors.grain, vectors.base))
 
     def bracket() -> Any:
         digits, above = np.zeros((len(vectors), 3 * 2**16), np.int64), np.zeros(len(vectors), np.int64)

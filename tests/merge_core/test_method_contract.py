@@ -37,7 +37,12 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator).bfloat16().float()
     deltas = scale * torch.randn((count_of(method), *shape), generator=generator)
-    return (base + deltas).bfloat16().float(), base if method.base == "required" else None
+    return (base + deltas).bfloat16().float(), bases(method, base)[0]
+
+
+def bases(method: type[MergeMethod], base: Tensor) -> list[Tensor | None]:
+    """With which bases a method can be called."""
+    return {"required": [base], "optional": [base, None], "model": [None]}[method.base]
 
 
 def run(
@@ -78,12 +83,13 @@ def test_any_blocks_on_any_workers_give_the_same_bytes(method: type[MergeMethod]
     grains = Grains(211, 9, 2)
     chosen = example(method, len(models))
 
-    whole = run(chosen, scope, models, base, grains, 1000)
+    for origin in [None] if base is None else bases(method, base):
+        whole = run(chosen, scope, models, origin, grains, 1000)
 
-    for length in (1, 3, 7, 100):
-        for scattered in (False, True):
-            cut = run(chosen, scope, models, base, grains, length, scattered=scattered)
-            assert torch.equal(cut.view(torch.int32), whole.view(torch.int32)), f"blocks of {length} grains"
+        for length in (1, 3, 7, 100):
+            for scattered in (False, True):
+                cut = run(chosen, scope, models, origin, grains, length, scattered=scattered)
+                assert torch.equal(cut.view(torch.int32), whole.view(torch.int32)), f"blocks of {length} grains"
 
 
 @every_method
@@ -99,7 +105,7 @@ def test_keeps_shape_dtype_and_inputs(method: type[MergeMethod], scope: Scope, s
     assert torch.equal(models, before[0]) and (base is None or torch.equal(base, before[1]))
 
 
-@pytest.mark.parametrize(("method", "scope"), [(method, scope) for method, scope in EVERY if method.base == "required"])
+@pytest.mark.parametrize(("method", "scope"), [(method, scope) for method, scope in EVERY if method.base != "model"])
 def test_models_that_learned_nothing_leave_the_base(method: type[MergeMethod], scope: Scope) -> None:
     models, base = make(method, (30, 4), scale=0.0)
     assert base is not None
@@ -113,8 +119,8 @@ def test_models_that_learned_nothing_leave_the_base(method: type[MergeMethod], s
 def test_constant_and_all_zero_tensors_stay_finite(method: type[MergeMethod], scope: Scope) -> None:
     for value in (0.0, 1.0):
         models = torch.full((count_of(method), 6, 5), value)
-        base = torch.zeros(6, 5) if method.base == "required" else None
-        assert torch.isfinite(run(example(method, len(models)), scope, models, base, Grains.of((6, 5)), 1)).all()
+        for base in bases(method, torch.zeros(6, 5)):
+            assert torch.isfinite(run(example(method, len(models)), scope, models, base, Grains.of((6, 5)), 1)).all()
 
 
 @every_method

@@ -200,6 +200,25 @@ def test_an_average_counts_the_base_only_where_it_has_a_weight(models: Path) -> 
     assert len(with_weight.by_name["lm_head.weight"].sources) == 2
 
 
+def test_an_optional_base_is_subtracted_and_no_model(models: Path) -> None:
+    recipe = {"merge_method": "nuslerp", "models": [{"model": "m0"}, {"model": "m1"}], "parameters": {"weight": 1}}
+    alone, based = planned(models, recipe), planned(models, recipe | {"base_model": "base"})
+    listed = planned(models, recipe | {"base_model": "base", "models": [*recipe["models"], {"model": "base"}]})
+
+    assert alone.by_name["lm_head.weight"].base is None
+    for plan in (based, listed):
+        step = plan.by_name["lm_head.weight"]
+        assert step.base is not None and str(plan.models[step.base.model]) == "base"
+        assert [str(plan.models[source.model]) for source in step.sources] == ["m0", "m1"]
+    with pytest.raises(RecipeError, match="nuslerp takes exactly 2 models besides the base, not 1"):
+        planned(models, recipe | {"base_model": "m0"})
+
+
+def test_a_base_is_a_model_where_none_needs_a_weight(models: Path) -> None:
+    plan = planned(models, {"merge_method": "karcher", "base_model": "base", "models": [{"model": "m0"}]})
+    assert [str(plan.models[source.model]) for source in plan.by_name["lm_head.weight"].sources] == ["base", "m0"]
+
+
 def test_excluded_tensors_are_the_base_s(models: Path, tmp_path: Path) -> None:
     merge(
         Recipe.from_data(method_recipe("linear", base_model="base", exclude=["lm_head"])),
