@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.synthetic import SHAPES, build
+from merge_core.methods import find_method
 
 HERE = Path(__file__).parent
 PEER = HERE.parent / ".venv-peer" / "bin" / "mergekit-yaml"
@@ -46,8 +47,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "parameters": {"weight": 1, "density": 0.2},
     },
     "widen": {"merge_method": "widen", **ON_BASE},
+    "pcb whole model": {"merge_method": "pcb", **ON_BASE},
+    "graft": {"merge_method": "graft", **ON_BASE, "parameters": {"sparsity": 0.1}},
+    "sce": {"merge_method": "sce", **ON_BASE, "parameters": {"select_topk": 0.2}},
 }
-NOT_IN_MERGEKIT = {"widen"}
+NOT_IN_MERGEKIT = {"widen", "pcb whole model", "graft"}
 ROUNDS_OF = {"large": 3, "small": 1}
 FOR_TORCH = "0.1"
 """The size at which compiled kernels are set against plain ones, which would take minutes for a large model."""
@@ -82,9 +86,7 @@ def main() -> None:
                 if "mergekit" in against and PEER.exists() and "scope" not in recipe and title not in NOT_IN_MERGEKIT:
                     found[title]["peer"].append(_peer(work, size, recipe, models))
     rows = [_row(title, of) for title, of in found.items()]
-    described = (
-        f"{_machine()}; {shape.parameters / 1e9:.2f} billion parameters, bf16, base and three models (slerp: one)"
-    )
+    described = f"{_machine()}; {shape.parameters / 1e9:.2f} billion parameters, bf16, base and three models (or one)"
     console.print(_table(rows, f"{described}; medians of {rounds}"))
     starts = [run["first_read_s"] for of in found.values() for run in of["ours"]]
     console.print(f"process start to first block read: {statistics.median(starts):.2f} s")
@@ -96,7 +98,8 @@ def main() -> None:
 
 
 def _models(recipe: Mapping[str, Any]) -> list[str]:
-    return ["m0"] if recipe["merge_method"] == "slerp" else ["m0", "m1", "m2"]
+    most = find_method(recipe["merge_method"], recipe.get("semantics", "mergekit")).count[1]
+    return ["m0", "m1", "m2"][:most]
 
 
 def _first_time(work: Path, size: str) -> Measured:

@@ -71,6 +71,16 @@ class Counts:
 
 
 @dataclass
+class Largest:
+    """The largest of integers that are not negative."""
+
+    values: Counters
+
+    def add(self, other: Self) -> None:
+        np.maximum(self.values, other.values, out=self.values)
+
+
+@dataclass
 class GrainSums:
     """Floating-point sums with one meaning, whatever the blocks: float64 by the grain rule. An array of them at once.
 

@@ -186,6 +186,32 @@ def _widen(case: Case) -> Run:
     )
 
 
+def _pcb(case: Case) -> Run:
+    params = case["params"]
+    variant = {"vision": "B", "vision-ES (pairwise)": "C"}.get(params["variant"], "A")
+    parameters = {"variant": variant, "mask_ratio": params["mask_ratio"], "clamp": params["clamp"]}
+    models = _models(case, **({"weight": params["lams"]} if "lams" in params else {}))
+    return Run(
+        {
+            "merge_method": "pcb",
+            "base_model": case["inputs"]["base"],
+            "models": models,
+            "parameters": parameters | {"lambda": params.get("scaling", 1.0)},
+        }
+    )
+
+
+def _graft(case: Case) -> Run:
+    return Run(
+        {
+            "merge_method": "graft",
+            "base_model": case["inputs"]["base"],
+            "models": _models(case),
+            "parameters": {"sparsity": case["params"]["sparsity"]},
+        }
+    )
+
+
 def _density_of_mask_rate(case: Case, rate: float) -> float:
     """MergeLM keeps |δ| ≥ its int(N · rate)-th smallest, TIES int(N · density) + 1 entries: the density that means the
     same.
@@ -215,6 +241,8 @@ ADAPTERS: dict[str, Callable[[Case], Run]] = {
     "ties": _ties,
     "dare": _dare,
     "widen": _widen,
+    "pcb": _pcb,
+    "graft": _graft,
     **{f"mergekit/{name}": _mergekit for name in METHODS},
 }
 WHOLE_RECIPES = {f"mergekit-yaml/{name}" for name in METHODS}

@@ -281,6 +281,7 @@ def prepare() -> None:
     low_rank(torch.zeros(1, 8), torch.zeros(1, 1), torch.zeros(1, 8), 1.0, torch.zeros(1, 8))
     first_nonfinite(torch.zeros(8))
     uniform(0, 0, 8, torch.device("cpu"))
+    importlib.import_module("merge_core.kernels.scores").prepare()
 
 
 @functools.cache
