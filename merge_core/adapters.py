@@ -23,9 +23,10 @@ from merge_core.patterns import Patterns
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
 MAX_RANK = 2**16
 _WHOLE_MODELS = ("model.safetensors", "model.safetensors.index.json")
-_WRAPPER = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?P<adapter>\.(?!weight$|bias$)[^.]+)?(?P<kind>\.weight|\.bias)?"
@@ -46,7 +47,10 @@ _REFUSED = {
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter and no whole model."""
-    return (path / CONFIG_NAME).is_file() and not any((path / name).exists() for name in _WHOLE_MODELS)
+    try:
+        return (path / CONFIG_NAME).is_file() and not any((path / name).exists() for name in _WHOLE_MODELS)
+    except OSError:
+        return False  # whoever opens it says what is wrong with the name
 
 
 class AdapterConfig(BaseModel):
@@ -63,6 +67,10 @@ class AdapterConfig(BaseModel):
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str | None = True
     base_model_name_or_path: str | None = None
+    task_type: str | None = None
+    target_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    exclude_modules: list[str] | str | None = None
 
     @field_validator("rank_pattern", "alpha_pattern", mode="before")
     @classmethod
@@ -161,7 +169,7 @@ class Adapter:
         for info in self.weights.tensors.values():
             if info.dtype.kind != "float":
                 self._refuse(info, f"is stored as {info.dtype}, not as numbers that can be added")
-            name = info.name.removeprefix(_WRAPPER)
+            name = info.name.removeprefix(PREFIX)
             if factor := _FACTOR.fullmatch(name):
                 part = factor["part"] + (".bias" if factor["kind"] == ".bias" else "")
                 names.add(factor["adapter"] or ".default")

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from merge_core import __version__
+from merge_core.adapters import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from merge_core.files import WrittenFile, write_text
 from merge_core.plan import Plan
 from merge_core.weights import Weights
@@ -59,6 +60,9 @@ def write_companions(
         files.append(
             write_text(folder / "config.json", json.dumps(_edited_config(plan, donor.config), indent=2) + "\n")
         )
+    if plan.adapter_config is not None:
+        text = json.dumps(plan.adapter_config, indent=2, ensure_ascii=False) + "\n"
+        files.append(write_text(folder / ADAPTER_CONFIG_NAME, text))
     files += [_copy(path, folder / path.name) for path in plan.companions]
     files.append(write_text(folder / RECIPE_NAME, plan.recipe.to_yaml()))
     files.append(write_text(folder / CARD_NAME, model_card(plan, warnings)))
@@ -106,7 +110,8 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
         if path
     ]
     named = [part for part in dict.fromkeys(parts) if _HUB_ID.fullmatch(part)]
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "weightsmith", plan.recipe.merge_method]}
+    library = "transformers" if plan.adapter_config is None else "peft"
+    front: dict[str, Any] = {"library_name": library, "tags": ["merge", "weightsmith", plan.recipe.merge_method]}
     if named:
         front = {"base_model": named, "base_model_relation": "merge"} | front
     title = plan.recipe.name or f"{plan.recipe.merge_method} merge"

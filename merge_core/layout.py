@@ -41,7 +41,9 @@ class ShardLayout:
         return len(self.header) + sum(slot.nbytes for slot in self.slots)
 
 
-def lay_out(tensors: Sequence[Slot], max_shard_size: int, metadata: Mapping[str, str]) -> tuple[ShardLayout, ...]:
+def lay_out(
+    tensors: Sequence[Slot], max_shard_size: int, metadata: Mapping[str, str], *, stem: str = "model"
+) -> tuple[ShardLayout, ...]:
     """Cut the tensors, in their order, into files of at most `max_shard_size` bytes of data (one tensor is never cut).
 
     Inside a file wider number formats come first, so that every tensor stays aligned for readers that map the file.
@@ -54,7 +56,7 @@ def lay_out(tensors: Sequence[Slot], max_shard_size: int, metadata: Mapping[str,
             filled = 0
         groups[-1].append(tensor)
         filled += tensor.nbytes
-    return tuple(_shard(_file_name(i, len(groups)), group, metadata) for i, group in enumerate(groups))
+    return tuple(_shard(_file_name(stem, i, len(groups)), group, metadata) for i, group in enumerate(groups))
 
 
 def index_json(shards: Sequence[ShardLayout]) -> str:
@@ -66,8 +68,8 @@ def index_json(shards: Sequence[ShardLayout]) -> str:
     )
 
 
-def _file_name(index: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def _file_name(stem: str, index: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _shard(file: str, tensors: Sequence[Slot], metadata: Mapping[str, str]) -> ShardLayout:

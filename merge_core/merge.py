@@ -15,6 +15,7 @@ import torch
 
 from merge_core import kernels
 from merge_core.adapted import Adapted
+from merge_core.adapter_sums import Placed
 from merge_core.adapters import Adapter, is_adapter
 from merge_core.artifact import Artifact, read_artifact, write_companions
 from merge_core.blocks import CPU
@@ -169,19 +170,25 @@ def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[Mod
                 found[ref] = stack.enter_context(_open(ref, pointer, roots))
             except CheckpointError as error:
                 raise error.as_written(roots or (), pointer) from None
+        alone = [ref for ref, weights in found.items() if isinstance(weights, Placed)]
+        if alone and len(alone) < len(found):
+            detail = f"{alone[0]} is an adapter, not a model; write the model it is for before it: base+{alone[0]}"
+            raise RecipeError.of([Problem(detail, referenced_models(recipe)[alone[0]])])
         yield found
 
 
 def _open(ref: ModelRef, pointer: str, roots: Sequence[Path] | None) -> Weights:
-    """A model, with its adapter on it where it names one."""
+    """A model, with its adapter on it where it names one, or an adapter alone."""
     for path, revision in ((ref.path, ref.revision), (ref.adapter, ref.adapter_revision)):
         if revision:
             detail = f"{path}@{revision}: a local folder has no revisions; leave @{revision} away"
             raise RecipeError.of([Problem(detail, pointer)])
     where = locate(ref.path, roots)
     if is_adapter(where):
-        detail = f"{ref.path} is an adapter, not a model; write the model it is for before it: base+{ref.path}"
-        raise RecipeError.of([Problem(detail, pointer)])
+        if ref.adapter is not None:
+            detail = f"{ref.path} is an adapter, not a model that {ref.adapter} could be put on"
+            raise RecipeError.of([Problem(detail, pointer)])
+        return Placed(Adapter.open(where, roots=roots))
     base = Checkpoint.open(where, roots=roots)
     if ref.adapter is None:
         return base

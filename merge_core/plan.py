@@ -155,6 +155,7 @@ class Plan:
     memory: MemoryPlan
     sources_digest: str
     config_edit: ConfigEdit = field(default_factory=ConfigEdit)
+    adapter_config: Mapping[str, Any] | None = None
     companions: tuple[Path, ...] = ()
     tied: tuple[TiedPair, ...] = ()
     left_out: tuple[str, ...] = ()

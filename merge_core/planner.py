@@ -6,10 +6,10 @@ nothing, memory.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 from merge_core import __version__
+from merge_core.adapter_sums import Placed, plan_sum
 from merge_core.dtypes import OUTPUT, DType
 from merge_core.errors import Problem
 from merge_core.headers import TensorInfo
@@ -19,7 +19,7 @@ from merge_core.method import Scope
 from merge_core.parameters import Resolver
 from merge_core.plan import Plan, Source, Step
 from merge_core.recipe import ModelRef, Recipe, canonical_json
-from merge_core.runs import Findings, Input, Run, Structure, Wanted
+from merge_core.runs import Findings, Input, Run, Structure, Wanted, digest_of
 from merge_core.weights import Weights, is_embedding
 
 
@@ -39,6 +39,9 @@ def make_plan(
     recipe's limits; `block_elements` bounds a block from above. Raises `RecipeError`, `IncompatibleModels` or
     `MemoryLimitExceeded`, each naming all that is wrong.
     """
+    alone = {model: weights for model, weights in checkpoints.items() if isinstance(weights, Placed)}
+    if alone:
+        return plan_sum(recipe, alone, memory, threads, block_elements, on_gpu=on_gpu)
     return _Planner(recipe, checkpoints, on_gpu).plan(memory, threads, block_elements, max_shard_size)
 
 
@@ -79,7 +82,7 @@ class _Planner:
                 block_elements,
                 on_gpu=self.on_gpu,
             ),
-            sources_digest=self._sources_digest(),
+            sources_digest=digest_of(self.models, self.checkpoints),
             config_edit=self.structure.config_edit,
             companions=tuple(self.checkpoints[self.models[donor]].companions),
             tied=tuple(self.structure.tied),
@@ -217,17 +220,3 @@ class _Planner:
                     detail = f"over the whole model {name} must be one value; it differs between {places}"
                     self.findings.recipe_problems.append(Problem(detail, f"#/parameters/{name}"))
                     return
-
-    def _sources_digest(self) -> str:
-        """Which files the plan was made from: changes whenever one of them does."""
-        shards = [
-            [str(model), str(shard.path), shard.size, shard.inode, shard.mtime_ns, shard.ctime_ns, shard.header_sha256]
-            for model in self.models
-            for shard in self.checkpoints[model].shards.values()
-        ]
-        shards += [
-            [str(model), name, hashlib.sha256(path.read_bytes()).hexdigest()]
-            for model in self.models
-            for name, path in self.checkpoints[model].settings.items()
-        ]
-        return hashlib.sha256(canonical_json(shards).encode()).hexdigest()

@@ -6,6 +6,7 @@ else the first model) is in the output exactly once, or `left_out` says why not.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from merge_core.errors import IncompatibleModels, Problem, RecipeError, Weightsm
 from merge_core.headers import TensorInfo
 from merge_core.layers import by_layer, in_stack, place_of, stacks
 from merge_core.plan import ConfigEdit, TiedPair
-from merge_core.recipe import ModelRef, Parameters, Recipe, SliceSource
+from merge_core.recipe import ModelRef, Parameters, Recipe, SliceSource, canonical_json
 from merge_core.weights import Weights, is_embedding
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -35,6 +36,19 @@ def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
         for j, source in enumerate(piece.sources):
             found.setdefault(source.model, f"#/slices/{i}/sources/{j}/model")
     return found
+
+
+def digest_of(models: Sequence[ModelRef], checkpoints: Mapping[ModelRef, Weights]) -> str:
+    """Which files a plan is made from: changes whenever one of them does."""
+    files: list[list[Any]] = []
+    for model in models:
+        for shard in checkpoints[model].shards.values():
+            stamps = [shard.size, shard.inode, shard.mtime_ns, shard.ctime_ns]
+            files.append([str(model), str(shard.path), *stamps, shard.header_sha256])
+    for model in models:
+        for name, path in checkpoints[model].settings.items():
+            files.append([str(model), name, hashlib.sha256(path.read_bytes()).hexdigest()])
+    return hashlib.sha256(canonical_json(files).encode()).hexdigest()
 
 
 @dataclass

@@ -49,9 +49,9 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) ->
     return folder
 
 
-def run(models: Path, out: Path, model: Any = "base+adapter", **keys: Any) -> dict[str, Tensor]:
+def run(folder: Path, out: Path, model: Any = "base+adapter", **keys: Any) -> dict[str, Tensor]:
     recipe = {"merge_method": "passthrough", "models": [{"model": model}], **keys}
-    merge(Recipe.from_data(recipe), out, roots=[models])
+    merge(Recipe.from_data(recipe), out, roots=[folder])
     return load_file(out / "model.safetensors")
 
 
@@ -418,7 +418,7 @@ def test_references_that_cannot_be_followed(models: Path, tmp_path: Path) -> Non
     refused: dict[str, tuple[type[WeightsmithError], str]] = {
         "base@main": (RecipeError, "a local folder has no revisions"),
         "base+adapter@v1": (RecipeError, "leave @v1 away"),
-        "adapter": (RecipeError, "write the model it is for before it"),
+        "adapter+adapter": (RecipeError, "is an adapter, not a model"),
         "base+m0": (CheckpointError, "so it is no adapter"),
         "base+nowhere": (CheckpointError, "in none of"),
         "base+pickled": (UnsafeFormat, "is a pickle"),
