@@ -333,6 +333,22 @@ class Gram(Stage):
 
 
 @dataclass
+class Overlaps(Stage):
+    """`known["overlaps"]`: per model, how many of its entries are not 0 where no other model's are, and where others'
+    are.
+    """
+
+    vectors: Measured
+    name: ClassVar[str] = "overlaps"
+
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        _counts(found, "overlaps", (len(block.stored), 2)).values += kernels.overlaps(self.vectors(block, known))
+
+    def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
+        known["overlaps"] = cast(Counts, found["overlaps"]).values.tolist()
+
+
+@dataclass
 class SignVotes(Stage):
     """`known["majority"]`: the sign (−1, 0, 1) of most elements of an elected sign, or of summed task vectors."""
 

@@ -29,10 +29,10 @@ from merge_core.kernels.vectors import KEEP_ALL_TIES, Numbers, Rows, TaskVectors
 from merge_core.statistics import Sums
 
 Vote = Literal["plus", "majority"]
-Average = Literal["sum", "weight", "count", "max"]
+Average = Literal["sum", "weight", "count", "max", "shared"]
 _CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _VOTES = {None: 0, "plus": 1, "majority": 2}
-_AVERAGES = {"sum": 0, "weight": 1, "count": 2, "max": 3}
+_AVERAGES = {"sum": 0, "weight": 1, "count": 2, "max": 3, "shared": 4}
 _NEVER = -1.0
 
 
@@ -90,7 +90,8 @@ def combine(
 
     Without a `vote` all entries are combined, else those whose sign the sum has; a sum of zero elects + (`"plus"`) or
     the sign `majority`. `average`: the sum, that divided by the `weights` of the entries, by their number, or the
-    largest magnitude.
+    largest magnitude. Without a vote it may also be "shared": the mean of the entries that are not 0, and where there
+    is only one, that times its weight.
     """
     weights = weights if len(weights) == len(vectors) else weights * len(vectors)
     sources = (vectors.base, *vectors.models)
@@ -118,6 +119,28 @@ def votes(vectors: TaskVectors) -> tuple[int, int]:
     with _operands(vectors) as operands:
         above, below = _compiled().votes(operands)
     return int(above), int(below)
+
+
+def overlaps(vectors: TaskVectors) -> NDArray[np.int64]:
+    """How many entries of each model are not 0, where no other model's are and where others' are: `[models, 2]`."""
+    if not _is_served(vectors):
+        return plain.overlaps(vectors)
+    found = np.zeros((len(vectors), 2), np.int64)
+    with _operands(vectors) as operands:
+        _compiled().overlaps(operands, found)
+    return found
+
+
+def near_swap(vectors: TaskVectors, t: float) -> Tensor:
+    """The base, moved to the only model by t / |δ|, at most by 1 and at least by 0: `[rows, ...]`, in the working dtype
+    or rounded into `vectors.out`.
+    """
+    target = _target((vectors.base, *vectors.models), vectors.working, vectors.out)
+    if target is None:
+        return plain.near_swap(vectors, t)
+    with _operands(vectors) as operands:
+        _compiled().near_swap(operands, np.float32(t), target.data_ptr(), _CODES[target.dtype])
+    return target
 
 
 def high_digits(vectors: TaskVectors, found: NDArray[np.int64]) -> None:
@@ -271,6 +294,8 @@ def prepare() -> None:
     linear(rows, (1.0, 1.0), 1.0, torch.float32, 8, None)
     combine(vectors, scale=1.0)
     votes(vectors)
+    overlaps(vectors)
+    near_swap(vectors, 1.0)
     high_digits(vectors, digits)
     sampled_digits(vectors, 1, digits)
     bracket(vectors, (0,), (1,), (0,), digits, few, np.zeros((1, 1), np.int64))

@@ -24,7 +24,7 @@ LOW_STREAM = 1
 """The random stream of the low 16 bits; the high 8 come from stream 0 (see `merge_core/random.py`)."""
 
 NO_VOTE, VOTE, VOTE_OR_MAJORITY = 0, 1, 2
-SUM, BY_WEIGHT, BY_COUNT, LARGEST = 0, 1, 2, 3
+SUM, BY_WEIGHT, BY_COUNT, LARGEST, SHARED = 0, 1, 2, 3, 4
 
 Array = NDArray[Any]
 
@@ -463,6 +463,25 @@ def _disjoint(tiles: Tiles, size: int, average: int, weights: Array, out: Array)
 
 
 @_kernel
+def _shared(tiles: Tiles, size: int, weights: Array, out: Array) -> None:
+    """Make of a sum the mean of the entries that are not 0, and where there is only one, that times its weight."""
+    zero, one = np.float32(0), np.float32(1)
+    count, weight = tiles.spare[:size], tiles.sign[:size]
+    count[:] = 0
+    weight[:] = 0
+    for i in range(len(tiles.rows)):
+        row, own = tiles.rows[i, :size], weights[i]
+        for j in range(size):
+            changed = np.uint32(row[j] != zero)
+            count[j] += _masked(one, changed)
+            weight[j] += _masked(own, changed)
+    for j in range(size):
+        out[j] /= one if count[j] < one else count[j]
+    for j in range(size):
+        out[j] *= weight[j] if count[j] == one else one
+
+
+@_kernel
 def combine(
     given: Operands, vote: int, majority: float, average: int, weights: Array, scale: float, target: int, code: int
 ) -> None:
@@ -487,6 +506,8 @@ def combine(
             if vote != NO_VOTE:
                 _elect(total, vote, majority, tiles.sign[:size])
                 _disjoint(tiles, size, average, weights, total)
+            elif average == SHARED:
+                _shared(tiles, size, weights, total)
             elif average == BY_WEIGHT:
                 for j in range(size):
                     total[j] /= whole
@@ -516,6 +537,59 @@ def votes(given: Operands) -> tuple[int, int]:
                 above += total[j] > np.float32(0)
                 below += total[j] < np.float32(0)
     return above, below
+
+
+@_kernel
+def overlaps(given: Operands, found: Array) -> None:
+    """Count each model's entries that are not 0: `found` `[models, 2]`, where no other's are, and where others' are."""
+    models = len(given.keys)
+    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    zero, one = np.float32(0), np.float32(1)
+    for first in range(0, given.elements, given.grain):
+        many = min(given.grain, given.elements - first)
+        if not _window(given.places, first, many, addresses):
+            return
+        for start in range(0, many, TILE):
+            size = min(TILE, many - start)
+            base, count = tiles.base[:size], tiles.total[:size]
+            _load(addresses[0], given.places.codes[0], start, base)
+            count[:] = 0
+            for i in range(models):
+                row = tiles.rows[i, :size]
+                _vector(given, i, first, start, base, row, addresses, tiles, left)
+                for j in range(size):
+                    count[j] += _masked(one, np.uint32(row[j] != zero))
+            for i in range(models):
+                row, alone, shared = tiles.rows[i, :size], np.uint32(0), np.uint32(0)
+                for j in range(size):
+                    changed = np.uint32(row[j] != zero)
+                    alone += changed & np.uint32(count[j] == one)
+                    shared += changed & np.uint32(count[j] > one)
+                found[i, 0] += alone
+                found[i, 1] += shared
+
+
+@_kernel
+def near_swap(given: Operands, t: float, target: int, code: int) -> None:
+    """The base, moved to the only model by t / |δ|, at most by 1 and at least by 0."""
+    tiles, addresses = _tiles(1), np.empty(2, np.int64)
+    zero, one, smallest = np.float32(0), np.float32(1), np.float32(1e-6)
+    for first in range(0, given.elements, given.grain):
+        count = min(given.grain, given.elements - first)
+        if not _window(given.places, first, count, addresses):
+            return
+        for start in range(0, count, TILE):
+            size = min(TILE, count - start)
+            base, row, merged = tiles.base[:size], tiles.rows[0, :size], tiles.total[:size]
+            _load(addresses[0], given.places.codes[0], start, base)
+            _load(addresses[1], given.places.codes[1], start, row)
+            for j in range(size):
+                gap = abs(base[j] - row[j])
+                share = t / (gap if gap > smallest else smallest)
+                share = share if share > zero else zero
+                share = share if share < one else one
+                merged[j] = base[j] * (one - share) + row[j] * share
+            _store(merged, target, code, first + start)
 
 
 @_kernel

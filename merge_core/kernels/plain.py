@@ -21,6 +21,10 @@ ZERO_SUM = 1e-8
 """A sum of weights nearer to zero than this divides nothing: mergekit puts 1 in its place."""
 
 
+SMALLEST_GAP = 1e-6
+"""What divides in `near_swap` is at least this."""
+
+
 def total(stack: Tensor) -> Tensor:
     """Sum over the first dimension, one after the other: `[models, ...]` → `[...]`.
 
@@ -71,7 +75,9 @@ def combine(
     rows = values(vectors)
     combined = total(rows)
     if vote is None:
-        if average == "weight":
+        if average == "shared":
+            combined = _shared(rows, weights)
+        elif average == "weight":
             combined = combined / _divisor(total(column(weights, rows)), ZERO_SUM)
     else:
         combined = disjoint(rows, _elect(combined, vote, majority), average, weights)
@@ -82,6 +88,22 @@ def votes(vectors: TaskVectors) -> tuple[int, int]:
     """How many elements of the summed task vectors are above and below zero."""
     summed = total(values(vectors))
     return int((summed > 0).sum()), int((summed < 0).sum())
+
+
+def overlaps(vectors: TaskVectors) -> NDArray[np.int64]:
+    """How many entries of each model are not 0, where no other model's are and where others' are: `[models, 2]`."""
+    changed = (values(vectors) != 0).reshape(len(vectors), -1)
+    count = total(changed.to(torch.int32))
+    alone = [(int((row & (count == 1)).sum()), int((row & (count > 1)).sum())) for row in changed]
+    return np.array(alone, np.int64)
+
+
+def near_swap(vectors: TaskVectors, t: float) -> Tensor:
+    """The base, moved to the only model by t / |δ|, at most by 1 and at least by 0: `[rows, ...]`, working dtype."""
+    base, model = _base(vectors), vectors.models[0].load().to(vectors.working)
+    gap = torch.clamp((base - model).abs(), min=SMALLEST_GAP)
+    share = torch.clamp(column((t,), gap)[0] / gap, 0, 1)
+    return base * (1 - share) + model * share
 
 
 def high_digits(vectors: TaskVectors, found: NDArray[np.int64]) -> None:
@@ -189,6 +211,15 @@ def disjoint(rows: Tensor, sign: Tensor, average: str, weights: Numbers) -> Tens
         counted = torch.where(chosen != 0, column(weights, rows), torch.zeros_like(rows))
         return total(chosen) / _divisor(total(counted), ZERO_SUM)
     return total(chosen) / _divisor(total((chosen != 0).to(rows.dtype)), 1)
+
+
+def _shared(rows: Tensor, weights: Numbers) -> Tensor:
+    """The mean of the entries that are not 0, and where there is only one, that times its weight."""
+    changed = rows != 0
+    count = total(changed.to(rows.dtype))
+    weight = total(torch.where(changed, column(weights, rows), torch.zeros_like(rows)))
+    mean = total(rows) / _divisor(count, 1)
+    return mean * torch.where(count == 1, weight, torch.ones_like(weight))
 
 
 def _divisor(divisor: Tensor, least: float) -> Tensor:

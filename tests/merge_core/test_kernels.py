@@ -86,7 +86,7 @@ def task_vectors(draw: st.DrawFn) -> TaskVectors:
     task_vectors(),
     st.sampled_from([None, "plus", "majority"]),
     st.sampled_from([-1, 0, 1]),
-    st.sampled_from(["sum", "weight", "count", "max"]),
+    st.sampled_from(["sum", "weight", "count", "max", "shared"]),
     st.floats(-2, 2, width=32),
     st.lists(st.floats(-1, 1, width=32), min_size=4, max_size=4),
 )
@@ -96,7 +96,7 @@ def test_combine(
     options = {"vote": vote, "majority": majority, "average": average, "scale": scale}
     out = vectors.out
     assert out is not None
-    if vote is None and average in ("count", "max"):
+    if average in (("count", "max") if vote is None else ("shared",)):
         average = options["average"] = "sum"
     in_both_forms(
         lambda: rounded(kernels.combine(vectors, weights=tuple(weights[: len(vectors)]), **options), out)  # type: ignore[arg-type]
@@ -110,6 +110,14 @@ def test_linear(vectors: TaskVectors, weights: list[float], divisor: float) -> N
     assert out is not None
     numbers = tuple(weights[: len(sources)])
     in_both_forms(lambda: rounded(kernels.linear(sources, numbers, divisor, torch.float32, vectors.grain, out), out))
+
+
+@settings(max_examples=60)
+@given(task_vectors(), st.sampled_from([-1.0, 0.0, 1e-7, 0.001, 0.05, 3.0]))
+def test_near_swap(vectors: TaskVectors, t: float) -> None:
+    out = vectors.out
+    assert out is not None
+    in_both_forms(lambda: rounded(kernels.near_swap(vectors, t), out))
 
 
 @settings(max_examples=60)
@@ -129,6 +137,7 @@ def test_measurements(vectors: TaskVectors) -> None:
     in_both_forms(lambda: kernels.votes(vectors))
     in_both_forms(lambda: kernels.absolute_sums(vectors))
     in_both_forms(lambda: kernels.gram([vectors.base, *vectors.models], torch.float32, vectors.grain))
+    in_both_forms(lambda: kernels.overlaps(vectors))
     in_both_forms(lambda: kernels.gram(vectors.models, torch.float32, vectors.grain, vectors.base))
 
     def bracket() -> Any:

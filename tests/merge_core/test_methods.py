@@ -19,7 +19,9 @@ from merge_core.methods.karcher import Karcher
 from merge_core.methods.linear import Linear
 from merge_core.methods.model_stock import ModelStock
 from merge_core.methods.multislerp import MultiSlerp
+from merge_core.methods.nearswap import NearSwap
 from merge_core.methods.nuslerp import NuSlerp
+from merge_core.methods.ram import Ram, RamPlus
 from merge_core.methods.task_arithmetic import TaskArithmetic
 from merge_core.methods.wise_ft import WiseFT
 from merge_core.statistics import Grains, Statistic
@@ -135,6 +137,44 @@ def test_karcher(models: Any, parameters: dict[str, Any], recorded: Any) -> None
 )
 def test_model_stock(models: Any, base: Any, recorded: Any) -> None:
     assert_merges_to(ModelStock(), models, recorded, base, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("t", "recorded"),
+    [
+        (0.5, [0.1, 0.5, 0.5, -0.5, 1.0]),
+        (0.0, [0.0, 0.0, 0.0, 0.0, 1.0]),
+        (-1.0, [0.0, 0.0, 0.0, 0.0, 1.0]),
+        (5.0, [0.1, 0.5, 1.0, -2.0, 1.0]),
+    ],
+)
+def test_nearswap(t: float, recorded: Any) -> None:
+    assert_merges_to(NearSwap(t=t), [[0.1, 0.5, 1.0, -2.0, 1.0]], recorded, [0.0, 0.0, 0.0, 0.0, 1.0])
+
+
+CHANGED = [
+    [2.0, 1.0, 3.0, 1.0, 1.0, 1.05, 1.0],
+    [1.0, 3.0, -2.0, 1.0, 1.0, 1.0, 1.0],
+    [1.0, 1.0, 1.5, 1.0, 4.0, 1.1, 1.0],
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "recorded"),
+    [
+        (Ram(epsilon=0.02), CHANGED, [2.0, 3.0, 0.8333334, 1.0, 4.0, 1.075, 1.0]),
+        (Ram(epsilon=1.0), CHANGED, [1.0, 3.0, 0.5, 1.0, 4.0, 1.0, 1.0]),
+        (Ram(epsilon=0.0), CHANGED, [2.0, 3.0, 0.8333334, 1.0, 4.0, 1.075, 1.0]),
+        (Ram(), CHANGED[:1], CHANGED[0]),
+        (RamPlus(), CHANGED, [2.02, 3.04, 0.8333334, 1.0, 4.06, 1.075, 1.0]),
+        (RamPlus(r=1.0, alpha=5.0), CHANGED, [4.0, 5.0, 0.8333334, 1.0, 10.0, 1.075, 1.0]),
+        (RamPlus(r=1.0), CHANGED, [2.2, 3.4, 0.8333334, 1.0, 4.6, 1.075, 1.0]),
+        (RamPlus(r=1.0), CHANGED[:1], CHANGED[0]),
+        (RamPlus(r=1.0), [[1.0] * 7] * 3, [1.0] * 7),
+    ],
+)
+def test_ram(method: MergeMethod, models: Any, recorded: Any) -> None:
+    assert_merges_to(method, models, recorded, [1.0] * 7)
 
 
 def test_geometric_median() -> None:
