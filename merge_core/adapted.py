@@ -25,7 +25,7 @@ from merge_core.errors import IncompatibleModels, Problem
 from merge_core.headers import TensorInfo
 from merge_core.layers import stacks
 from merge_core.statistics import grain_sums
-from merge_core.weights import Weights
+from merge_core.weights import Companions, Weights
 
 FILE_PREFIX = "adapter/"
 """Before an adapter's files where they stand beside those of its base."""
@@ -154,7 +154,7 @@ class Adapted(Weights):
         return self.base.format(self.base.tensors[info.name])
 
     @property
-    def companions(self) -> list[Path]:
+    def companions(self) -> Companions:
         return self.base.companions
 
     @property

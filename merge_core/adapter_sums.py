@@ -33,7 +33,7 @@ from merge_core.parameters import Resolver
 from merge_core.plan import Plan, Source, Step
 from merge_core.recipe import ModelRef, Recipe, canonical_json
 from merge_core.runs import Findings, Input, Run, Wanted, digest_of
-from merge_core.weights import Weights
+from merge_core.weights import Companions, Weights
 
 _ONE_FILE = 2**62
 
@@ -86,8 +86,8 @@ class Placed(Weights):
         return info.dtype.itemsize
 
     @property
-    def companions(self) -> list[Path]:
-        return []
+    def companions(self) -> Companions:
+        return {}
 
     @property
     def settings(self) -> Mapping[str, Path]:

@@ -63,7 +63,7 @@ def write_companions(
     if plan.adapter_config is not None:
         text = json.dumps(plan.adapter_config, indent=2, ensure_ascii=False) + "\n"
         files.append(write_text(folder / ADAPTER_CONFIG_NAME, text))
-    files += [_copy(path, folder / path.name) for path in plan.companions]
+    files += [_place(file, folder / name) for name, file in plan.companions.items()]
     files.append(write_text(folder / RECIPE_NAME, plan.recipe.to_yaml()))
     files.append(write_text(folder / CARD_NAME, model_card(plan, warnings)))
     lock = {
@@ -154,14 +154,18 @@ def _source(
         if index == model
     ]
     small = dict(checkpoint.settings)
-    small |= {path.name: path for path in (plan.companions if model == plan.donor else ())}
+    if model == plan.donor:
+        small |= {name: file for name, file in plan.companions.items() if isinstance(file, Path)}
     for name, path in small.items():
         data = path.read_bytes()
         files.append({"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     return {"model": str(plan.models[model]), "commit": None, "files": files}
 
 
-def _copy(source: Path, target: Path) -> WrittenFile:
-    shutil.copyfile(source, target)
+def _place(source: Path | bytes, target: Path) -> WrittenFile:
+    if isinstance(source, Path):
+        shutil.copyfile(source, target)
+    else:
+        target.write_bytes(source)
     data = target.read_bytes()
     return WrittenFile(target.name, len(data), hashlib.sha256(data).hexdigest())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_core.errors import CheckpointError, CheckpointNotFound, PathNotAllowed, UnsafeFormat
 from merge_core.headers import Shard, TensorInfo, clip, is_usable_name, open_regular, read_header, read_json
-from merge_core.weights import Weights
+from merge_core.weights import Companions, Weights
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 COMPANIONS = (
@@ -54,24 +54,25 @@ class Checkpoint(Weights):
         self._descriptors: dict[str, int] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, roots: Sequence[Path] | None = None) -> Self:
+    def open(cls, path: str | Path, *, roots: Sequence[Path] | None = None, weights: bool = True) -> Self:
         """Open from headers only.
 
-        `roots`: the folders that every file must really lie in, links resolved (None: anywhere).
+        `roots`: the folders that every file must really lie in, links resolved (None: anywhere). Without `weights`,
+        only a folder's config and tokenizer files count.
         Raises `CheckpointNotFound`, `PathNotAllowed`, `UnsafeFormat`, or `CheckpointError` naming file and tensor.
         """
         try:
-            return cls._open(Path(path), roots)
+            return cls._open(Path(path), roots, weights)
         except (OSError, RuntimeError, ValueError) as error:
             # Names that the system refuses, loops of links, folders that may not be entered.
             raise CheckpointError(clip(str(path)), f"cannot be read: {clip(str(error))}") from None
 
     @classmethod
-    def _open(cls, path: Path, roots: Sequence[Path] | None) -> Self:
+    def _open(cls, path: Path, roots: Sequence[Path] | None, weights: bool) -> Self:
         check_below(path, roots)
         if path.is_dir():
             folder = path
-            names, listed = _weight_files(path, roots)
+            names, listed = _weight_files(path, roots) if weights else ([], None)
         elif path.exists():
             if path.suffix != ".safetensors":
                 raise _not_safetensors(path)
@@ -109,13 +110,13 @@ class Checkpoint(Weights):
         return {"config.json": self.path / "config.json"} if self.config else {}
 
     @property
-    def companions(self) -> list[Path]:
+    def companions(self) -> Companions:
         if self.folder is None:
-            return []
+            return {}
         found = [self.folder / name for name in COMPANIONS if (self.folder / name).is_file()]
         for path in found:
             check_below(path, self.roots)
-        return [path for path in found if path.stat().st_size <= MAX_COMPANION_BYTES]
+        return {path.name: path for path in found if path.stat().st_size <= MAX_COMPANION_BYTES}
 
     def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
         size = self.row_bytes(info) * (stop - start)

@@ -37,9 +37,10 @@ from merge_core.plan import Plan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress, Report
 from merge_core.recipe import ModelRef, Recipe
-from merge_core.runs import referenced_models
+from merge_core.runs import Findings, Structure, referenced_models
 from merge_core.shards import JOURNAL, ShardWriter, unfinished
 from merge_core.sources import Sources
+from merge_core.vocabularies import in_one_vocabulary
 from merge_core.weights import Weights
 
 
@@ -162,22 +163,33 @@ def plan_only(
 
 @contextmanager
 def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[ModelRef, Weights]]:
-    """Every model of the recipe, opened from its headers. Raises `CheckpointError` or `RecipeError` naming the key."""
+    """Every model of the recipe, opened from its headers, all in the output's vocabulary.
+
+    Raises `CheckpointError`, `IncompatibleModels` or `RecipeError` naming the key.
+    """
     with ExitStack() as stack:
         found: dict[ModelRef, Weights] = {}
+        merged = Structure(recipe, found, Findings()).taking_part
         for ref, pointer in referenced_models(recipe).items():
             try:
-                found[ref] = stack.enter_context(_open(ref, pointer, roots))
+                found[ref] = stack.enter_context(_open(ref, pointer, roots, weights=ref in merged))
             except CheckpointError as error:
                 raise error.as_written(roots or (), pointer) from None
         alone = [ref for ref, weights in found.items() if isinstance(weights, Placed)]
         if alone and len(alone) < len(found):
             detail = f"{alone[0]} is an adapter, not a model; write the model it is for before it: base+{alone[0]}"
             raise RecipeError.of([Problem(detail, referenced_models(recipe)[alone[0]])])
-        yield found
+        if alone and (recipe.vocabulary or recipe.chat_template):
+            key = "chat_template" if recipe.chat_template else "tokenizer"
+            raise RecipeError.of([Problem("adapters have no vocabulary of their own; leave this away", f"#/{key}")])
+        try:
+            vocabulary = found if alone else in_one_vocabulary(recipe, found)
+        except CheckpointError as error:
+            raise error.as_written(roots or (), error.problems[0].pointer or "#/tokenizer") from None
+        yield vocabulary
 
 
-def _open(ref: ModelRef, pointer: str, roots: Sequence[Path] | None) -> Weights:
+def _open(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, weights: bool) -> Weights:
     """A model, with its adapter on it where it names one, or an adapter alone."""
     for path, revision in ((ref.path, ref.revision), (ref.adapter, ref.adapter_revision)):
         if revision:
@@ -189,7 +201,7 @@ def _open(ref: ModelRef, pointer: str, roots: Sequence[Path] | None) -> Weights:
             detail = f"{ref.path} is an adapter, not a model that {ref.adapter} could be put on"
             raise RecipeError.of([Problem(detail, pointer)])
         return Placed(Adapter.open(where, roots=roots))
-    base = Checkpoint.open(where, roots=roots)
+    base = Checkpoint.open(where, roots=roots, weights=weights)
     if ref.adapter is None:
         return base
     try:

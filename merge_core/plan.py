@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from merge_core import __version__, kernels
@@ -20,6 +19,7 @@ from merge_core.layout import ShardLayout
 from merge_core.method import MergeMethod, Scope
 from merge_core.recipe import ModelRef, Recipe, canonical_json
 from merge_core.statistics import Grains
+from merge_core.weights import Companions
 
 WRITING_BLOCKS = 4
 """Merged blocks that may wait for the disk, besides one per thread."""
@@ -156,7 +156,7 @@ class Plan:
     sources_digest: str
     config_edit: ConfigEdit = field(default_factory=ConfigEdit)
     adapter_config: Mapping[str, Any] | None = None
-    companions: tuple[Path, ...] = ()
+    companions: Companions = field(default_factory=dict)
     tied: tuple[TiedPair, ...] = ()
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -22,6 +22,11 @@ from merge_core.recipe import ModelRef, Recipe, canonical_json
 from merge_core.runs import Findings, Input, Run, Structure, Wanted, digest_of
 from merge_core.weights import Weights, is_embedding
 
+_VOCABULARIES_DIFFER = (
+    "; where vocabularies differ, write `tokenizer: {source: union}` for every token of all models, or "
+    "`tokenizer: {source: base}` for the base's"
+)
+
 
 def make_plan(
     recipe: Recipe,
@@ -84,10 +89,10 @@ class _Planner:
             ),
             sources_digest=digest_of(self.models, self.checkpoints),
             config_edit=self.structure.config_edit,
-            companions=tuple(self.checkpoints[self.models[donor]].companions),
+            companions=self.checkpoints[self.models[donor]].companions,
             tied=tuple(self.structure.tied),
             left_out=tuple(self.findings.left_out),
-            warnings=(*self.recipe.warnings, *self.findings.warnings),
+            warnings=(*self.recipe.warnings, *self.findings.warnings, *self._notes()),
         )
 
     def _check_inputs(self, runs: Sequence[Run]) -> None:
@@ -115,7 +120,8 @@ class _Planner:
                     Problem(detail, f"{run.pointer}/{'sources' if self.recipe.slices else 'models'}")
                 )
         for model in self.models:
-            if self.checkpoints[model].config.get("quantization_config") and not self.method.copies:
+            weights = self.checkpoints[model]
+            if weights.tensors and weights.config.get("quantization_config") and not self.method.copies:
                 detail = f"{model} is quantised (its config has a quantization_config); merge the unquantised weights"
                 self.findings.problems.append(Problem(detail))
 
@@ -129,11 +135,7 @@ class _Planner:
                     Problem(f"{taken.ref} lacks {name}, which {wanted.owner} has", taken.pointer, tensor=name)
                 )
             elif found.shape != info.shape:
-                hint = (
-                    "; vocabularies differ, and row maps are not supported yet"
-                    if is_embedding(name) or "head" in name
-                    else ""
-                )
+                hint = _VOCABULARIES_DIFFER if is_embedding(name) or "head" in name else ""
                 detail = f"{name} is {list(found.shape)} in {taken.ref} but {list(info.shape)} in {wanted.owner}{hint}"
                 self.findings.problems.append(Problem(detail, taken.pointer, tensor=name))
             elif (found.dtype.kind == "float") != (info.dtype.kind == "float"):
@@ -220,3 +222,6 @@ class _Planner:
                     detail = f"over the whole model {name} must be one value; it differs between {places}"
                     self.findings.recipe_problems.append(Problem(detail, f"#/parameters/{name}"))
                     return
+
+    def _notes(self) -> list[str]:
+        return list(dict.fromkeys(note for model in self.models for note in self.checkpoints[model].notes))

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from merge_core.chat_templates import CHAT_TEMPLATES
 from merge_core.errors import Problem, RecipeError
 from merge_core.method import MergeMethod, Scope, Semantics
 from merge_core.methods import METHODS, find_method
@@ -35,14 +36,9 @@ from merge_core.sizes import Bytes
 
 MAX_RECIPE_BYTES = 256 * 1024
 MAX_DEPTH = 32
-_TOKENIZER_LATER = "building a tokenizer is not supported yet; without this key the base's tokenizer files are copied"
-LATER = {
-    "modules": "recipes with modules are not supported yet; use models or slices",
-    "tokenizer": _TOKENIZER_LATER,
-    "tokenizer_source": _TOKENIZER_LATER,
-    "chat_template": "setting a chat template is not supported yet; without this key the base's is copied",
-}
+LATER = {"modules": "recipes with modules are not supported yet; use models or slices"}
 MIN_MEMORY = 512 * 2**20
+_SHORTEST_TEMPLATE = 20
 
 Scalar = float | str
 
@@ -253,6 +249,39 @@ def _object(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
+def _tokenizer_source(written: Any) -> Any:
+    """`union`, `base` or a model, which older recipes write as `model:REF`."""
+    if written in ("union", "base") or isinstance(written, ModelRef):
+        return written
+    return _reference(written.removeprefix("model:") if isinstance(written, str) else written)
+
+
+def _row_source(written: Any) -> Any:
+    if isinstance(written, ModelToken | ZeroRow):
+        return written
+    if isinstance(written, Mapping) and "kind" in written:
+        kinds: dict[Any, type[ModelToken | ZeroRow]] = {"model_token": ModelToken, "zero": ZeroRow}
+        if written["kind"] not in kinds:
+            raise ValueError(f"kind is model_token or zero, not {str(written['kind'])[:60]!r}")
+        return _validated(kinds[written["kind"]], written)
+    return _reference(written)
+
+
+def _reference(written: Any) -> ModelRef:
+    return _validated(ModelRef, written)
+
+
+def _validated(form: type[_Form], written: Any) -> _Form:
+    try:
+        return form.model_validate(written)
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(map(str, found["loc"]))
+        detail = str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
+        raise ValueError(f"{where}: {detail}" if where else detail) from None
+
+
+_Form = TypeVar("_Form", bound=BaseModel)
 DTypeName = Annotated[
     Literal["float64", "float32", "float16", "bfloat16"],
     BeforeValidator(lambda written: written.removeprefix("torch.") if isinstance(written, str) else written),
@@ -290,6 +319,43 @@ class Slice(_Keys):
     residual_weight: Any = Field(None, description="read for mergekit's sake; has no effect")
 
 
+class ModelToken(_Keys):
+    """A row of a model's embeddings: that of one of its tokens, by text or by number."""
+
+    kind: Literal["model_token"]
+    model: ModelRef
+    token: str | None = None
+    token_id: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("give exactly one of token and token_id")
+        return self
+
+
+class ZeroRow(_Keys):
+    """A row of zeros."""
+
+    kind: Literal["zero"]
+
+
+class TokenKeys(_Keys):
+    """Where a token's row comes from in models that do not have it, or with `force` in all of them."""
+
+    source: Annotated[ModelToken | ZeroRow | ModelRef, BeforeValidator(_row_source)]
+    force: bool = False
+
+
+class TokenizerKeys(_Keys):
+    """The output's tokenizer: `union` of all models' tokens, the `base` model's, or that of a model."""
+
+    source: Annotated[Literal["union", "base"] | ModelRef, BeforeValidator(_tokenizer_source)] = "union"
+    tokens: dict[str, TokenKeys] = Field({}, max_length=100_000)
+    pad_to_multiple_of: int | None = Field(None, ge=1, le=2**20, description="rows of the embeddings; of mean rows")
+    keep_padding: bool = Field(False, description="keep the base's rows beyond its tokenizer")
+
+
 class Outputs(_Keys):
     """How the result is stored. `max_shard_size`: the most bytes of tensors in one file."""
 
@@ -313,6 +379,11 @@ class Recipe(_Keys):
     parameters: Parameters = {}
     dtype: DTypeName | None = Field(None, description="number format of the output (arithmetic is float32)")
     out_dtype: DTypeName | None = Field(None, description="number format of the output; goes before dtype")
+    tokenizer: TokenizerKeys | None = None
+    tokenizer_source: Annotated[Literal["union", "base"] | ModelRef | None, BeforeValidator(_tokenizer_source)] = Field(
+        None, description="the older form of `tokenizer: {source: …}`"
+    )
+    chat_template: str | None = Field(None, description=f"auto, {', '.join(CHAT_TEMPLATES)}, or Jinja text")
     name: str | None = Field(None, max_length=200, description="a title for the model card")
     seed: int = Field(0, ge=0, lt=2**63, description="of all random numbers")
     semantics: Semantics = Field("mergekit", description="whose meaning of a method name counts where two differ")
@@ -328,6 +399,13 @@ class Recipe(_Keys):
     @property
     def method(self) -> type[MergeMethod]:
         return find_method(self.merge_method, self.semantics)
+
+    @property
+    def vocabulary(self) -> TokenizerKeys | None:
+        """What is wanted of the output's tokenizer; None: the donor's is copied."""
+        if self.tokenizer_source is not None:
+            return TokenizerKeys(source=self.tokenizer_source)
+        return self.tokenizer
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -401,6 +479,9 @@ class Recipe(_Keys):
         if self.scope is not None and self.scope not in self.method.scopes:
             scopes = ", ".join(self.method.scopes)
             yield Problem(f"{self.merge_method} measures over {scopes}, not over {self.scope}", "#/scope")
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            yield Problem("give tokenizer or tokenizer_source, not both", "#/tokenizer_source")
+        yield from self._template_structure()
         for i, pattern in enumerate(self.exclude):
             if not pattern:
                 yield Problem("an empty pattern would exclude every tensor", f"#/exclude/{i}")
@@ -409,6 +490,15 @@ class Recipe(_Keys):
                 yield Problem(f"{entry.model} is listed twice", f"#/models/{i}/model")
         for i, piece in enumerate(self.slices or []):
             yield from self._slice_structure(i, piece)
+
+    def _template_structure(self) -> Iterator[Problem]:
+        text = self.chat_template
+        if text in (None, "auto", *CHAT_TEMPLATES):
+            return
+        if text is not None and (len(text) < _SHORTEST_TEMPLATE or "{" not in text):
+            names = ("auto", *CHAT_TEMPLATES)
+            detail = f"{text[:60]!r} is neither {', '.join(names)} nor a Jinja template{_suggest(text, names)}"
+            yield Problem(detail, "#/chat_template")
 
     def _slice_structure(self, index: int, piece: Slice) -> Iterator[Problem]:
         lengths = []
@@ -543,6 +633,10 @@ def _unknown_keys(model: _Keys, pointer: str) -> Iterator[Problem]:
         value = getattr(model, name)
         if isinstance(value, _Keys):
             yield from _unknown_keys(value, f"{pointer}/{name}")
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                if isinstance(item, _Keys):
+                    yield from _unknown_keys(item, f"{pointer}/{name}/{key}")
         elif isinstance(value, Sequence) and not isinstance(value, str):
             for i, item in enumerate(value):
                 if isinstance(item, _Keys):

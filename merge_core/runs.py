@@ -35,6 +35,9 @@ def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
             found.setdefault(piece.base_model, f"#/slices/{i}/base_model")
         for j, source in enumerate(piece.sources):
             found.setdefault(source.model, f"#/slices/{i}/sources/{j}/model")
+    if recipe.vocabulary is not None and isinstance(recipe.vocabulary.source, ModelRef):
+        key = "tokenizer/source" if recipe.tokenizer_source is None else "tokenizer_source"
+        found.setdefault(recipe.vocabulary.source, f"#/{key}")
     return found
 
 
@@ -125,6 +128,13 @@ class Structure:
     def donor(self) -> ModelRef:
         """Whose tensors, config and tokenizer the output has, as far as slices do not say otherwise."""
         return self.recipe.base_model or self.runs[0].donor.ref
+
+    @property
+    def taking_part(self) -> dict[ModelRef, str]:
+        """Every model whose weights are merged, the donor first, and where the recipe names it."""
+        places = referenced_models(self.recipe)
+        refs = [self.donor, *(taken.ref for run in self.runs for taken in run.inputs)]
+        return {ref: places[ref] for ref in refs}
 
     def wanted(self) -> list[tuple[Run, list[Wanted]]]:
         """Every output tensor, in order, below the run that makes it."""
@@ -296,7 +306,7 @@ class Structure:
         return None
 
     def _common_prefix(self) -> str:
-        prefixes = {model: self._layer_prefix(model) for model in self.models}
+        prefixes = {model: self._layer_prefix(model) for model in self.models if self.checkpoints[model].tensors}
         if len(set(prefixes.values())) > 1 and not self.findings.problems:
             named = ", ".join(f"{model} has {prefix}*" for model, prefix in prefixes.items())
             self.findings.problems.append(Problem(f"the models name their layers differently: {named}"))

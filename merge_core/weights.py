@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
@@ -31,17 +31,23 @@ def is_embedding(tensor: str) -> bool:
     return _EMBEDDING.search(tensor) is not None
 
 
+Companions = Mapping[str, Path | bytes]
+"""Files beside the weights, by name: where each lies, or what it holds."""
+
+
 class Weights(ABC):
     """Named tensors, described by headers, read by rows.
 
     Attributes: `path`, what was opened; `tensors`, name → `TensorInfo` in storage order; `shards`, every file that rows
-    come from, name → `Shard`; `config`, the parsed `config.json` or an empty dict.
+    come from, name → `Shard`; `config`, the parsed `config.json` or an empty dict; `notes`, what the user should know
+    about how they came to be.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     shards: Mapping[str, Shard]
     config: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
@@ -73,8 +79,8 @@ class Weights(ABC):
 
     @property
     @abstractmethod
-    def companions(self) -> list[Path]:
-        """The config and tokenizer files to be copied with the weights. Raises `PathNotAllowed`."""
+    def companions(self) -> Companions:
+        """The tokenizer and other small files that belong with the weights. Raises `PathNotAllowed`."""
 
     @abstractmethod
     def descriptor(self, file: str) -> int:

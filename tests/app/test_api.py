@@ -79,7 +79,7 @@ PROBLEMS: list[tuple[dict[str, Any], int, str, str]] = [
     (method_recipe("ties", models=[{"model": "a\0b"}]), 422, "invalid-recipe", "#/models/0/model"),
     (method_recipe("ties", models=[{"model": "x" * 5000}]), 422, "model-not-found", "#/models/0/model"),
     (method_recipe("ties", limits={"memory": "1TB"}), 422, "invalid-recipe", "#/limits/memory"),
-    (method_recipe("ties", tokenizer_source="union"), 422, "invalid-recipe", "#/tokenizer_source"),
+    (method_recipe("ties", tokenizer_source="union"), 422, "bad-checkpoint", "#/base_model"),
 ]
 
 

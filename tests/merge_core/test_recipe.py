@@ -139,9 +139,6 @@ def test_all_problems_are_told_at_once() -> None:
     ("key", "value"),
     [
         ("modules", {"text": {}}),
-        ("tokenizer", {"source": "union"}),
-        ("tokenizer_source", "base"),
-        ("chat_template", "auto"),
     ],
 )
 def test_what_comes_later_says_so(key: str, value: Any) -> None:
