@@ -49,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "widen": {"merge_method": "widen", **ON_BASE},
     "pcb whole model": {"merge_method": "pcb", **ON_BASE},
     "graft": {"merge_method": "graft", **ON_BASE, "parameters": {"sparsity": 0.1}},
+    "arcee_fusion": {"merge_method": "arcee_fusion", **ON_BASE},
     "sce": {"merge_method": "sce", **ON_BASE, "parameters": {"select_topk": 0.2}},
 }
 NOT_IN_MERGEKIT = {"widen", "pcb whole model", "graft"}

@@ -6,9 +6,11 @@ their changes, so that after one `python -m merge_core.kernels` has to find this
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from merge_core.kernels import elementary
 from merge_core.kernels.compiled import (
@@ -16,6 +18,7 @@ from merge_core.kernels.compiled import (
     TILE,
     Array,
     Operands,
+    Places,
     Tiles,
     _bits_of,
     _float_of,
@@ -45,6 +48,12 @@ MOST = np.float32(elementary.MOST)
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
+LOG2_E_DOUBLE, ROUNDER_DOUBLE = elementary.LOG2_E_DOUBLE, elementary.ROUNDER_DOUBLE
+LN2_HIGH_DOUBLE, LN2_LOW_DOUBLE = elementary.LN2_HIGH_DOUBLE, elementary.LN2_LOW_DOUBLE
+EXP_DOUBLE = elementary.EXP_DOUBLE
+LEAST_EXPONENT_DOUBLE = elementary.LEAST_EXPONENT_DOUBLE
+
+
 class Score(NamedTuple):
     """`Scores` as plain numbers."""
 
@@ -70,6 +79,42 @@ def _exp(x: float) -> float:
     fraction = rest * rest * series + rest + ONE
     power = _float_of(np.uint32(np.uint32(_bits_of(shifted) << np.uint32(23)) + np.uint32(0x3F800000)))
     return ZERO if x < LEAST_EXPONENT else fraction * power
+
+
+@intrinsic  # type: ignore[misc]
+def _long_bits_of(context: Any, number: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.uint64))
+
+    return types.uint64(types.float64), code
+
+
+@intrinsic  # type: ignore[misc]
+def _double_of(context: Any, bits: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float64))
+
+    return types.float64(types.uint64), code
+
+
+@_kernel
+def _exp_double(x: float) -> float:
+    shifted = x * LOG2_E_DOUBLE + ROUNDER_DOUBLE
+    whole = shifted - ROUNDER_DOUBLE
+    rest = (x - whole * LN2_HIGH_DOUBLE) - whole * LN2_LOW_DOUBLE
+    series = EXP_DOUBLE[11] * rest + EXP_DOUBLE[10]
+    series = series * rest + EXP_DOUBLE[9]
+    series = series * rest + EXP_DOUBLE[8]
+    series = series * rest + EXP_DOUBLE[7]
+    series = series * rest + EXP_DOUBLE[6]
+    series = series * rest + EXP_DOUBLE[5]
+    series = series * rest + EXP_DOUBLE[4]
+    series = series * rest + EXP_DOUBLE[3]
+    series = series * rest + EXP_DOUBLE[2]
+    series = series * rest + EXP_DOUBLE[1]
+    series = series * rest + EXP_DOUBLE[0]
+    power = _double_of(np.uint64((_long_bits_of(shifted) << np.uint64(52)) + np.uint64(0x3FF0000000000000)))
+    return 0.0 if x < LEAST_EXPONENT_DOUBLE else series * power
 
 
 @_kernel
@@ -114,6 +159,52 @@ def _key(value: float) -> int:
     all_if_negative = np.uint32(np.uint32(0) - np.uint32(bits >> np.uint32(31)))
     flipped = np.uint32(bits ^ np.uint32(np.uint32(0x80000000) | all_if_negative))
     return np.uint32(0xFFFFFFFF) if value != value else flipped
+
+
+@_kernel
+def _largest(values: Array) -> float:
+    most = np.uint32(0)
+    for j in range(values.size):
+        most = max(most, _key(values[j]))
+    if most == np.uint32(0xFFFFFFFF):
+        return np.float32(np.nan)
+    return _float_of(np.uint32(most ^ np.uint32(0x80000000)) if most >= np.uint32(0x80000000) else np.uint32(~most))
+
+
+@_kernel
+def _bits(number: int) -> int:
+    """How many bits a number has."""
+    count = 0
+    while number >> count:
+        count += 1
+    return count
+
+
+@_kernel
+def row_softmax(places: Places, elements: int, grain: int, width: int, found: Array) -> None:
+    """What `scores.row_softmax` says; a window holds whole rows."""
+    addresses = np.empty(2, np.int64)
+    lane_count = min(LANES, 1 << _bits(width - 1))
+    one, other, lanes = np.empty(width, np.float32), np.empty(width, np.float32), np.empty((3, lane_count), np.float64)
+    for first in range(0, elements, grain):
+        count = min(grain, elements - first)
+        if not _window(places, first, count, addresses):
+            return
+        for start in range(0, count, width):
+            _load(addresses[0], places.codes[0], start, one)
+            _load(addresses[1], places.codes[1], start, other)
+            row = found[(first + start) // width]
+            top, its_top = np.float64(_largest(one)), np.float64(_largest(other))
+            lanes[:] = 0
+            for begin in range(0, width, lane_count):
+                for j in range(min(lane_count, width - begin)):
+                    x, y = np.float64(one[begin + j]), np.float64(other[begin + j])
+                    power = _exp_double(y - its_top)
+                    lanes[0, j] += _exp_double(x - top)
+                    lanes[1, j] += power
+                    lanes[2, j] += power * (y - x)
+            row[0], row[1] = top, its_top
+            row[2], row[3], row[4] = _sum_of(lanes[0]), _sum_of(lanes[1]), _sum_of(lanes[2])
 
 
 @_kernel

@@ -1,11 +1,12 @@
-"""exp and tanh of float32 in + − × ÷ and comparisons, so that they have the same bits on every machine.
+"""exp and tanh in + − × ÷ and comparisons, so that they have the same bits on every machine.
 
-The compiled form (`compiled_scores.py`) does the same operations in the same order. Both are within 2 units in the last
-place of the true value.
+The compiled form (`compiled_scores.py`) does the same operations in the same order. Those of float32 are within 2 units
+in the last place of the true value.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 
 import torch
@@ -40,6 +41,14 @@ TANH = tuple(
         ),
     )
 )
+LOG2_E_DOUBLE = 1.4426950408889634
+LN2_HIGH_DOUBLE = float.fromhex("0x1.62e42fefa0000p-1")
+"""ln 2 to 37 bits."""
+LN2_LOW_DOUBLE = float.fromhex("0x1.cf79abc9e3b3ap-40")
+ROUNDER_DOUBLE = 6755399441055744.0
+"""1.5 · 2⁵²."""
+EXP_DOUBLE = tuple(1 / math.factorial(power) for power in range(12))
+LEAST_EXPONENT_DOUBLE = -708.0
 SMALL = 0.625
 """Below, tanh is a polynomial; above, it is made of exp."""
 MOST = 10.0
@@ -61,6 +70,22 @@ def exp(x: Tensor) -> Tensor:
     fraction = rest * rest * series + rest + 1.0
     power = ((shifted.view(torch.int32) << 23) + 0x3F800000).view(torch.float32)
     return torch.where(x < LEAST_EXPONENT, torch.zeros_like(x), fraction * power)
+
+
+def exp_double(x: Tensor) -> Tensor:
+    """e to the x in float64, to 14 digits, for x up to 0; 0 below −708.
+
+    >>> exp_double(torch.tensor([0.0, -1.0], dtype=torch.float64))
+    tensor([1.0000, 0.3679], dtype=torch.float64)
+    """
+    shifted = x * LOG2_E_DOUBLE + ROUNDER_DOUBLE
+    whole = shifted - ROUNDER_DOUBLE
+    rest = (x - whole * LN2_HIGH_DOUBLE) - whole * LN2_LOW_DOUBLE
+    series = torch.full_like(rest, EXP_DOUBLE[-1])
+    for coefficient in reversed(EXP_DOUBLE[:-1]):
+        series = series * rest + coefficient
+    power = ((shifted.view(torch.int64) << 52) + 0x3FF0000000000000).view(torch.float64)
+    return torch.where(x < LEAST_EXPONENT_DOUBLE, torch.zeros_like(x), series * power)
 
 
 def tanh(x: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from merge_core.kernels import _CODES, _is_served, _operands, _target, plain
-from merge_core.kernels.elementary import exp, tanh
+from merge_core.kernels import _CODES, _are_served, _is_served, _operands, _places, _target, plain
+from merge_core.kernels.elementary import exp, exp_double, tanh
 from merge_core.kernels.plain import column, total
 from merge_core.kernels.vectors import KEEP_ALL_TIES, Numbers, Rows, TaskVectors
-from merge_core.statistics import Counters, Sums, grain_sums
+from merge_core.statistics import LANES, Counters, Sums, grain_sums
 
 Kind = Literal["magnitude", "spread", "balance", "signed balance", "paired balance", "divergence"]
 _KINDS: dict[Kind, int] = {
@@ -262,6 +262,41 @@ def compete(scores: Scores, floors: Numbers, tops: Numbers, weights: Numbers, sc
     return target
 
 
+def divergences(base: Rows, model: Rows, width: int, working: torch.dtype, grain: int) -> Divergences:
+    """KL(softmax of the model's row ‖ softmax of the base's) for each row of `width` elements: `[rows]`, float32."""
+    if width <= grain and _are_served((base, model), working):
+        found = np.empty((base.elements // width, 5), np.float64)
+        with _places((base, model), grain) as places:
+            _compiled().row_softmax(places, base.elements, grain, width, found)
+    else:
+        found = _row_softmax(*(rows.load().to(torch.float64).reshape(-1, width) for rows in (base, model)))
+    base_top, top, base_sum, its_sum, moved = found.T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        exact = moved / its_sum - (top + np.log(its_sum)) + (base_top + np.log(base_sum))
+        return np.where(exact < 0, 0.0, exact).astype(np.float32)
+
+
+def _row_softmax(one: Tensor, other: Tensor) -> NDArray[np.float64]:
+    """Of two stacks of rows x and y: max x, max y, Σ exp(x − max x), Σ exp(y − max y), Σ exp(y − max y) (y − x)."""
+    top, its_top = one.amax(dim=1), other.amax(dim=1)
+    its_powers = exp_double(other - its_top.unsqueeze(1))
+    moved = _row_sums(its_powers * (other - one))
+    sums = _row_sums(exp_double(one - top.unsqueeze(1))), _row_sums(its_powers)
+    found: NDArray[np.float64] = torch.stack([top, its_top, *sums, moved], dim=1).cpu().numpy()
+    return found
+
+
+def _row_sums(rows: Tensor) -> Tensor:
+    """The sum of each row: element j is added to lane j mod `LANES`, then the second half of the lanes to the first."""
+    width = rows.shape[1]
+    lanes = rows.new_zeros(len(rows), min(LANES, 1 << (width - 1).bit_length()))
+    for part in torch.split(rows, lanes.shape[1], dim=1):
+        lanes[:, : part.shape[1]] += part
+    while (half := lanes.shape[1] // 2) > 0:
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
 def _balance(scores: Scores, deltas: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Each live model and its scores, one after the other."""
     live = [model for model, is_live in enumerate(scores.live) if is_live]
@@ -389,3 +424,4 @@ def prepare() -> None:
     chosen_consensus(Choice(magnitude), (1.0,))
     fuse(magnitude, 0.0)
     compete(balance, (0.0,), (1.0,), (1.0,), 1.0)
+    divergences(row, row, 8, torch.float32, 8)

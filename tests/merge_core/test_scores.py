@@ -24,6 +24,7 @@ from merge_core.kernels.scores import (
     chosen_consensus,
     chosen_squares,
     compete,
+    divergences,
     equal_scores,
     fuse,
     high_order,
@@ -32,11 +33,13 @@ from merge_core.kernels.scores import (
     value_of,
     values,
 )
-from merge_core.kernels.vectors import TaskVectors
+from merge_core.kernels.vectors import Rows, TaskVectors
 from merge_core.method import Block, Known, Scope
+from merge_core.methods.arcee_fusion import ArceeFusion
 from merge_core.methods.pcb import Pcb, Variant
 from merge_core.methods.sce import Sce
 from merge_core.order import order
+from merge_core.statistics import Grains
 from tests.conftest import FORMS, kernels_in
 from tests.merge_core.test_kernels import in_both_forms, rounded, task_vectors
 from tests.merge_core.test_stages import in_blocks, measure
@@ -115,6 +118,27 @@ def test_both_forms_merge_the_same(made: Scores, weights: list[float], ties: int
         floors = tuple(row.quantile(0.7, interpolation="lower").item() for row in found)
         tops = tuple(row.max().item() + 1e-3 for row in found)
         in_both_forms(lambda: rounded(compete(made, floors, tops, numbers, 0.7), out))
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 40),
+    st.sampled_from([1, 2, 3, 9, 64, 1000, 1024, 1500, 3000]),
+    st.sampled_from([1e-3, 1.0, 300.0]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.integers(0, 999),
+)
+def test_divergences_of_rows(count: int, width: int, scale: float, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    base = (torch.randn(count, width, generator=generator) * scale).to(dtype)
+    model = (base.float() + torch.randn(count, width, generator=generator) * scale / 8).to(dtype)
+
+    def found() -> Tensor:
+        rows = [Rows.of(base), Rows.of(model)]
+        return torch.from_numpy(divergences(*rows, width, torch.float32, width * max(1, 4096 // width)))
+
+    p, q = (rows.double().log_softmax(1) for rows in (model, base))
+    torch.testing.assert_close(in_both_forms(found).double(), (p.exp() * (p - q)).sum(1), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize(("ours", "true"), [(elementary.exp, np.exp), (elementary.tanh, np.tanh)])
@@ -242,6 +266,21 @@ def test_sce_keeps_exactly_so_many_positions_the_lowest_index_first(form: str) -
     with kernels_in(form):
         merged = run(Sce(select_topk=0.5), "tensor", deltas)
     assert merged.nonzero().flatten().tolist() == list(range(10, 2010))
+
+
+def test_arcee_fusion_takes_exact_quartiles_of_all_rows() -> None:
+    generator = torch.Generator().manual_seed(3)
+    base, delta = torch.randn(40, 300, generator=generator), 0.1 * torch.randn(40, 300, generator=generator)
+    model = base + delta
+    p, q = (rows.double().log_softmax(1) for rows in (model, base))
+    importance = (model - base).abs() * (p.exp() * (p - q)).sum(1, keepdim=True)
+    first, median, third = importance.flatten().sort().values[[int(share * 11999) for share in (0.25, 0.5, 0.75)]]
+
+    method, block = ArceeFusion(), Block([Rows.of(model)], Rows.of(base), grains=Grains.of((40, 300)))
+    merged = method.merge(block, measure(list(method.stages("tensor")), [block]))
+
+    expected = torch.where(importance >= median + 1.5 * (third - first), model, base)
+    assert int((~torch.isclose(merged, expected)).sum()) == 0
 
 
 def test_sce_weighs_faint_models_alike() -> None:
