@@ -139,6 +139,8 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
         click.echo(json.dumps(made, indent=2))
         return
     click.echo(f"method      {made['method']}, {made['semantics']}'s meaning, measured per {made['scope']}")
+    for stage in made.get("stages", []):
+        click.echo(f"stage       {stage['name']}: {stage['method']} of {', '.join(stage['models'])}")
     click.echo(f"models      {', '.join(made['models'])}")
     copied = made["tensors"] - made["tensors_merged"]
     click.echo(f"tensors     {made['tensors_merged']} merged, {copied} copied")

@@ -58,12 +58,15 @@ SettingsDep = Annotated[Settings, Depends(_settings)]
 QueueDep = Annotated[Queue, Depends(_queue)]
 RecipeDep = Annotated[Recipe, Depends(_recipe)]
 JobDep = Annotated[Job, Depends(_job)]
+_RECIPE = {"$ref": "#/components/schemas/Recipe"}
 RECIPE_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/Recipe"}},
-            "application/yaml": {"schema": {"type": "string", "description": "a mergekit recipe"}},
+            "application/json": {"schema": {"anyOf": [_RECIPE, {"type": "array", "items": _RECIPE, "minItems": 1}]}},
+            "application/yaml": {
+                "schema": {"type": "string", "description": "a mergekit recipe, of one document or several"}
+            },
         },
     }
 }

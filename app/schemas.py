@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field
 
-from workers.jobs import Job, JobState
+from workers.jobs import Job, JobState, RecipeData
 
 
 class Urls(BaseModel):
@@ -30,7 +30,7 @@ class JobRead(BaseModel):
     attempt: int
     error: dict[str, Any] | None = Field(description="the problem that a failed job ended in")
     warnings: list[str]
-    recipe: dict[str, Any]
+    recipe: RecipeData
     plan: dict[str, Any]
     created_at: datetime
     started_at: datetime | None
@@ -97,7 +97,7 @@ class Validation(BaseModel):
     """What a recipe would do, from headers alone."""
 
     plan: dict[str, Any]
-    recipe: dict[str, Any]
+    recipe: RecipeData
 
 
 class MethodRead(BaseModel):

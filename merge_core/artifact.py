@@ -6,7 +6,6 @@ versions, sha256 of every file that was read and written, a digest per tensor.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import platform
@@ -23,7 +22,9 @@ import yaml
 from merge_core import __version__
 from merge_core.adapters import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from merge_core.files import WrittenFile, write_text
+from merge_core.merged import leaves
 from merge_core.plan import Plan
+from merge_core.recipe import ModelRef
 from merge_core.weights import Weights
 
 LOCK_NAME = "merge.lock.json"
@@ -50,16 +51,14 @@ def write_companions(
     *,
     weights: Sequence[WrittenFile],
     tensors: Mapping[str, str],
-    sources: Mapping[tuple[int, str], str],
+    sources: Mapping[Path, str],
     warnings: Sequence[str],
 ) -> list[WrittenFile]:
     """Write everything beside the weights into `folder`; the lock, which names all other files, comes last."""
     donor = checkpoints[plan.donor]
     files = list(weights)
     if donor.config:
-        files.append(
-            write_text(folder / "config.json", json.dumps(_edited_config(plan, donor.config), indent=2) + "\n")
-        )
+        files.append(write_text(folder / "config.json", json.dumps(plan.edited_config(donor.config), indent=2) + "\n"))
     if plan.adapter_config is not None:
         text = json.dumps(plan.adapter_config, indent=2, ensure_ascii=False) + "\n"
         files.append(write_text(folder / ADAPTER_CONFIG_NAME, text))
@@ -74,7 +73,9 @@ def write_companions(
         "recipe": plan.recipe.canonical(),
         "seed": plan.recipe.seed,
         "plan": plan.digest,
-        "sources": [_source(plan, checkpoints, model, sources) for model in range(len(plan.models))],
+        "sources": [
+            _source(plan, model, weights, sources) for model, weights in leaves(plan.models, checkpoints).items()
+        ],
         "files": [asdict(file) for file in files],
         "tensors": {name: {"blake3": tensors[name]} for name in sorted(tensors)},
         "left_out": list(plan.left_out),
@@ -102,10 +103,10 @@ def read_artifact(folder: Path) -> Artifact:
 def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
     """The README of the merged model, in the Hub's conventions."""
     method = plan.recipe.method
-    models = [str(model) for model in plan.models]
+    models = [str(model) for model in plan.leaves]
     parts = [
         f"{path}@{revision}" if revision else path
-        for model in plan.models
+        for model in plan.leaves
         for path, revision in ((model.path, model.revision), (model.adapter, model.adapter_revision))
         if path
     ]
@@ -120,10 +121,7 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
         f"# {' '.join(title.split())}",
         f"Merged with Weightsmith {__version__} by [{method.title}]({method.paper}).",
         "## Models\n\n"
-        + "\n".join(
-            f"- `{model}`{' (base)' if plan.models[i] == plan.recipe.base_model else ''}"
-            for i, model in enumerate(models)
-        ),
+        + "\n".join(f"- `{model}`{' (base)' if model == str(plan.recipe.base_model) else ''}" for model in models),
         f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```",
     ]
     if notes := [*plan.left_out, *warnings]:
@@ -135,31 +133,19 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _edited_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
-    edited = copy.deepcopy(dict(config))
-    section = edited[plan.config_edit.section] if plan.config_edit.section else edited
-    section.update(plan.config_edit.values)
-    if written := plan.recipe.out_dtype or plan.recipe.dtype:
-        edited["dtype" if "dtype" in config else "torch_dtype"] = written
-    return edited
-
-
-def _source(
-    plan: Plan, checkpoints: Sequence[Weights], model: int, sources: Mapping[tuple[int, str], str]
-) -> dict[str, Any]:
-    checkpoint = checkpoints[model]
+def _source(plan: Plan, model: ModelRef, weights: Weights, sources: Mapping[Path, str]) -> dict[str, Any]:
     files = [
-        {"path": file, "size": checkpoint.shards[file].size, "sha256": digest}
-        for (index, file), digest in sources.items()
-        if index == model
+        {"path": file, "size": shard.size, "sha256": sources[shard.path]}
+        for file, shard in weights.shards.items()
+        if shard.path in sources
     ]
-    small = dict(checkpoint.settings)
-    if model == plan.donor:
-        small |= {name: file for name, file in plan.companions.items() if isinstance(file, Path)}
+    small = dict(weights.settings)
+    copied = [file for file in plan.companions.values() if isinstance(file, Path)]
+    small |= {name: file for name, file in weights.companions.items() if file in copied and isinstance(file, Path)}
     for name, path in small.items():
         data = path.read_bytes()
         files.append({"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-    return {"model": str(plan.models[model]), "commit": None, "files": files}
+    return {"model": str(model), "commit": None, "files": files}
 
 
 def _place(source: Path | bytes, target: Path) -> WrittenFile:

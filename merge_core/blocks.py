@@ -39,6 +39,7 @@ class Blocks:
     """Reads, measures and merges the blocks of a plan on a device.
 
     `stop` is asked before each block, a true answer raises `Canceled`; `warn` is told what the user should know.
+    `stage` is the plan's name where it is one.
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class Blocks:
     stop: Callable[[], bool] = lambda: False
     device: torch.device = CPU
     warn: Callable[[str], None] = lambda warning: None
+    stage: str = ""
 
     def __post_init__(self) -> None:
         self.is_over = False
@@ -96,9 +98,10 @@ class Blocks:
         if step.dtype.kind != "float" or self.plan.recipe.allow_nonfinite:
             return rows
         if (found := kernels.first_nonfinite(rows)) >= 0:
+            name = f"{step.name} of stage {self.stage}" if self.stage else step.name
             detail = (
-                f"{step.name} becomes NaN or infinity at element {found + start * step.grains.width:,} in "
-                f"{step.dtype}; choose a wider out_dtype or smaller weights"
+                f"{name} becomes NaN or infinity at element {found + start * step.grains.width:,} in {step.dtype}; "
+                "choose a wider out_dtype or smaller weights"
             )
             raise NonFinite(step.name, "output", detail)
         return rows

@@ -23,6 +23,7 @@ from torch import Tensor
 from merge_core.blocks import CPU, Blocks, Span
 from merge_core.errors import Canceled
 from merge_core.layout import Slot
+from merge_core.merged import MergedWeights
 from merge_core.method import Known, Randomness
 from merge_core.plan import WRITING_BLOCKS, Plan, Step
 from merge_core.progress import Progress, Report
@@ -50,6 +51,7 @@ class Execution:
     stop: Callable[[], bool] = lambda: False
     device: torch.device = CPU
     warnings: list[str] = field(default_factory=list)
+    stages: Sequence[MergedWeights] = ()
 
     def run(self) -> None:
         """Measure and merge every tensor that is not in the output yet."""
@@ -61,10 +63,16 @@ class Execution:
         self.progress.tensors_total = len(self.plan.steps)
         self.progress.bytes_read_total = self.plan.input_bytes
         self.progress.bytes_written_total = sum(slot.nbytes for shard in self.plan.shards for slot in shard.slots)
+        for stage in self.stages:
+            stage.start(
+                self.plan.memory, progress=self.progress, stop=self._is_stopped, device=self.device, warn=self.warn
+            )
         with _pool(self.plan.memory.threads) as pool:
             self._enter("checking tied weights" if self.plan.tied else "measuring")
             for pair in self.plan.tied:
                 self.blocks.check_tied(pool, pair)
+            for stage in self.stages:
+                stage.check_tied(pool)
             known = self._measure_model(pool)
             self._enter("merging")
             self._merge_all(pool, known)
@@ -183,6 +191,9 @@ class Execution:
                 return
             self.warnings.append(warning)
             self.writer.remember("warnings", list(self.warnings))
+
+    def _is_stopped(self) -> bool:
+        return self.blocks.is_over or self.stop()
 
     def _enter(self, phase: str) -> None:
         self.progress.phase = phase

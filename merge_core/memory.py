@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from merge_core.errors import MemoryLimitExceeded, Problem
 from merge_core.method import Scope
-from merge_core.plan import WRITING_BLOCKS, MemoryPlan, Step
+from merge_core.plan import WRITING_BLOCKS, MemoryPlan, Plan, Step
 
 FLOOR_BYTES = 400 * 2**20
 """What the process needs before the first block: interpreter, torch, libraries, histograms."""
@@ -18,35 +18,50 @@ _LEAST_BLOCK = 2**17
 
 
 def plan_memory(
-    steps: Sequence[Step], scope: Scope, limit: int, threads: int | None, block_elements: int, *, on_gpu: bool
+    steps: Sequence[Step],
+    scope: Scope,
+    limit: int,
+    threads: int | None,
+    block_elements: int,
+    *,
+    on_gpu: bool,
+    stages: Sequence[Plan] = (),
 ) -> MemoryPlan:
-    """As many threads and as large blocks as fit under the limit; raises `MemoryLimitExceeded` where not even one grain
-    does.
+    """As many threads and as large blocks as fit under the limit, with what the stages that are read need for theirs;
+    raises `MemoryLimitExceeded` where not even one grain does.
     """
     threads = threads or len(os.sched_getaffinity(0))
     available = limit - FLOOR_BYTES
-    needed, worst = max(
-        ((_memory_of([step], scope, 1, 1, on_gpu), step) for step in steps), key=lambda need: need[0], default=(0, None)
-    )
+    of_stages = [(step, stage.scope) for stage in stages for step in stage.steps]
+
+    def needs(threads: int, block_elements: int) -> int:
+        """Bytes that so many threads need for blocks of so many elements, or of a grain where that is more."""
+        work = [_block_bytes(step, scope, block_elements, on_gpu) for step in steps]
+        measured = [_block_bytes(step, scope, block_elements, on_gpu)[0] for step, scope in of_stages]
+        in_work = max([*(bytes_ for bytes_, _ in work), *measured], default=0)
+        return threads * in_work + (threads + WRITING_BLOCKS) * max((written for _, written in work), default=0)
+
+    least = [
+        (sum(_block_bytes(step, scope, 1, on_gpu)) + WRITING_BLOCKS * _block_bytes(step, scope, 1, on_gpu)[1], step)
+        for step in steps
+    ]
+    least += [(_block_bytes(step, scope, 1, on_gpu)[0], step) for step, scope in of_stages]
+    needed, worst = max(least, key=lambda need: need[0], default=(0, None))
     if worst is not None and needed > available:
         detail = (
             f"{worst.name} {list(worst.shape)} needs {needed / 2**20:,.0f} MiB for its smallest block and "
             f"{FLOOR_BYTES / 2**20:,.0f} MiB besides, but the limit is {limit / 2**20:,.0f} MiB; raise limits.memory"
         )
         raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=worst.name)])
-    while threads > 1 and _memory_of(steps, scope, threads, _LEAST_BLOCK, on_gpu) > available:
+    while threads > 1 and needs(threads, _LEAST_BLOCK) > available:
         threads -= 1
-    while block_elements > 1 and _memory_of(steps, scope, threads, block_elements, on_gpu) > available:
+    while block_elements > 1 and needs(threads, block_elements) > available:
         block_elements //= 2
-    return MemoryPlan(threads, block_elements, FLOOR_BYTES + _memory_of(steps, scope, threads, block_elements, on_gpu))
+    return MemoryPlan(threads, block_elements, FLOOR_BYTES + needs(threads, block_elements))
 
 
-def _memory_of(steps: Sequence[Step], scope: Scope, threads: int, block_elements: int, on_gpu: bool) -> int:
-    """Bytes that so many threads need for blocks of so many elements, or of a grain where that is more."""
-    in_work = written = 0
-    for step in steps:
-        least = step.least_rows * step.grains.width
-        block = min(max(least, block_elements // max(1, least) * least), step.grains.rows * step.grains.width)
-        in_work = max(in_work, block * step.element_bytes(on_gpu=on_gpu) + step.thread_bytes(scope))
-        written = max(written, block * step.dtype.itemsize)
-    return threads * in_work + (threads + WRITING_BLOCKS) * written
+def _block_bytes(step: Step, scope: Scope, block_elements: int, on_gpu: bool) -> tuple[int, int]:
+    """Bytes that a thread needs for a block of a step in work, and those of the merged block."""
+    least = step.least_rows * step.grains.width
+    block = min(max(least, block_elements // max(1, least) * least), step.grains.rows * step.grains.width)
+    return block * step.element_bytes(on_gpu=on_gpu) + step.thread_bytes(scope), block * step.dtype.itemsize

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,15 +33,14 @@ from merge_core.errors import (
 from merge_core.execute import Execution, share_one_heap
 from merge_core.files import disk_error, fsync_folder, nearest_existing
 from merge_core.memory import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
+from merge_core.merged import MergedWeights, make_plan_in_stages
 from merge_core.method import Randomness
 from merge_core.plan import Plan
-from merge_core.planner import make_plan
 from merge_core.progress import Progress, Report
-from merge_core.recipe import ModelRef, Recipe
-from merge_core.runs import Findings, Structure, referenced_models
+from merge_core.recipe import ModelRef, Recipe, referenced_models
+from merge_core.runs import Findings, Structure
 from merge_core.shards import JOURNAL, ShardWriter, unfinished
 from merge_core.sources import Sources
-from merge_core.vocabularies import in_one_vocabulary
 from merge_core.weights import Weights
 
 
@@ -78,19 +78,20 @@ def merge(
     try:
         _check_output(out, partial)
         with opened(recipe, roots) as checkpoints:
-            plan = make_plan(
+            plan, models, stages = _planned(
                 recipe,
                 checkpoints,
+                roots,
                 memory=memory,
                 threads=threads,
                 block_elements=block_elements or (BLOCK_ELEMENTS if where == CPU else CUDA_BLOCK_ELEMENTS),
                 on_gpu=where != CPU,
                 max_shard_size=max_shard_size,
             )
-            inputs = [checkpoints[model] for model in plan.models]
+            inputs = [models[model] for model in plan.models]
             with unfinished(partial):
                 draws = randomness or Randomness(recipe.seed)
-                return _carry_out(plan, inputs, partial, out, draws, cache, where, report, stop)
+                return _carry_out(plan, inputs, stages, partial, out, draws, cache, where, report, stop)
     except OSError as error:
         raise disk_error(error, Path(error.filename or out), 0) from error
 
@@ -112,6 +113,7 @@ def _device(name: str) -> torch.device:
 def _carry_out(
     plan: Plan,
     inputs: Sequence[Weights],
+    stages: Sequence[MergedWeights],
     partial: Path,
     out: Path,
     randomness: Randomness,
@@ -125,9 +127,11 @@ def _carry_out(
             writer = stack.enter_context(ShardWriter(plan, partial))
             sources = Sources(plan, inputs, cache, stop)
             stack.callback(sources.close)
-            if device == CPU and any(step.is_fused for step in plan.steps):
+            if device == CPU and any(step.is_fused for made in (plan, *plan.stages.values()) for step in made.steps):
                 kernels.load()
-            execution = Execution(plan, inputs, writer, randomness, sources.merged, Progress(), report, stop, device)
+            execution = Execution(
+                plan, inputs, writer, randomness, sources.merged, Progress(), report, stop, device, stages=stages
+            )
             execution.run()
             weights = writer.finish()
             hashes = sources.result()
@@ -158,35 +162,51 @@ def plan_only(
 ) -> Plan:
     """The plan alone: headers and configs are read, no weights. Raises `WeightsmithError`."""
     with opened(recipe, roots) as checkpoints:
-        return make_plan(recipe, checkpoints, memory=memory, threads=threads)
+        return _planned(recipe, checkpoints, roots, memory=memory, threads=threads)[0]
 
 
 @contextmanager
 def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[ModelRef, Weights]]:
-    """Every model of the recipe, opened from its headers, all in the output's vocabulary.
+    """Every model that the recipe and its stages name, opened from its headers; the stages themselves are not there.
 
     Raises `CheckpointError`, `IncompatibleModels` or `RecipeError` naming the key.
     """
+    names = {stage.name for stage in recipe.stages}
     with ExitStack() as stack:
         found: dict[ModelRef, Weights] = {}
-        merged = Structure(recipe, found, Findings()).taking_part
-        for ref, pointer in referenced_models(recipe).items():
-            try:
-                found[ref] = stack.enter_context(_open(ref, pointer, roots, weights=ref in merged))
-            except CheckpointError as error:
-                raise error.as_written(roots or (), pointer) from None
+        places: dict[ModelRef, str] = {}
+        for document in (*recipe.stages, recipe):
+            merged = Structure(document, found, Findings()).taking_part
+            for ref, written in referenced_models(document).items():
+                pointer = document.located(Problem("", written)).pointer or "#"
+                if ref.path in names and (ref.revision or ref.adapter):
+                    detail = f"{ref.path} is a stage, which has no revisions and takes no adapter; write its name alone"
+                    raise RecipeError.of([Problem(detail, pointer)])
+                if ref.path in names or ref in found:
+                    continue
+                places[ref] = pointer
+                try:
+                    found[ref] = stack.enter_context(_open(ref, pointer, roots, weights=ref in merged))
+                except CheckpointError as error:
+                    raise error.as_written(roots or (), pointer) from None
         alone = [ref for ref, weights in found.items() if isinstance(weights, Placed)]
-        if alone and len(alone) < len(found):
+        if alone and (len(alone) < len(found) or recipe.stages):
             detail = f"{alone[0]} is an adapter, not a model; write the model it is for before it: base+{alone[0]}"
-            raise RecipeError.of([Problem(detail, referenced_models(recipe)[alone[0]])])
+            raise RecipeError.of([Problem(detail, places[alone[0]])])
         if alone and (recipe.vocabulary or recipe.chat_template):
             key = "chat_template" if recipe.chat_template else "tokenizer"
             raise RecipeError.of([Problem("adapters have no vocabulary of their own; leave this away", f"#/{key}")])
-        try:
-            vocabulary = found if alone else in_one_vocabulary(recipe, found)
-        except CheckpointError as error:
-            raise error.as_written(roots or (), error.problems[0].pointer or "#/tokenizer") from None
-        yield vocabulary
+        yield found
+
+
+def _planned(
+    recipe: Recipe, checkpoints: Mapping[ModelRef, Weights], roots: Sequence[Path] | None, **how: Any
+) -> tuple[Plan, Mapping[ModelRef, Weights], Sequence[MergedWeights]]:
+    """The plan, its models, and its stages; errors as the recipe sees the world."""
+    try:
+        return make_plan_in_stages(recipe, checkpoints, **how)
+    except CheckpointError as error:
+        raise error.as_written(roots or (), error.problems[0].pointer or "#/tokenizer") from None
 
 
 def _open(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, weights: bool) -> Weights:

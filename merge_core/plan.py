@@ -5,6 +5,7 @@ A plan is made from headers and configs alone; the worker is held to it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping
@@ -160,6 +161,7 @@ class Plan:
     tied: tuple[TiedPair, ...] = ()
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    stages: Mapping[ModelRef, Plan] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> dict[str, Step]:
@@ -189,7 +191,29 @@ class Plan:
     @property
     def input_bytes(self) -> int:
         """Bytes read from the models, every pass counted that is reckoned with."""
-        return sum(int(self._reads(step) * step.stored_bytes) for step in self.steps)
+        merging = sum(int(self._reads(step) * step.stored_bytes) for step in self.steps)
+        return merging + sum(stage._measuring_bytes for stage in self.stages.values())
+
+    @property
+    def _measuring_bytes(self) -> int:
+        return sum(int((self._reads(step) - 1) * step.stored_bytes) for step in self.steps)
+
+    @property
+    def leaves(self) -> tuple[ModelRef, ...]:
+        """The models that weights are read from: those of the stages in their place."""
+        below = ((self.stages[model].leaves if model in self.stages else (model,)) for model in self.models)
+        return tuple(dict.fromkeys(model for models in below for model in models))
+
+    def edited_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The donor's `config.json` as the output needs it."""
+        edited = copy.deepcopy(dict(config))
+        if not config:
+            return edited
+        section = edited[self.config_edit.section] if self.config_edit.section else edited
+        section.update(self.config_edit.values)
+        if written := self.recipe.out_dtype or self.recipe.dtype:
+            edited["dtype" if "dtype" in config else "torch_dtype"] = written
+        return edited
 
     def _reads(self, step: Step) -> float:
         stages = step.method.stages(self.scope) if step.method else ()
@@ -214,7 +238,13 @@ class Plan:
             "left_out": list(self.left_out),
             "warnings": list(self.warnings),
         }
+        if self.stages:
+            plan["stages"] = [{"name": str(name), **stage._stage_dict()} for name, stage in self.stages.items()]
         return plan | ({"steps": [self._step_dict(step) for step in self.steps]} if steps else {})
+
+    def _stage_dict(self) -> dict[str, Any]:
+        kept = ("method", "semantics", "scope", "models", "donor", "tensors", "tensors_merged", "left_out", "warnings")
+        return {key: value for key, value in self.to_dict().items() if key in kept}
 
     def _step_dict(self, step: Step) -> dict[str, Any]:
         return {

@@ -6,7 +6,8 @@ nothing, memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from merge_core import __version__
 from merge_core.adapter_sums import Placed, plan_sum
@@ -37,22 +38,30 @@ def make_plan(
     block_elements: int = BLOCK_ELEMENTS,
     max_shard_size: int | None = None,
     on_gpu: bool = False,
+    stages: Mapping[ModelRef, Plan] | None = None,
 ) -> Plan:
     """Plan a merge from headers.
 
     `checkpoints` must hold every model that `referenced_models` names. `memory` (bytes) and `threads` go before the
-    recipe's limits; `block_elements` bounds a block from above. Raises `RecipeError`, `IncompatibleModels` or
+    recipe's limits; `block_elements` bounds a block from above. `stages` are the plans of those models that are merges
+    themselves, with all they read. Raises `RecipeError`, `IncompatibleModels` or
     `MemoryLimitExceeded`, each naming all that is wrong.
     """
     alone = {model: weights for model, weights in checkpoints.items() if isinstance(weights, Placed)}
     if alone:
         return plan_sum(recipe, alone, memory, threads, block_elements, on_gpu=on_gpu)
-    return _Planner(recipe, checkpoints, on_gpu).plan(memory, threads, block_elements, max_shard_size)
+    return _Planner(recipe, checkpoints, on_gpu, stages or {}).plan(memory, threads, block_elements, max_shard_size)
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, checkpoints: Mapping[ModelRef, Weights], on_gpu: bool) -> None:
-        self.recipe, self.checkpoints, self.on_gpu = recipe, checkpoints, on_gpu
+    def __init__(
+        self,
+        recipe: Recipe,
+        checkpoints: Mapping[ModelRef, Weights],
+        on_gpu: bool,
+        stages: Mapping[ModelRef, Plan],
+    ) -> None:
+        self.recipe, self.checkpoints, self.on_gpu, self.stages = recipe, checkpoints, on_gpu, stages
         self.findings = Findings()
         self.structure = Structure(recipe, checkpoints, self.findings)
         self.resolver = Resolver(recipe, self.findings)
@@ -86,14 +95,26 @@ class _Planner:
                 threads or self.recipe.limits.threads,
                 block_elements,
                 on_gpu=self.on_gpu,
+                stages=tuple(self.stages.values()),
             ),
             sources_digest=digest_of(self.models, self.checkpoints),
             config_edit=self.structure.config_edit,
             companions=self.checkpoints[self.models[donor]].companions,
             tied=tuple(self.structure.tied),
-            left_out=tuple(self.findings.left_out),
-            warnings=(*self.recipe.warnings, *self.findings.warnings, *self._notes()),
+            left_out=(*self._of_stages("left_out"), *self.findings.left_out),
+            warnings=(
+                *self._of_stages("warnings"),
+                *self.recipe.warnings,
+                *self.findings.warnings,
+                *self._notes(),
+            ),
+            stages=self.stages,
         )
+
+    def _of_stages(self, what: Literal["left_out", "warnings"]) -> Iterator[str]:
+        for name, stage in self.stages.items():
+            for note in getattr(stage, what):
+                yield f"{name}: {note}"
 
     def _check_inputs(self, runs: Sequence[Run]) -> None:
         fewest, most = self.method.count

@@ -1,8 +1,8 @@
 """What the user asked for: mergekit's recipe format, read strictly, with a few keys of our own.
 
-A recipe is YAML or the same as JSON. Unknown keys are refused with a suggestion, or listed as warnings under
-`unknown_keys: warn`. Keys of ours: `seed`, `semantics`, `scope`, `exclude`, `allow_nonfinite`, `outputs`, `limits`,
-`unknown_keys`.
+A recipe is YAML or the same as JSON. Of several documents one is the output and the others are stages, whose names are
+models for one another. Unknown keys are refused with a suggestion, or listed as warnings under `unknown_keys: warn`.
+Keys of ours: `seed`, `semantics`, `scope`, `exclude`, `allow_nonfinite`, `outputs`, `limits`, `unknown_keys`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
@@ -37,10 +37,12 @@ from merge_core.sizes import Bytes
 MAX_RECIPE_BYTES = 256 * 1024
 MAX_DEPTH = 32
 LATER = {"modules": "recipes with modules are not supported yet; use models or slices"}
+MAX_DOCUMENTS = 64
 MIN_MEMORY = 512 * 2**20
 _SHORTEST_TEMPLATE = 20
 
 Scalar = float | str
+RecipeData = dict[str, Any] | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -395,6 +397,8 @@ class Recipe(_Keys):
     unknown_keys: Literal["error", "warn"] = "error"
 
     _warnings: list[str] = []
+    _stages: tuple[Recipe, ...] = ()
+    _pointer: str = "#"
 
     @property
     def method(self) -> type[MergeMethod]:
@@ -408,18 +412,36 @@ class Recipe(_Keys):
         return self.tokenizer
 
     @property
+    def stages(self) -> tuple[Recipe, ...]:
+        """The merges whose names this one uses as models, directly or through one another, each after those it needs:
+        the other documents of the recipe.
+        """
+        return self._stages
+
+    @property
     def warnings(self) -> tuple[str, ...]:
-        """Keys that were ignored, one sentence each (only under `unknown_keys: warn`)."""
+        """Keys that were ignored, one sentence each (only under `unknown_keys: warn`), and stages that nothing uses."""
         return tuple(self._warnings)
+
+    def located(self, problem: Problem) -> Problem:
+        """A problem of this document, its pointer as seen from the whole recipe."""
+        if problem.pointer is None:
+            return problem
+        return replace(problem, pointer=self._pointer + problem.pointer.removeprefix("#"))
 
     @classmethod
     def from_text(cls, text: str | bytes) -> Self:
-        """Read YAML or JSON. Raises `RecipeError`."""
+        """Read YAML or JSON, of one document or several. Raises `RecipeError`."""
         return cls.from_data(_load(text))
 
     @classmethod
     def from_data(cls, data: Any) -> Self:
-        """Read parsed YAML or JSON. Raises `RecipeError` naming every key that is wrong."""
+        """Read parsed YAML or JSON, a list where there are several documents.
+
+        Raises `RecipeError` naming every key that is wrong.
+        """
+        if isinstance(data, list):
+            return cls._of_documents(data)
         if not isinstance(data, Mapping):
             raise RecipeError("a recipe is a mapping with merge_method and models or slices")
         if problem := _not_plain(data, "#", MAX_DEPTH):
@@ -446,17 +468,42 @@ class Recipe(_Keys):
             raise RecipeError.of(problems)
         return recipe
 
-    def to_data(self) -> dict[str, Any]:
-        """The recipe as it was given, tidied: plain data that `from_data` reads back."""
-        return self.model_dump(mode="json", exclude_unset=True)
+    @classmethod
+    def _of_documents(cls, written: Sequence[Any]) -> Self:
+        """The output's recipe, with its stages: the document without a name, or the last that no other uses."""
+        if not 1 <= len(written) <= MAX_DOCUMENTS:
+            raise RecipeError(f"a recipe has 1 to {MAX_DOCUMENTS} documents, not {len(written)}")
+        documents, problems = [], []
+        for i, data in enumerate(written):
+            try:
+                documents.append(cls.from_data(data if isinstance(data, Mapping) else None))
+                documents[-1]._pointer = f"#/{i}" if len(written) > 1 else "#"
+            except RecipeError as error:
+                found = error.problems or [Problem(str(error), "#")]
+                problems += [replace(each, pointer=f"#/{i}{(each.pointer or '#')[1:]}") for each in found]
+        if problems:
+            raise RecipeError.of(problems)
+        return documents[0] if len(documents) == 1 else _in_stages(documents)
+
+    def to_data(self) -> RecipeData:
+        """The recipe as it was given, tidied: plain data that `from_data` reads back; with stages a list."""
+        documents = [document.model_dump(mode="json", exclude_unset=True) for document in (*self.stages, self)]
+        return documents if self.stages else documents[0]
 
     def to_yaml(self) -> str:
-        """`to_data` as text."""
-        return yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True)
+        """`to_data` as text, the output's document last."""
+        data = self.to_data()
+        documents = data if isinstance(data, list) else [data]
+        return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
 
-    def canonical(self) -> dict[str, Any]:
+    def canonical(self) -> RecipeData:
         """What the recipe means: without what cannot change a byte of any tensor."""
-        return {key: value for key, value in self.to_data().items() if key not in ("limits", "outputs")}
+        data = self.to_data()
+        kept = [
+            {key: value for key, value in document.items() if key not in ("limits", "outputs")}
+            for document in (data if isinstance(data, list) else [data])
+        ]
+        return kept if isinstance(data, list) else kept[0]
 
     def parameter_blocks(self) -> Iterator[tuple[str, Parameters, bool]]:
         """Every `parameters` mapping: its JSON pointer, itself, and whether it stands beside one model."""
@@ -538,6 +585,27 @@ class Recipe(_Keys):
                     )
 
 
+def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
+    """Every model the recipe names, in order, and the JSON pointer of its first mention."""
+    found: dict[ModelRef, str] = {}
+    if recipe.base_model:
+        found[recipe.base_model] = "#/base_model"
+    for i, entry in enumerate(recipe.models or []):
+        found.setdefault(entry.model, f"#/models/{i}/model")
+    for i, piece in enumerate(recipe.slices or []):
+        if piece.base_model:
+            found.setdefault(piece.base_model, f"#/slices/{i}/base_model")
+        for j, source in enumerate(piece.sources):
+            found.setdefault(source.model, f"#/slices/{i}/sources/{j}/model")
+    if recipe.vocabulary is not None and isinstance(recipe.vocabulary.source, ModelRef):
+        key = "tokenizer/source" if recipe.tokenizer_source is None else "tokenizer_source"
+        found.setdefault(recipe.vocabulary.source, f"#/{key}")
+    return found
+
+
+_Document = TypeVar("_Document", bound=Recipe)
+
+
 class _RecipeLoader(yaml.SafeLoader):
     """YAML without aliases (they can expand without end) and without duplicate keys."""
 
@@ -579,9 +647,7 @@ def _load(text: str | bytes) -> Any:
         # PyYAML's constructors raise whatever they stumble over: ValueError, KeyError, AttributeError, …
         raise RecipeError(f"the recipe is not valid YAML: {str(error)[:200]}") from None
     documents = [document for document in documents if document is not None]
-    if len(documents) > 1:
-        raise RecipeError("the recipe has several documents; recipes in stages are not supported yet")
-    return documents[0] if documents else None
+    return documents if len(documents) > 1 else next(iter(documents), None)
 
 
 def _not_plain(data: Any, pointer: str, depth: int) -> Problem | None:
@@ -646,6 +712,66 @@ def _unknown_keys(model: _Keys, pointer: str) -> Iterator[Problem]:
 def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name[:60], list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _in_stages(documents: Sequence[_Document]) -> _Document:
+    """The output of several documents, its stages in the order they can be made. Raises `RecipeError`."""
+    named: dict[str, _Document] = {}
+    problems, unnamed = [], [document for document in documents if document.name is None]
+    for document in documents:
+        if document.name is not None and named.setdefault(document.name, document) is not document:
+            first = named[document.name]._pointer
+            detail = f"there is a stage {document.name!r} already ({first[2:]}); give each its own name"
+            problems.append(document.located(Problem(detail, "#/name")))
+    for document in unnamed[1:]:
+        detail = "only one document may have no name, the output; give the others names to use as models"
+        problems.append(document.located(Problem(detail, "#/name")))
+    uses = {
+        document._pointer: [
+            (named[ref.path], pointer) for ref, pointer in referenced_models(document).items() if ref.path in named
+        ]
+        for document in documents
+    }
+    used = {stage._pointer for stages in uses.values() for stage, _ in stages}
+    output = next(iter(unnamed), None) or next((found for found in documents[::-1] if found._pointer not in used), None)
+    for document in documents:
+        if document is not output:
+            for key in ("limits", "outputs"):
+                if key in document.model_fields_set:
+                    detail = f"{key} are those of the whole merge; put them into the output's document"
+                    problems.append(document.located(Problem(detail, f"#/{key}")))
+    order: list[_Document] = []
+
+    def visit(document: _Document, above: tuple[_Document, ...]) -> None:
+        path = (*above, document)
+        for stage, pointer in uses[document._pointer]:
+            if stage in path:
+                path = (*path[path.index(stage) :], stage)
+                detail = f"the stages need one another: {' → '.join(str(found.name) for found in path)}"
+                raise RecipeError.of([document.located(Problem(detail, pointer))])
+            if not any(stage is known for known in order):
+                visit(stage, path)
+        order.append(document)
+
+    if problems:
+        raise RecipeError.of(problems)
+    if output is not None:
+        visit(output, ())
+    needed = tuple(order)
+    for document in documents:
+        if not any(document is known for known in order):
+            visit(document, ())
+    assert output is not None  # where every document is used by another there is a cycle
+    output._stages = needed[:-1]
+    idle = [document for document in documents if not any(document is known for known in needed)]
+    output._warnings = [
+        *(f"stage {stage.name}: {warning}" for stage in output.stages for warning in stage._warnings),
+        *output._warnings,
+        *(f"stage {document.name} is not made: nothing uses it" for document in idle),
+    ]
+    for stage in output.stages:
+        stage._warnings = []
+    return output
 
 
 def canonical_json(data: Any) -> str:

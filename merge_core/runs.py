@@ -15,30 +15,12 @@ from merge_core.errors import IncompatibleModels, Problem, RecipeError, Weightsm
 from merge_core.headers import TensorInfo
 from merge_core.layers import by_layer, in_stack, place_of, stacks
 from merge_core.plan import ConfigEdit, TiedPair
-from merge_core.recipe import ModelRef, Parameters, Recipe, SliceSource, canonical_json
+from merge_core.recipe import ModelRef, Parameters, Recipe, SliceSource, canonical_json, referenced_models
 from merge_core.weights import Weights, is_embedding
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "attention_layers")
 """Keys of a config that list one entry per layer."""
-
-
-def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
-    """Every model the recipe names, in order, and the JSON pointer of its first mention."""
-    found: dict[ModelRef, str] = {}
-    if recipe.base_model:
-        found[recipe.base_model] = "#/base_model"
-    for i, entry in enumerate(recipe.models or []):
-        found.setdefault(entry.model, f"#/models/{i}/model")
-    for i, piece in enumerate(recipe.slices or []):
-        if piece.base_model:
-            found.setdefault(piece.base_model, f"#/slices/{i}/base_model")
-        for j, source in enumerate(piece.sources):
-            found.setdefault(source.model, f"#/slices/{i}/sources/{j}/model")
-    if recipe.vocabulary is not None and isinstance(recipe.vocabulary.source, ModelRef):
-        key = "tokenizer/source" if recipe.tokenizer_source is None else "tokenizer_source"
-        found.setdefault(recipe.vocabulary.source, f"#/{key}")
-    return found
 
 
 def digest_of(models: Sequence[ModelRef], checkpoints: Mapping[ModelRef, Weights]) -> str:

@@ -53,34 +53,33 @@ class Sources:
         self._cache, self._stop, self._closed, self._opened_ns = cache, stop, False, time.time_ns()
         self._hashing = ThreadPoolExecutor(plan.memory.threads, thread_name_prefix="sources")
         self._checkpoints = checkpoints
-        read = {file for step in plan.steps for source in step.reads for file, _, _ in self._ranges(source)}
+        self._files: dict[Path, _File] = {}
         tied = [Source(pair.model, info) for pair in plan.tied for info in (pair.tensor, pair.partner)]
-        read |= {file for source in tied for file, _, _ in self._ranges(source)}
-        self._files: dict[tuple[int, str], _File] = {}
-        once: dict[Shard, _File] = {}  # several models of a recipe may be the same base with different adapters
+        read = {(source.model, name) for step in plan.steps for source in step.reads for name in self._names(source)}
+        read |= {(source.model, name) for source in tied for name in self._names(source)}
+        read |= {(model, name) for model, weights in enumerate(checkpoints) for name in weights.always_read()}
         for model, name in sorted(read):
             shard = checkpoints[model].shards[name]
-            if shard not in once:
-                once[shard] = _File(shard, checkpoints[model].descriptor(name), self._kept(shard))
-            self._files[model, name] = once[shard]
-        self._once = list(once.values())
+            if shard.path not in self._files:
+                self._files[shard.path] = _File(shard, checkpoints[model].descriptor(name), self._kept(shard))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._most_behind = memory // 4
-        self._leave_cache = sum(shard.size for shard in once) + plan.output_bytes > memory
+        self._leave_cache = sum(file.shard.size for file in self._files.values()) + plan.output_bytes > memory
 
     def merged(self, step: Step) -> None:
         """A tensor's inputs are done with; waits if hashing is too far behind for the page cache to hold."""
         for source in step.reads:
-            for which, begin, end in self._ranges(source):
-                self._merged(self._files[which], begin, end)
+            weights = self._checkpoints[source.model]
+            for name, begin, end in weights.ranges(source.info):
+                self._merged(self._files[weights.shards[name].path], begin, end)
         if self._behind() > self._most_behind:
-            for file in self._once:
+            for file in self._files.values():
                 if file.task is not None:
                     file.task.result()
 
-    def _ranges(self, source: Source) -> Iterator[tuple[tuple[int, str], int, int]]:
-        for name, begin, end in self._checkpoints[source.model].ranges(source.info):
-            yield (source.model, name), begin, end
+    def _names(self, source: Source) -> Iterator[str]:
+        for name, _, _ in self._checkpoints[source.model].ranges(source.info):
+            yield name
 
     def _merged(self, file: _File, begin: int, end: int) -> None:
         if file.known is None:
@@ -90,9 +89,9 @@ class Sources:
         elif self._leave_cache:
             self._drop(file, begin, end)
 
-    def result(self) -> dict[tuple[int, str], str]:
-        """(model, file) → sha256; waits for the last one."""
-        unknown = [file for file in self._once if file.known is None]
+    def result(self) -> dict[Path, str]:
+        """File → sha256; waits for the last one."""
+        unknown = [file for file in self._files.values() if file.known is None]
         for file in unknown:
             if file.task is not None:
                 file.task.result()
@@ -101,14 +100,14 @@ class Sources:
         for file in unknown:
             file.known = file.sha256.hexdigest()
             self._keep(file)
-        return {which: file.known or "" for which, file in self._files.items()}
+        return {path: file.known or "" for path, file in self._files.items()}
 
     def close(self) -> None:
         self._closed = True
         self._hashing.shutdown(wait=True, cancel_futures=True)
 
     def _behind(self) -> int:
-        return sum(max(0, file.merged - file.hashed) for file in self._once if file.known is None)
+        return sum(max(0, file.merged - file.hashed) for file in self._files.values() if file.known is None)
 
     def _hash(self, file: _File, end: int) -> None:
         space = _space_of_this_thread()

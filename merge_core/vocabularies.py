@@ -30,8 +30,8 @@ from merge_core.dtypes import DType
 from merge_core.errors import CheckpointError, IncompatibleModels, Problem, RecipeError
 from merge_core.headers import Shard, TensorInfo, clip
 from merge_core.layers import stacks
-from merge_core.recipe import ModelRef, ModelToken, Recipe, TokenizerKeys, ZeroRow
-from merge_core.runs import Findings, Structure, referenced_models
+from merge_core.recipe import ModelRef, ModelToken, Recipe, TokenizerKeys, ZeroRow, referenced_models
+from merge_core.runs import Findings, Structure
 from merge_core.statistics import Grains
 from merge_core.tokenizers import NewToken, Tokenizer
 from merge_core.weights import Companions, Weights, is_embedding
@@ -124,6 +124,9 @@ class Gathered(Weights):
 
     def thread_bytes(self, info: TensorInfo) -> int:
         return sum(source.thread_bytes(theirs) for source, theirs in self._sources(info))
+
+    def always_read(self) -> Iterable[str]:
+        return self.inner.always_read()
 
     def is_whole(self, info: TensorInfo) -> bool:
         return any(source.is_whole(theirs) for source, theirs in self._sources(info))

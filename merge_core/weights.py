@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
@@ -98,6 +98,10 @@ class Weights(ABC):
     def thread_bytes(self, info: TensorInfo) -> int:
         """Bytes of memory per thread for computing a tensor's rows, however many at once."""
         return 0
+
+    def always_read(self) -> Iterable[str]:
+        """Files of `shards` that are read whichever tensors are."""
+        return ()
 
     def is_whole(self, info: TensorInfo) -> bool:
         """Whether a tensor's rows can only be computed all at once."""

@@ -35,6 +35,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from workers.settings import Settings
 
+RecipeData = dict[str, Any] | list[dict[str, Any]]
+"""A recipe as it was sent: one document, or the list of several."""
+
 
 class JobState(StrEnum):
     """Where a job is. `canceling` waits for its worker to notice."""
@@ -74,7 +77,7 @@ class Job(Base):
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     state: Mapped[str] = mapped_column(String(16), default=JobState.QUEUED)
     phase: Mapped[str] = mapped_column(String(100), default="")
-    recipe: Mapped[dict[str, Any]] = mapped_column(JSON)
+    recipe: Mapped[RecipeData] = mapped_column(JSON)
     plan: Mapped[dict[str, Any]] = mapped_column(JSON)
     progress: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     warnings: Mapped[list[str]] = mapped_column(JSON, default=list)
@@ -98,7 +101,7 @@ class Lease:
     job_id: str
     owner: str
     attempt: int
-    recipe: Mapping[str, Any]
+    recipe: RecipeData
 
 
 class LeaseLost(Exception):
@@ -152,12 +155,12 @@ class JobStore:
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
-    def add(self, recipe: Mapping[str, Any], plan: Mapping[str, Any], warnings: Sequence[str] = ()) -> Job:
+    def add(self, recipe: RecipeData, plan: Mapping[str, Any], warnings: Sequence[str] = ()) -> Job:
         """Put a new job in the queue's table; `queue.submit` also announces it."""
         now = time.time()
         job = Job(
             id=new_job_id(),
-            recipe=dict(recipe),
+            recipe=recipe,
             plan=dict(plan),
             warnings=list(warnings),
             created_at=now,

@@ -11,7 +11,7 @@ from typing import Any
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from workers.jobs import FINISHED, Job, JobState, JobStore
+from workers.jobs import FINISHED, Job, JobState, JobStore, RecipeData
 from workers.settings import Settings
 
 RUN_MERGE = "weightsmith.run_merge"
@@ -24,7 +24,7 @@ class Queue:
     def __init__(self, store: JobStore, celery_app: Celery) -> None:
         self.store, self.celery_app = store, celery_app
 
-    def submit(self, recipe: Mapping[str, Any], plan: Mapping[str, Any], warnings: Sequence[str] = ()) -> Job:
+    def submit(self, recipe: RecipeData, plan: Mapping[str, Any], warnings: Sequence[str] = ()) -> Job:
         """Make a job and announce it. With no broker it waits in the database until the reaper can announce it."""
         job = self.store.add(recipe, plan, warnings)
         self._announce(job.id)

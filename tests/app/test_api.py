@@ -44,6 +44,19 @@ def test_a_recipe_becomes_a_job(client: TestClient) -> None:
     assert client.get(answer.headers["location"]).json() == job
 
 
+@pytest.mark.parametrize("kind", ["application/json", "application/yaml"])
+def test_a_recipe_of_several_documents_is_a_list(client: TestClient, kind: str) -> None:
+    documents = [method_recipe("ties", name="one"), {**method_recipe("linear"), "models": [{"model": "one"}]}]
+    text = json.dumps(documents) if "json" in kind else yaml.safe_dump_all(documents)
+    answer = client.post("/v1/merges", content=text, headers={"Content-Type": kind})
+    assert answer.status_code == 202, answer.text
+    job = client.get(answer.headers["Location"]).json()
+    assert [document.get("name") for document in job["recipe"]] == ["one", None]
+    assert [stage["name"] for stage in job["plan"]["stages"]] == ["one"]
+    validated = client.post("/v1/recipes:validate", content=text, headers={"Content-Type": kind}).json()
+    assert validated["recipe"] == job["recipe"]
+
+
 @pytest.mark.parametrize(
     "kind", ["application/yaml", "text/yaml", "application/x-yaml; charset=utf-8", "application/json"]
 )

@@ -39,7 +39,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def merge_alone(models: Path, out: Path, recipe: dict[str, Any], form: str = "compiled") -> None:
+def merge_alone(models: Path, out: Path, recipe: dict[str, Any] | list[dict[str, Any]], form: str = "compiled") -> None:
     """Merge in a process of its own, whose peak must be within the plan and the plan within the limit."""
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(recipe), str(models), str(out)],
@@ -76,3 +76,11 @@ def test_so_it_does_with_many_models_of_one_tensor_larger_than_the_limit(tmp_pat
             file.truncate(8 + len(header) + entry["data_offsets"][1])  # type: ignore[operator]
     recipe = method_recipe(title, limits={"memory": "512MiB"})
     merge_alone(tmp_path / "models", tmp_path / "out", recipe | {"models": [{"model": name} for name in names[1:]]})
+
+
+@pytest.mark.parametrize("form", ["plain", "compiled"])
+def test_so_do_stages_of_stages(large: Path, tmp_path: Path, form: str) -> None:
+    last = {"merge_method": "slerp", "base_model": "one", "models": [{"model": "two"}], "parameters": {"t": 0.5}}
+    two = {**method_recipe("dare_ties", name="two"), "models": [{"model": "one"}, {"model": "m2"}]}
+    stages = [method_recipe("linear", name="one", dtype="float32"), two]
+    merge_alone(large, tmp_path / "out", [*stages, last | {"limits": {"memory": "512MiB"}}], form)

@@ -1,0 +1,215 @@
+"""Stages: what one merge would write is what another reads, computed when it is asked for and never on a disk.
+
+A stage's rows are the grains of its own plan's steps, rounded to its own output dtype as if they had been written. What
+its methods have to measure is measured once, per tensor or for the whole model, when it is first needed.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_core.blocks import CPU, Blocks
+from merge_core.errors import IncompatibleModels, RecipeError
+from merge_core.headers import TensorInfo
+from merge_core.method import Known, Randomness
+from merge_core.plan import MemoryPlan, Plan, Step
+from merge_core.planner import make_plan
+from merge_core.progress import Progress
+from merge_core.recipe import ModelRef, Recipe, referenced_models
+from merge_core.vocabularies import Gathered, in_one_vocabulary
+from merge_core.weights import Companions, Weights
+
+_NO_LIMIT = 2**62
+"""A stage's memory is part of the plan of the merge that reads it."""
+
+
+def make_plan_in_stages(
+    recipe: Recipe, checkpoints: Mapping[ModelRef, Weights], **how: Any
+) -> tuple[Plan, Mapping[ModelRef, Weights], list[MergedWeights]]:
+    """Plan a recipe and before it the stages it reads; returns also the models of the plan, and all the stages.
+
+    `how` is what `make_plan` takes. A problem's JSON pointer starts with the number of its document.
+    """
+    found = dict(checkpoints)
+    stages: dict[ModelRef, Plan] = {}
+    made: list[MergedWeights] = []
+    for document in (*recipe.stages, recipe):
+        try:
+            models = in_one_vocabulary(document, {model: found[model] for model in referenced_models(document)})
+            if document is recipe:
+                return make_plan(recipe, models, stages=stages, **how), models, made
+            plan = make_plan(document, models, memory=_NO_LIMIT, threads=1)
+        except (RecipeError, IncompatibleModels) as error:
+            raise type(error).of(document.located(problem) for problem in error.problems) from None
+        ref = ModelRef(path=document.name or "")
+        stages[ref] = plan
+        made.append(MergedWeights(str(ref), plan, [models[model] for model in plan.models]))
+        found[ref] = made[-1]
+    raise AssertionError("a recipe comes after its stages")
+
+
+def leaves(models: Sequence[ModelRef], inputs: Sequence[Weights]) -> dict[ModelRef, Weights]:
+    """The models that stages are made from in the end, and those that are none, each once."""
+    found: dict[ModelRef, Weights] = {}
+    for model, weights in zip(models, inputs, strict=True):
+        stage = weights.inner if isinstance(weights, Gathered) else weights
+        below = leaves(stage.plan.models, stage.inputs) if isinstance(stage, MergedWeights) else {model: weights}
+        found |= {ref: below[ref] for ref in below if ref not in found}
+    return found
+
+
+class MergedWeights(Weights):
+    """The output of a plan as weights; `inputs` are the models of the plan.
+
+    `shards` are the files of all inputs, each name led by its model's.
+    """
+
+    def __init__(self, name: str, plan: Plan, inputs: Sequence[Weights]) -> None:
+        self.path, self.plan, self.inputs = Path(name), plan, tuple(inputs)
+        self.tensors = {
+            slot.name: TensorInfo(slot.name, slot.dtype, slot.shape, shard.file, 0)
+            for shard in plan.shards
+            for slot in shard.slots
+        }
+        self._files = {
+            self._file(model, file): (weights, file) for model, weights in enumerate(inputs) for file in weights.shards
+        }
+        self.shards = {name: weights.shards[file] for name, (weights, file) in self._files.items()}
+        self.config = plan.edited_config(self.inputs[plan.donor].config)
+        self._of_tensors: dict[str, Known] = {}
+        self._of_model: Known | None = None
+        self._measuring = threading.Lock()
+        self._blocks = Blocks(plan, self.inputs, Randomness(plan.recipe.seed), stage=name)
+
+    def start(
+        self,
+        memory: MemoryPlan,
+        *,
+        progress: Progress | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        device: torch.device = CPU,
+        warn: Callable[[str], None] = lambda warning: None,
+    ) -> None:
+        """Work under the plan of the merge that reads this stage."""
+        name = str(self.path)
+        self.plan = replace(self.plan, memory=memory)
+        self._blocks = Blocks(
+            self.plan,
+            self.inputs,
+            Randomness(self.plan.recipe.seed),
+            progress or Progress(),
+            stop,
+            device,
+            lambda warning: warn(f"{name}: {warning}"),
+            name,
+        )
+
+    def check_tied(self, pool: Executor) -> None:
+        """Raise if tensors that a config calls one are not."""
+        for pair in self.plan.tied:
+            self._blocks.check_tied(pool, pair)
+
+    def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
+        size = self.row_bytes(info) * (stop - start)
+        out = torch.empty(size, dtype=torch.uint8) if space is None else space[:size]
+        rows = out.view(info.dtype.torch).reshape((stop - start, *info.shape[1:]) if info.shape else ())
+        if size == 0:
+            return rows
+        step = self._step(info)
+        known, grains = self._known(step), step.grains
+        first, last = (0, grains.count) if self.is_whole(info) else (start // grains.size, -(-stop // grains.size))
+        begin, end = grains.row_range(first, last)
+        if (begin, end) == (start, stop):
+            return self._blocks.make(step, known, (first, last), out, reads=0)
+        made = torch.empty(self.row_bytes(info) * (end - begin), dtype=torch.uint8)
+        rows.copy_(self._blocks.make(step, known, (first, last), made, reads=0)[start - begin : stop - begin])
+        return rows
+
+    def prepare(self, info: TensorInfo, pool: Executor | None) -> None:
+        step = self._step(info)
+        self._blocks.prepare(pool, step)
+        if self._is_measured(step):
+            return
+        if self.plan.scope == "model":
+            self._of_model = self._measure_model(pool)
+        else:
+            self._of_tensors[step.name] = self._blocks.measure_tensor(pool, step)
+
+    def place(self, info: TensorInfo) -> None:
+        return None
+
+    def ranges(self, info: TensorInfo) -> Iterator[tuple[str, int, int]]:
+        for source in self._step(info).reads:
+            for file, begin, end in self.inputs[source.model].ranges(source.info):
+                yield self._file(source.model, file), begin, end
+
+    def always_read(self) -> Iterator[str]:
+        for model, weights in enumerate(self.inputs):
+            yield from (self._file(model, file) for file in weights.always_read())
+        for pair in self.plan.tied:
+            for info in (pair.tensor, pair.partner):
+                yield from (self._file(pair.model, file) for file, _, _ in self.inputs[pair.model].ranges(info))
+        if self.plan.scope == "model":
+            yield from (file for info in self.tensors.values() for file, _, _ in self.ranges(info))
+
+    def temporary(self, info: TensorInfo) -> float:
+        step = self._step(info)
+        return step.element_bytes() + step.dtype.itemsize
+
+    def thread_bytes(self, info: TensorInfo) -> int:
+        step = self._step(info)
+        # Rows that begin or end inside a grain cost the grain.
+        beside = 2 * min(step.grains.size, step.grains.rows) * step.grains.width * self.temporary(info)
+        return step.thread_bytes(self.plan.scope) + math.ceil(beside)
+
+    def is_whole(self, info: TensorInfo) -> bool:
+        step = self._step(info)
+        return step.least_rows > step.grains.size
+
+    @property
+    def companions(self) -> Companions:
+        return self.plan.companions
+
+    def descriptor(self, file: str) -> int:
+        weights, own = self._files[file]
+        return weights.descriptor(own)
+
+    def close(self) -> None:
+        """Nothing: the inputs are closed by whoever opened them."""
+
+    def _step(self, info: TensorInfo) -> Step:
+        return self.plan.by_name[info.name]
+
+    def _file(self, model: int, file: str) -> str:
+        return file if isinstance(self.inputs[model], MergedWeights) else f"{self.plan.models[model]}/{file}"
+
+    def _is_measured(self, step: Step) -> bool:
+        if self.plan.scope == "model":
+            return self._of_model is not None
+        return step.method is None or step.name in self._of_tensors
+
+    def _known(self, step: Step) -> Known:
+        """What is known of a tensor; whoever comes unprepared measures it alone, while others wait."""
+        if not self._is_measured(step):
+            with self._measuring:
+                self.prepare(self.tensors[step.name], None)
+        if self.plan.scope == "model":
+            return self._of_model or {}
+        return self._of_tensors.get(step.name, {})
+
+    def _measure_model(self, pool: Executor | None) -> Known:
+        known: Known = {}
+        steps = self.plan.measured
+        if steps and steps[0].method is not None:
+            for _ in self._blocks.measure_all(pool, steps, steps[0].method.stages("model"), known):
+                pass
+        return known
