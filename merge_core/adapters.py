@@ -202,7 +202,7 @@ class Adapter:
             self._refuse(info, f"does not make a pair {kind}_A and {kind}_B with what else there is of {clip(module)}")
         wanted = self.config.r if rank is None else int(rank)
         is_pair = len(down.shape) >= 2 and len(up.shape) >= 2 and math.prod(up.shape[2:]) == 1
-        if not is_pair or down.shape[0] != up.shape[1]:
+        if not is_pair or down.shape[0] != up.shape[1] or not down.shape[0]:
             self._refuse(down, f"is {list(down.shape)}, which does not fit {up.name} {list(up.shape)}")
         if down.shape[0] != wanted:
             self._refuse(down, f"is {list(down.shape)}, of rank {down.shape[0]}, but {CONFIG_NAME} says {wanted}")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import METHOD_RECIPES, method_recipe, write_checkpoint
+from tests.merge_core.test_adapters import write_adapter
 
 PROGRAM = """
 import json, sys
@@ -55,6 +56,16 @@ def merge_alone(models: Path, out: Path, recipe: dict[str, Any] | list[dict[str,
 @pytest.mark.parametrize("title", METHOD_RECIPES)
 def test_the_process_stays_under_its_limit_and_under_its_plan(large: Path, tmp_path: Path, title: str) -> None:
     merge_alone(large, tmp_path / "out", method_recipe(title, limits={"memory": "512MiB"}))
+
+
+def test_so_it_does_with_adapters(large: Path, tmp_path: Path) -> None:
+    parts = {"lora_A.weight": torch.ones(32, 1000), "lora_B.weight": torch.ones(48_000, 32)}
+    parts |= {"lora_magnitude_vector": torch.ones(48_000)}
+    tensors = {f"base_model.model.model.embed.{name}": tensor for name, tensor in parts.items()}
+    for name in ("one", "two"):
+        write_adapter(large / name, tensors, r=32)
+    recipe = method_recipe("task_arithmetic", limits={"memory": "512MiB"})
+    merge_alone(large, tmp_path / "out", recipe | {"models": [{"model": "m0+one"}, {"model": "m1+two"}]})
 
 
 @pytest.mark.parametrize("title", ["linear", "slerp", "ties", "dare_ties"])
