@@ -37,6 +37,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"merge_method": "linear", "parameters": {"weight": 1}},
     "task_arithmetic": {"merge_method": "task_arithmetic", **ON_BASE, "parameters": {"weight": 0.3}},
     "slerp": {"merge_method": "slerp", **ON_BASE, "parameters": {"t": 0.3}},
+    "nuslerp": {"merge_method": "nuslerp", "parameters": {"weight": 1}},
+    "nuslerp of task vectors": {"merge_method": "nuslerp", **ON_BASE, "parameters": {"weight": 1}},
+    "multislerp": {"merge_method": "multislerp", **ON_BASE, "parameters": {"weight": 1}},
+    "karcher": {"merge_method": "karcher"},
+    "model_stock": {"merge_method": "model_stock", **ON_BASE},
+    "model_stock by rows": {"merge_method": "model_stock", **ON_BASE, "parameters": {"filter_wise": True}},
+    "nearswap": {"merge_method": "nearswap", **ON_BASE, "parameters": {"t": 0.001}},
+    "ram": {"merge_method": "ram", **ON_BASE},
+    "ramplus_tl": {"merge_method": "ramplus_tl", **ON_BASE},
+    "wise_ft": {"merge_method": "wise_ft", **ON_BASE},
+    "expo": {"merge_method": "expo", **ON_BASE, "parameters": {"alpha": 0.3}},
+    "geometric_median": {"merge_method": "geometric_median"},
     "dare_linear": {"merge_method": "dare_linear", **ON_BASE, "parameters": {"weight": 0.3, "density": 0.5}},
     "dare_ties": {"merge_method": "dare_ties", **ON_BASE, "parameters": {"weight": 0.3, "density": 0.5}},
     "ties": {"merge_method": "ties", **ON_BASE, "parameters": {"weight": 1, "density": 0.2}},
@@ -52,7 +64,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "arcee_fusion": {"merge_method": "arcee_fusion", **ON_BASE},
     "sce": {"merge_method": "sce", **ON_BASE, "parameters": {"select_topk": 0.2}},
 }
-NOT_IN_MERGEKIT = {"widen", "pcb whole model", "graft"}
+NOT_IN_MERGEKIT = {"widen", "pcb whole model", "graft", "wise_ft", "expo", "geometric_median"}
 ROUNDS_OF = {"large": 3, "small": 1}
 FOR_TORCH = "0.1"
 """The size at which compiled kernels are set against plain ones, which would take minutes for a large model."""

@@ -127,6 +127,11 @@ class Block:
         sources = [self._base, *self.stored] if with_base else list(self.stored)
         return kernels.linear(sources, weights, divisor, self.working, self.grain_elements, self.out)
 
+    @property
+    def vectors(self) -> Tensor:
+        """`[models, rows, *shape[1:]]`: the task vectors, or the models where there is no base; working dtype."""
+        return self.models if self.stored_base is None else kernels.values(self.task_vectors)
+
     def combination(self, coefficients: tuple[float, ...]) -> Tensor:
         """θ₀ + Σᵢ cᵢ δᵢ, or Σᵢ cᵢ θᵢ where there is no base."""
         if self.stored_base is None:

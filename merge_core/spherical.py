@@ -6,7 +6,16 @@ A vector is Σᵢ cᵢ xᵢ; with G the Gram matrix of the rows, its length is �
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_core.kernels.plain import pairs, total
+from merge_core.method import Block, Known, Stage
+from merge_core.statistics import GrainSums, Statistic, Sums, grain_sums, lane_sums
 
 Matrix = Sequence[Sequence[float]]
 SAME_DIRECTION = 1 - 2.0**-25
@@ -36,3 +45,36 @@ def length(gram: Matrix, coefficients: Sequence[float]) -> float:
     """
     square = sum(c * product for c, product in zip(coefficients, products(gram, coefficients), strict=True))
     return math.sqrt(max(0.0, square))
+
+
+class ColumnProducts(Stage):
+    """`known["columns"]`: inner products of the models' columns, or task vectors' columns, as lists by pair.
+
+    A column runs over the first dimension; a 1-D tensor is one.
+    """
+
+    name: ClassVar[str] = "inner products of columns"
+
+    def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
+        vectors = block.vectors.to(torch.float64).reshape(len(block.stored), -1, block.grains.width).mT
+        products = [grain_sums(vectors[i] * vectors[j], block.grains.size) for i, j in pairs(len(vectors))]
+        block.put_sums(found, "columns", np.stack(products, axis=1))
+
+    def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
+        known["columns"] = cast(GrainSums, found["columns"]).total().tolist()
+
+
+def row_products(vectors: Tensor) -> Sums:
+    """Inner products of all pairs (0,0), (0,1), …, (1,1), … of rows in the last dimension: `[pairs, rows]`, float64.
+
+    `vectors` is `[models, ..., elements]`; a 0-d tensor has one row of one.
+    """
+    rows = vectors.reshape(len(vectors), -1, vectors.shape[-1] if vectors.ndim > 1 else 1).to(torch.float64)
+    found: Sums = torch.stack([lane_sums(rows[i] * rows[j]) for i, j in pairs(len(rows))]).cpu().numpy()
+    return found
+
+
+def weighted(block: Block, coefficients: Tensor) -> Tensor:
+    """θ₀ + Σᵢ cᵢ δᵢ, or Σᵢ cᵢ θᵢ where there is no base; each row or column has coefficients of its own."""
+    summed = total(block.vectors * coefficients)
+    return summed if block.stored_base is None else block.base + summed

@@ -148,15 +148,21 @@ def grain_sums(values: Tensor, grain_elements: int) -> Sums:
     whole = elements // grain_elements * grain_elements
     sums = []
     if whole:
-        sums.append(_by_lanes(values[..., :whole].reshape(len(values), -1, grain_elements)))
+        sums.append(lane_sums(values[..., :whole].reshape(len(values), -1, grain_elements)))
     if whole < elements:
-        sums.append(_by_lanes(values[..., whole:].unsqueeze(1)))
+        sums.append(lane_sums(values[..., whole:].unsqueeze(1)))
     found: Sums = torch.cat(sums, dim=1).T.cpu().numpy()
     return found
 
 
-def _by_lanes(values: Tensor) -> Tensor:
-    lanes = values.new_zeros((*values.shape[:-1], LANES), dtype=torch.float64)
+def lane_sums(values: Tensor) -> Tensor:
+    """Sum over the last dimension, whole, as `grain_sums` does a grain: `[..., elements]` → `[...]`, float64.
+
+    >>> lane_sums(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).tolist()
+    [6.0, 15.0]
+    """
+    used = 1 << max(0, values.shape[-1] - 1).bit_length()  # lanes that get nothing add nothing
+    lanes = values.new_zeros((*values.shape[:-1], min(used, LANES)), dtype=torch.float64)
     for part in torch.split(values, LANES, dim=-1):
         lanes[..., : part.shape[-1]] += part
     while (half := lanes.shape[-1] // 2) > 0:

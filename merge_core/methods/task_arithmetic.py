@@ -15,7 +15,9 @@ from merge_core.method import Block, Known, MergeMethod, PerModel
 
 
 class TaskArithmetic(MergeMethod):
-    """Add what each model learned; a negative weight takes it away.
+    """Add what each model learned; a negative weight takes it away (negation).
+
+    Weights 1, −1, 1 are the analogy "a is to b as c is to the result": θ₀ + δ_a − δ_b + δ_c.
 
     >>> block = Block.of([[3.0, 1.0], [1.0, 2.0]], base=[1.0, 1.0])
     >>> TaskArithmetic(weight=(0.5, -1.0)).merge(block, {})

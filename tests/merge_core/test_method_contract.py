@@ -79,9 +79,13 @@ def run(
 
 @every_method
 def test_any_blocks_on_any_workers_give_the_same_bytes(method: type[MergeMethod], scope: Scope) -> None:
+    assert_any_blocks_give_the_same_bytes(example(method, count_of(method)), scope)
+
+
+def assert_any_blocks_give_the_same_bytes(chosen: MergeMethod, scope: Scope) -> None:
+    method = type(chosen)
     models, base = make(method, (211, 9))
     grains = Grains(211, 9, 2)
-    chosen = example(method, len(models))
 
     for origin in [None] if base is None else bases(method, base):
         whole = run(chosen, scope, models, origin, grains, 1000)
@@ -136,9 +140,12 @@ def test_is_documented_with_a_paper_and_a_worked_example(method: type[MergeMetho
 @every_method
 def test_workspace_covers_what_is_held_at_once(method: type[MergeMethod], scope: Scope) -> None:
     """The largest sum of live tensors, counted by torch itself, stays within what the plan reckons with."""
-    shape = (256, 256)
+    assert_workspace_covers_what_is_held(example(method, count_of(method)), scope)
+
+
+def assert_workspace_covers_what_is_held(chosen: MergeMethod, scope: Scope) -> None:
+    shape, method = (256, 256), type(chosen)
     models, base = make(method, shape)
-    chosen = example(method, len(models))
     grains = Grains.of(shape)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run(chosen, scope, models, base, grains, 1)

@@ -25,6 +25,7 @@ from merge_core.methods.ram import Ram, RamPlus
 from merge_core.methods.task_arithmetic import TaskArithmetic
 from merge_core.methods.wise_ft import WiseFT
 from merge_core.statistics import Grains, Statistic
+from tests.merge_core import test_method_contract as contract
 
 A, B, C, ZERO = [1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]
 
@@ -86,6 +87,56 @@ def test_nuslerp(models: Any, base: Any, weight: tuple[float, float], recorded: 
 )
 def test_multislerp(models: Any, base: Any, parameters: dict[str, Any], recorded: Any) -> None:
     assert_merges_to(MultiSlerp(**parameters), models, recorded, base, rtol=1e-4 if "eps" in parameters else 1e-5)
+
+
+PAIR = [[A, [1.0, 1.0, 1.0]], [B, [2.0, 1.0, 3.0]]]
+CUBES = [[[[1.0, 0.0], [2.0, 1.0]], [[1.0, 3.0], [1.0, 0.0]]], [[[0.0, 1.0], [1.0, 1.0]], [[2.0, 1.0], [1.0, 1.0]]]]
+
+
+@pytest.mark.parametrize(
+    ("row_wise", "models", "recorded"),
+    [
+        (False, PAIR, [[0.749727, 1.4485154, 1.9822924], [1.4010855, 1.0178815, 1.7842897]]),
+        (True, PAIR, [[0.6666557, 1.4276172, 1.7438358], [1.4877049, 1.2176837, 1.8982292]]),
+        (False, [[ZERO, [1.0] * 3], [B, [2.0] * 3]], [[0.0, 1.6667107, 0.5555702], [1.375] * 3]),
+        (True, [[A], [B]], [[0.8314697, 1.6667107, 1.625]]),
+        (False, [A, B], [0.749727, 1.4485154, 1.9822924]),
+        (True, [A, B], [0.749727, 1.4485154, 1.9822924]),
+        (False, [2.0, 3.0], 2.375),
+        (True, [2.0, 3.0], 2.375),
+    ],
+)
+def test_nuslerp_of_rows_and_columns(row_wise: bool, models: Any, recorded: Any) -> None:
+    method = NuSlerp(weight=(0.5, 0.3), nuslerp_flatten=False, nuslerp_row_wise=row_wise)
+    assert_merges_to(method, models, recorded)
+
+
+@pytest.mark.parametrize(
+    ("models", "recorded"),
+    [
+        ([[A, B], [C, A]], [[0.4805061, 0.2402531, 0.4805061], [0.2204812, 0.6614437, 0.6614437]]),
+        ([[ZERO, B], [ZERO, A]], [ZERO, [0.2204812, 0.6614437, 0.6614437]]),
+        (CUBES, [[[0.0, 0.0], [1.4604989, 0.9736660]], [[1.2426406, 1.6568542], [0.8284271, 0.4142136]]]),
+        ([A, B], [0.2204812, 0.6614437, 0.6614437]),
+        ([1.0, 2.0], 1.5),
+    ],
+)
+def test_model_stock_of_rows(models: Any, recorded: Any) -> None:
+    assert_merges_to(ModelStock(filter_wise=True), models, recorded, torch.zeros(torch.tensor(models[0]).shape), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        NuSlerp(weight=(0.7, 0.2), nuslerp_flatten=False),
+        NuSlerp(weight=(0.7, 0.2), nuslerp_flatten=False, nuslerp_row_wise=True),
+        ModelStock(filter_wise=True),
+    ],
+    ids=repr,
+)
+def test_rows_and_columns_obey_the_laws_of_methods(method: MergeMethod) -> None:
+    contract.assert_any_blocks_give_the_same_bytes(method, "tensor")
+    contract.assert_workspace_covers_what_is_held(method, "tensor")
 
 
 def test_multislerp_where_mergekit_fails() -> None:
