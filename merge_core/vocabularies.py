@@ -39,6 +39,8 @@ from merge_core.weights import Companions, Weights, is_embedding
 _NOWHERE, _ZERO, _MEAN, _PADDING = -1, -1, -2, -3
 _POSITIONS = re.compile(r"position|token_type|(^|[._])wpe([._]|$)")
 _GENERATION = "generation_config.json"
+_AT_ONCE = 64
+"""Rows of means that are computed together."""
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 
@@ -123,7 +125,8 @@ class Gathered(Weights):
         return row_map.prepare()
 
     def thread_bytes(self, info: TensorInfo) -> int:
-        return sum(source.thread_bytes(theirs) for source, theirs in self._sources(info))
+        means = 3 * 8 * _AT_ONCE * math.prod(info.shape[1:]) if info.name in self.row_maps else 0
+        return means + sum(source.thread_bytes(theirs) for source, theirs in self._sources(info))
 
     def always_read(self) -> Iterable[str]:
         return self.inner.always_read()
@@ -182,14 +185,15 @@ class RowMap:
         """Put rows `start` to `stop` into `buffer` (uint8), read by runs."""
         size = Weights.row_bytes(self.info)
         models, rows = self.models[start:stop], self.rows[start:stop]
-        breaks = np.flatnonzero((models[1:] != models[:-1]) | (rows[1:] != rows[:-1] + 1)) + 1
+        breaks = np.flatnonzero((models[1:] != models[:-1]) | (models[1:] >= 0) & (rows[1:] != rows[:-1] + 1)) + 1
         for first, last in itertools.pairwise([0, *breaks.tolist(), stop - start]):
             space, model = buffer[first * size : last * size], int(models[first])
             if model >= 0:
                 self._read(model, int(rows[first]), last - first, space)
             elif model == _MEAN:
-                for i in range(first, last):
-                    self._put(self._mean_of_models(start + i), buffer[i * size : (i + 1) * size])
+                for begin in range(first, last, _AT_ONCE):
+                    end = min(begin + _AT_ONCE, last)
+                    self._put(self._mean_of_models(start + begin, start + end), buffer[begin * size : end * size])
             elif model == _PADDING:
                 for i in range(first, last):
                     self._put(self._mean_row(), buffer[i * size : (i + 1) * size])
@@ -209,15 +213,18 @@ class RowMap:
         dtype = self.info.dtype.torch
         space.view(dtype).copy_(row.to(dtype).reshape(-1))
 
-    def _mean_of_models(self, token: int) -> Tensor:
-        """The mean over the models that have a token, in float64."""
-        having = [model for model in range(len(self.having)) if self.having[model, token] >= 0]
-        total = torch.zeros(math.prod(self.info.shape[1:]), dtype=torch.float64)
-        for model in having:
-            source, info = self.sources[model]
-            row = int(self.having[model, token])
-            total += source.rows(info, row, row + 1).to(torch.float64).reshape(-1)
-        return total / len(having)
+    def _mean_of_models(self, start: int, stop: int) -> Tensor:
+        """The mean of some tokens' rows over the models that have them, in float64."""
+        total = torch.zeros(stop - start, math.prod(self.info.shape[1:]), dtype=torch.float64)
+        having = self.having[:, start:stop]
+        for model, rows in enumerate(having):
+            for first, last in _runs(np.flatnonzero(rows >= 0)):
+                breaks = np.flatnonzero(rows[first + 1 : last] != rows[first : last - 1] + 1) + first + 1
+                for begin, end in itertools.pairwise([first, *breaks.tolist(), last]):
+                    source, info = self.sources[model]
+                    found = source.rows(info, int(rows[begin]), int(rows[begin]) + end - begin)
+                    total[begin:end] += found.to(torch.float64).reshape(end - begin, -1)
+        return total / torch.from_numpy((having >= 0).sum(0)).unsqueeze(1)
 
     def _mean_row(self) -> Tensor:
         """The mean of all rows that are not padding, in float64, summed in an order that nothing else changes."""
@@ -237,8 +244,8 @@ class RowMap:
         for first, last in _runs(np.flatnonzero(models >= 0)):
             self.gather(start + first, start + last, buffer[first * size : last * size])
         rows = buffer.view(self.info.dtype.torch).reshape(-1, width).to(torch.float64)
-        for i in np.flatnonzero(models == _MEAN).tolist():
-            rows[i] = self._mean_of_models(start + i)
+        for first, last in _runs(np.flatnonzero(models == _MEAN)):
+            rows[first:last] = self._mean_of_models(start + first, start + last)
         return rows
 
 
