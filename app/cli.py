@@ -13,6 +13,7 @@ import click
 
 from merge_core import __version__
 from merge_core.errors import WeightsmithError
+from merge_core.imports import without_collections
 
 if TYPE_CHECKING:
     from merge_core.progress import Progress as MergeProgress
@@ -101,7 +102,8 @@ def merge(
     """
     most, shard = _size(memory), _size(shard_size)
     with _told("interrupted; the same command goes on from here"):
-        from merge_core import merge as core
+        with without_collections():
+            from merge_core import merge as core
 
         with _progress_bar() as report:
             artifact = core.merge(
@@ -132,7 +134,8 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
 
     most = _size(memory)
     with _told():
-        from merge_core.merge import plan_only
+        with without_collections():
+            from merge_core.merge import plan_only
 
         made = plan_only(_read(recipe), memory=most, threads=threads).to_dict(steps=steps)
     if as_json:

@@ -13,9 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from merge_core import execute, shards
-from merge_core.merge import merge
-from merge_core.recipe import Recipe
+from merge_core.imports import without_collections
+
+with without_collections():
+    from merge_core import blocks, execute, shards
+    from merge_core.merge import merge
+    from merge_core.recipe import Recipe
 
 _marks: dict[str, float] = {}
 
@@ -42,7 +45,7 @@ def main() -> None:
     models, out, cache = (Path(argument) for argument in sys.argv[1:])
     counted: dict[str, Any] = {}
     _watch(execute.Execution, "run", before="begun")
-    _watch(execute.Execution, "_rows", before="read")
+    _watch(blocks.Blocks, "_rows", before="read")
     _watch(shards.ShardWriter, "finish", after="done")
 
     def report(progress: Any) -> None:

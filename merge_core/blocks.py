@@ -255,8 +255,8 @@ class Blocks:
     def spans(self, step: Step) -> Iterator[Span]:
         """Runs of whole grains, as long as the plan's blocks."""
         grains = step.grains
-        least = max(1, -(-step.least_rows // grains.size))
-        length = max(1, self.plan.memory.block_elements // max(1, least * grains.size * grains.width)) * least
+        rows = step.block_rows(self.plan.memory.block_elements, on_gpu=self.device != CPU)
+        length = max(1, -(-rows // grains.size))
         for first in range(0, grains.count if step.shape == () or all(step.shape) else 0, length):
             yield first, min(first + length, grains.count)
 

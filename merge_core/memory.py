@@ -11,7 +11,7 @@ from merge_core.plan import WRITING_BLOCKS, MemoryPlan, Plan, Step
 
 FLOOR_BYTES = 400 * 2**20
 """What the process needs before the first block: interpreter, torch, libraries, histograms."""
-BLOCK_ELEMENTS = 2**20
+BLOCK_ELEMENTS = 2**21
 CUDA_BLOCK_ELEMENTS = 2**22
 _LEAST_BLOCK = 2**17
 """Rather fewer threads than smaller blocks."""
@@ -62,6 +62,5 @@ def plan_memory(
 
 def _block_bytes(step: Step, scope: Scope, block_elements: int, on_gpu: bool) -> tuple[int, int]:
     """Bytes that a thread needs for a block of a step in work, and those of the merged block."""
-    least = step.least_rows * step.grains.width
-    block = min(max(least, block_elements // max(1, least) * least), step.grains.rows * step.grains.width)
+    block = step.block_rows(block_elements, on_gpu=on_gpu) * step.grains.width
     return block * step.element_bytes(on_gpu=on_gpu) + step.thread_bytes(scope), block * step.dtype.itemsize

@@ -22,8 +22,10 @@ from merge_core.recipe import ModelRef, Recipe, canonical_json
 from merge_core.statistics import Grains
 from merge_core.weights import Companions
 
-WRITING_BLOCKS = 4
+WRITING_BLOCKS = 3
 """Merged blocks that may wait for the disk, besides one per thread."""
+UNFUSED_BLOCK_ELEMENTS = 2**17
+"""The temporaries of plain torch are as long as the block, and quickest while they fit into the cache."""
 STATISTICS_BYTES = 5 * 2**19
 """Histograms of one model's ranks."""
 
@@ -74,6 +76,13 @@ class Step:
         whole = self.method is not None and self.method.extent(self.shape) == "tensor"
         whole = whole or any(source.is_whole for source in self.reads)
         return self.grains.rows if whole else min(self.grains.size, self.grains.rows)
+
+    def block_rows(self, most: int, *, on_gpu: bool = False) -> int:
+        """Rows of a block of at most so many elements, or of as few as there can be."""
+        if not on_gpu and self.method is not None and not self.is_fused:
+            most = min(most, UNFUSED_BLOCK_ELEMENTS)
+        least = self.least_rows
+        return min(max(least, most // max(1, least * self.grains.width) * least), self.grains.rows)
 
     @property
     def working(self) -> DType:

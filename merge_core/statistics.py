@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 import numpy as np
@@ -80,49 +81,69 @@ class Largest:
         np.maximum(self.values, other.values, out=self.values)
 
 
-@dataclass
 class GrainSums:
     """Floating-point sums with one meaning, whatever the blocks: float64 by the grain rule. An array of them at once.
 
-    Inside a grain by lanes (`grain_sums`); over grains by the binary tree of grain indices; over tensors in name
-    order. Partial trees hold O(log n) nodes: `(level, index)` is the sum of the grains `index·2^level` to
-    `(index+1)·2^level`.
+    Inside a grain by lanes (`grain_sums`); over grains by the binary tree of grain indices; over tensors in name order.
     """
 
-    grains: dict[str, int] = field(default_factory=dict)
-    nodes: dict[str, dict[tuple[int, int], Sums]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.trees: dict[str, _Tree] = {}
 
     def put(self, tensor: str, grains: int, index: int, value: Sums) -> None:
-        self.grains[tensor] = grains
-        self._carry(self.nodes.setdefault(tensor, {}), (0, index), value)
+        if tensor not in self.trees:
+            self.trees[tensor] = _Tree(grains, value.shape)
+        self.trees[tensor].put((0, index), value)
 
     def add(self, other: Self) -> None:
-        self.grains |= other.grains
-        for tensor, nodes in other.nodes.items():
-            mine = self.nodes.setdefault(tensor, {})
-            for node, value in nodes.items():
-                self._carry(mine, node, value)
+        for tensor, tree in other.trees.items():
+            mine = self.trees.setdefault(tensor, _Tree(tree.grains, tree.sums.shape[1:]))
+            for node, place in tree.nodes.items():
+                mine.put(node, tree.sums[place])
 
     def total(self) -> Sums:
         """The whole sums; every grain of every tensor must have been put, and at least one."""
-        roots = [self._root(tensor) for tensor in sorted(self.nodes)]
-        return functools.reduce(np.add, roots)
+        roots = [self.trees[tensor].root() for tensor in sorted(self.trees)]
+        return functools.reduce(operator.add, roots)
 
-    @staticmethod
-    def _carry(nodes: dict[tuple[int, int], Sums], node: tuple[int, int], value: Sums) -> None:
+
+class _Tree:
+    """Partial sums of one tensor, O(log n) of them: node `(level, index)` is the sum of the grains `index·2^level` to
+    `(index+1)·2^level`.
+
+    They lie in one array, used again and again: small arrays kept between the blocks' large ones would keep the heap
+    from shrinking.
+    """
+
+    def __init__(self, grains: int, shape: tuple[int, ...]) -> None:
+        self.grains = grains
+        self.nodes: dict[tuple[int, int], int] = {}
+        self.sums: Sums = np.empty((32, *shape))
+        self._free = list(range(32))
+
+    def put(self, node: tuple[int, int], value: Sums) -> None:
+        if not self._free:
+            self._free = list(range(len(self.sums), 2 * len(self.sums)))
+            self.sums = np.concatenate([self.sums, np.empty_like(self.sums)])
+        place = self._free.pop()
+        self.sums[place] = value
         level, index = node
-        while (sibling := nodes.pop((level, index ^ 1), None)) is not None:
-            value = sibling + value if index & 1 else value + sibling
+        while (sibling := self.nodes.pop((level, index ^ 1), None)) is not None:
+            left, right = (sibling, place) if index & 1 else (place, sibling)
+            self.sums[place] = self.sums[left] + self.sums[right]
+            self._free.append(sibling)
             level, index = level + 1, index >> 1
-        nodes[level, index] = value
+        self.nodes[level, index] = place
 
-    def _root(self, tensor: str) -> Sums:
-        pending, count, level = dict(self.nodes[tensor]), self.grains[tensor], 0
+    def root(self) -> Sums:
+        count, level = self.grains, 0
         while count > 1:
-            if count & 1 and (last := pending.pop((level, count - 1), None)) is not None:
-                self._carry(pending, (level + 1, count >> 1), last)
+            if count & 1 and (last := self.nodes.pop((level, count - 1), None)) is not None:
+                self._free.append(last)
+                self.put((level + 1, count >> 1), self.sums[last])
             count, level = (count + 1) >> 1, level + 1
-        return pending[level, 0]
+        root: Sums = self.sums[self.nodes[level, 0]].copy()
+        return root
 
 
 @dataclass

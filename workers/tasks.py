@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from merge_core.errors import Canceled, WeightsmithError
+from merge_core.imports import without_collections
 from workers.celery_app import celery_app
 from workers.jobs import JobState, JobStore, Lease, LeaseLost
 from workers.problems import problem
@@ -76,8 +77,9 @@ def _end(settings: Settings, keeper: Keeper, move: Callable[[Lease], None]) -> N
 
 def _merge(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
     # Here and not above: torch must be imported in the child that uses it, and only once the lease is kept alive.
-    from merge_core.merge import adopt, merge
-    from merge_core.recipe import Recipe
+    with without_collections():
+        from merge_core.merge import adopt, merge
+        from merge_core.recipe import Recipe
 
     out = artifact_folder(settings, lease.job_id)
     partial_output = _take_over(settings, lease, keeper)

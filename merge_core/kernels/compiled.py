@@ -334,28 +334,38 @@ def _vector(
     """
     size = out.size
     spare, keep = tiles.spare[:size], tiles.keep[:size]
-    _load(addresses[model + 1], given.places.codes[model + 1], start, out)
     drops, divisor, threshold = given.drop_below[model] >= 0, given.divisors[model], given.thresholds[model]
-    trims = not threshold < 0
+    trims, factors = not threshold < 0, given.factors.shape[1]
+    stored = out if trims else spare
+    _load(addresses[model + 1], given.places.codes[model + 1], start, stored)
     if drops:
         _survives(given.keys[model], given.drop_below[model], given.start + first + start, tiles.words, keep)
-        for j in range(size):
-            spare[j] = _masked(out[j] - base[j], keep[j])
-    elif trims or divisor != 1:
-        for j in range(size):
-            spare[j] = out[j] - base[j]
-    else:
-        for j in range(size):
-            out[j] -= base[j]
-    if divisor != 1:
-        for j in range(size):
-            spare[j] /= divisor
     if trims:
+        if drops:
+            for j in range(size):
+                spare[j] = _masked(stored[j] - base[j], keep[j])
+        else:
+            for j in range(size):
+                spare[j] = stored[j] - base[j]
+        if divisor != 1:
+            for j in range(size):
+                spare[j] /= divisor
         _trim(spare, threshold, first + start, given.ties_from[model], left[model : model + 1], out)
-    elif drops or divisor != 1:
-        for j in range(size):
-            out[j] = spare[j]
-    for number in range(given.factors.shape[1]):
+    else:
+        factor = given.factors[model, 0] if factors else np.float32(1)
+        if drops and divisor == 1:
+            for j in range(size):
+                out[j] = _masked(stored[j] - base[j], keep[j]) * factor
+        elif drops:
+            for j in range(size):
+                out[j] = _masked(stored[j] - base[j], keep[j]) / divisor * factor
+        elif divisor == 1:
+            for j in range(size):
+                out[j] = (stored[j] - base[j]) * factor
+        else:
+            for j in range(size):
+                out[j] = (stored[j] - base[j]) / divisor * factor
+    for number in range(0 if trims else 1, factors):
         factor = given.factors[model, number]
         if factor != 1:
             for j in range(size):
@@ -787,6 +797,16 @@ def _add_magnitudes(values: Array, lanes: Array) -> None:
 
 
 @_kernel
+def _add_magnitudes_and_kept(values: Array, keep: Array, lanes: Array, kept: Array) -> None:
+    for begin in range(0, values.size, LANES):
+        part, here = values[begin : begin + LANES], keep[begin : begin + LANES]
+        for j in range(part.size):
+            magnitude = abs(part[j])
+            lanes[j] += np.float64(magnitude)
+            kept[j] += np.float64(_masked(magnitude, here[j]))
+
+
+@_kernel
 def absolute_sums(given: Operands, found: Array) -> None:
     """Σ|δ| of the plain task vectors and of what is left of them, by the grain rule, float64.
 
@@ -795,6 +815,7 @@ def absolute_sums(given: Operands, found: Array) -> None:
     models = len(given.keys)
     tiles, addresses, left = _tiles(1), np.empty(models + 1, np.int64), given.ties_left.copy()
     lanes = np.empty((2 * models, LANES), np.float64)
+    only_dropped = np.all(given.factors == 1) and np.all(given.divisors == 1) and np.all(given.thresholds < 0)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
         if not _window(given.places, first, count, addresses):
@@ -808,9 +829,18 @@ def absolute_sums(given: Operands, found: Array) -> None:
                 _load(addresses[i + 1], given.places.codes[i + 1], start, plain)
                 for j in range(size):
                     plain[j] -= base[j]
-                _add_magnitudes(plain, lanes[i])
-                _vector(given, i, first, start, base, row, addresses, tiles, left)
-                _add_magnitudes(row, lanes[models + i])
+                if only_dropped:
+                    keep = tiles.keep[:size]
+                    below = given.drop_below[i]
+                    if below >= 0:
+                        _survives(given.keys[i], below, given.start + first + start, tiles.words, keep)
+                    else:
+                        keep[:] = 1
+                    _add_magnitudes_and_kept(plain, keep, lanes[i], lanes[models + i])
+                else:
+                    _add_magnitudes(plain, lanes[i])
+                    _vector(given, i, first, start, base, row, addresses, tiles, left)
+                    _add_magnitudes(row, lanes[models + i])
         for i in range(2 * models):
             found[first // given.grain, i] = _sum_of(lanes[i])
 

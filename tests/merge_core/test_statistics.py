@@ -39,7 +39,7 @@ def test_a_run_of_grains_holds_few_partial_sums() -> None:
     sums = GrainSums()
     for index in range(1000, 3000):
         sums.put("t", 10_000, index, np.zeros(2))
-    assert len(sums.nodes["t"]) <= 2 * math.log2(10_000)
+    assert len(sums.trees["t"].nodes) <= 2 * math.log2(10_000)
 
 
 def test_tensors_are_added_in_name_order() -> None:
