@@ -144,7 +144,8 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
     click.echo(f"method      {made['method']}, {made['semantics']}'s meaning, measured per {made['scope']}")
     for stage in made.get("stages", []):
         click.echo(f"stage       {stage['name']}: {stage['method']} of {', '.join(stage['models'])}")
-    click.echo(f"models      {', '.join(made['models'])}")
+    roles = [f"{model} ({made['roles'][model]})" if model in made["roles"] else model for model in made["models"]]
+    click.echo(f"models      {', '.join(roles)}")
     copied = made["tensors"] - made["tensors_merged"]
     click.echo(f"tensors     {made['tensors_merged']} merged, {copied} copied")
     click.echo(f"reads       {_bytes(made['bytes_read'])} in {made['passes']} pass{'es' if made['passes'] > 1 else ''}")
@@ -156,7 +157,8 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
     for warning in made["warnings"]:
         click.echo(f"warning     {warning}")
     for step in made.get("steps", []):
-        sources = ", ".join(f"{source['model']}:{source['tensor']}" for source in step["sources"])
+        given = [source for each in step["given"].values() for source in each if source]
+        sources = ", ".join(f"{source['model']}:{source['tensor']}" for source in [*step["sources"], *given])
         how = f"copied, {step['copied_because']}" if step["copied_because"] else json.dumps(step["parameters"])
         click.echo(f"{step['tensor']}  {step['dtype']}{step['shape']}  {how}  ← {sources}")
 

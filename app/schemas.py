@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field
 
+from merge_core.method import Given
 from workers.jobs import Job, JobState, RecipeData
 
 
@@ -113,6 +114,8 @@ class MethodRead(BaseModel):
     models: dict[str, int | None]
     scopes: list[str]
     per_model: list[str] = Field(description="parameters that may differ per model")
+    own_bases: bool = Field(description="whether `base_model` stands beside each model: what it was tuned from")
+    statistics: dict[str, Given] = Field(description="files of numbers that the recipe's `statistics` may name")
     parameters: dict[str, Any] = Field(description="JSON Schema")
 
 

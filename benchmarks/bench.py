@@ -51,6 +51,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "geometric_median": {"merge_method": "geometric_median"},
     "dare_linear": {"merge_method": "dare_linear", **ON_BASE, "parameters": {"weight": 0.3, "density": 0.5}},
     "dare_ties": {"merge_method": "dare_ties", **ON_BASE, "parameters": {"weight": 0.3, "density": 0.5}},
+    "darex": {"merge_method": "darex", **ON_BASE, "parameters": {"q": 0.2}},
+    "half_reset": {"merge_method": "half_reset", **ON_BASE},
     "ties": {"merge_method": "ties", **ON_BASE, "parameters": {"weight": 1, "density": 0.2}},
     "ties whole model": {
         "merge_method": "ties",
@@ -64,7 +66,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "arcee_fusion": {"merge_method": "arcee_fusion", **ON_BASE},
     "sce": {"merge_method": "sce", **ON_BASE, "parameters": {"select_topk": 0.2}},
 }
-NOT_IN_MERGEKIT = {"widen", "pcb whole model", "graft", "wise_ft", "expo", "geometric_median"}
+NOT_IN_MERGEKIT = {
+    *("widen", "pcb whole model", "graft", "wise_ft", "expo", "geometric_median"),
+    *("darex", "half_reset"),
+}
 ROUNDS_OF = {"large": 3, "small": 1}
 FOR_TORCH = "0.1"
 """The size at which compiled kernels are set against plain ones, which would take minutes for a large model."""
@@ -90,7 +95,7 @@ def main() -> None:
     for number in range(rounds):
         for title, recipe in recipes.items():
             with console.status(f"round {number + 1} of {rounds}: {title}"):
-                models = _models(recipe)
+                models = models_of(recipe)
                 found[title]["floor"].append(_floor(work, size, models))
                 found[title]["ours"].append(measure(work, size, recipe, models, "compiled"))
                 if "torch" in against and not number:
@@ -110,9 +115,10 @@ def main() -> None:
         Path(out).write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _models(recipe: Mapping[str, Any]) -> list[str]:
+def models_of(recipe: Mapping[str, Any], models: int = 3) -> list[str]:
+    """Which of the fine-tunes a recipe merges: as many as its method takes."""
     most = find_method(recipe["merge_method"], recipe.get("semantics", "mergekit")).count[1]
-    return ["m0", "m1", "m2"][:most]
+    return [f"m{i}" for i in range(models)][:most]
 
 
 def _first_time(work: Path, size: str) -> Measured:

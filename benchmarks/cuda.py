@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bench import RECIPES
+from benchmarks.bench import RECIPES, models_of
 from benchmarks.synthetic import SHAPES, build
 from merge_core.artifact import Artifact
 from merge_core.merge import merge
@@ -43,7 +43,7 @@ def main() -> int:
         table.add_column(column, justify="left" if column == "method" else "right")
     differ = False
     for title, recipe in RECIPES.items():
-        names = ["m0"] if recipe["merge_method"] == "slerp" else ["m0", "m1", "m2"]
+        names = models_of(recipe)
         wanted = Recipe.from_data({**recipe, "models": [{"model": name} for name in names]})
         expected = _merged(wanted, models, work, "cpu")[0].tensors
         artifact, seconds, read = min(

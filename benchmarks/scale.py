@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bench import RECIPES, measure
+from benchmarks.bench import RECIPES, measure, models_of
 from benchmarks.synthetic import SHAPES, build_sparse
 
 HERE = Path(__file__).parent
@@ -44,7 +44,7 @@ def main() -> None:
 def _row(table: Table, work: Path, size: str, title: str, keys: dict[str, object], models: int = 3) -> None:
     shape = SHAPES[size]
     build_sparse(work / size, shape, models)
-    names = ["m0"] if title == "slerp" else [f"m{i}" for i in range(models)]
+    names = models_of(RECIPES[title], models)
     with console.status(f"{size}: {title}"):
         run = measure(work, size, {**RECIPES[title], **keys}, names, "compiled")
     shutil.rmtree(work / size)

@@ -103,12 +103,12 @@ def read_artifact(folder: Path) -> Artifact:
 def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
     """The README of the merged model, in the Hub's conventions."""
     method = plan.recipe.method
-    models = [str(model) for model in plan.leaves]
+    roles = {model: plan.recipe.role_of(model) for model in plan.leaves}
     parts = [
         f"{path}@{revision}" if revision else path
-        for model in plan.leaves
+        for model, role in roles.items()
         for path, revision in ((model.path, model.revision), (model.adapter, model.adapter_revision))
-        if path
+        if path and not role.startswith("statistics")
     ]
     named = [part for part in dict.fromkeys(parts) if _HUB_ID.fullmatch(part)]
     library = "transformers" if plan.adapter_config is None else "peft"
@@ -120,8 +120,7 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {' '.join(title.split())}",
         f"Merged with Weightsmith {__version__} by [{method.title}]({method.paper}).",
-        "## Models\n\n"
-        + "\n".join(f"- `{model}`{' (base)' if model == str(plan.recipe.base_model) else ''}" for model in models),
+        "## Models\n\n" + "\n".join(f"- `{model}`{role and f' ({role})'}" for model, role in roles.items()),
         f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```",
     ]
     if notes := [*plan.left_out, *warnings]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from merge_core import kernels
 from merge_core.errors import Canceled, IncompatibleModels, NonFinite, Problem
+from merge_core.kernels.plain import rounded
 from merge_core.kernels.vectors import Rows
 from merge_core.method import Block, Known, Randomness, Stage
 from merge_core.plan import Plan, Source, Step, TiedPair
@@ -67,7 +68,8 @@ class Blocks:
             if step.method is None:
                 self._copy(step, span, rows, reads)
             else:
-                is_first = not step.method.stages(self.plan.scope)
+                stages = step.method.stages(self.plan.scope)
+                is_first = not any(stage.reads == 1 and stage.concerns(step.name, known) for stage in stages)
                 block = self._block(step, span, check=is_first, out=rows, reads=reads)
                 merged = step.method.merge(block, known)
                 if merged.data_ptr() != rows.data_ptr():
@@ -88,7 +90,7 @@ class Blocks:
     def _round(self, values: Tensor, rows: Tensor) -> None:
         """The one rounding into the stored dtype; any NaN becomes the one quiet NaN."""
         if values.dtype != rows.dtype:
-            values = values.to(rows.dtype)
+            values = rounded(values, rows.dtype)
         if self.plan.recipe.allow_nonfinite and values.is_floating_point():
             values = torch.where(values.isnan(), torch.nan, values)
         rows.copy_(values, non_blocking=True)
@@ -201,8 +203,11 @@ class Blocks:
     def _block(self, step: Step, span: Span, *, check: bool, out: Tensor | None = None, reads: float = 1.0) -> Block:
         """Some grains from all models at once, to be read when they are used."""
         rows = self._rows(step.reads, step, span, check=check, reads=reads)
-        base = None if step.base is None else rows.pop(0)
-        return Block(rows, base, step.name, step.grains, span[0], self.randomness, step.working.torch, out)
+        merged, rest = rows[: len(step.merges)], iter(rows[len(step.merges) :])
+        given = {name: [None if source is None else next(rest) for source in each] for name, each in step.given.items()}
+        base = None if step.base is None else merged.pop(0)
+        working = step.working.torch
+        return Block(merged, base, step.name, step.grains, span[0], self.randomness, working, out, given)
 
     def _rows(
         self, sources: Sequence[Source], step: Step, span: Span, *, check: bool, reads: float = 1.0
@@ -211,14 +216,18 @@ class Blocks:
         if self.is_over or self.stop():
             raise Canceled("the merge was canceled")
         start, stop = step.grains.row_range(*span)
+        ranges = [(0, source.info.rows) if source.small else (start, stop) for source in sources]
         check = check and not self.plan.recipe.allow_nonfinite
-        sizes = [Weights.row_bytes(source.info) * (stop - start) for source in sources]
+        sizes = [
+            Weights.row_bytes(source.info) * (last - first)
+            for source, (first, last) in zip(sources, ranges, strict=True)
+        ]
         with self._counting:
             share = reads * (stop - start) / step.grains.rows
             self.progress.bytes_read += int(share * sum(source.stored_bytes for source in sources))
         spaces = functools.cache(lambda: self._space.take(sizes))
         return [
-            self._rows_of(source, step, start, stop, lambda i=i: spaces()[i], check=check)  # type: ignore[misc]
+            self._rows_of(source, step, *ranges[i], lambda i=i: spaces()[i], check=check)  # type: ignore[misc]
             for i, source in enumerate(sources)
         ]
 

@@ -33,12 +33,13 @@ def plan_memory(
     threads = threads or len(os.sched_getaffinity(0))
     available = limit - FLOOR_BYTES
     of_stages = [(step, stage.scope) for stage in stages for step in stage.steps]
+    kept = max([_kept_bytes(steps, scope), *(_kept_bytes(stage.steps, stage.scope) for stage in stages)])
 
     def needs(threads: int, block_elements: int) -> int:
         """Bytes that so many threads need for blocks of so many elements, or of a grain where that is more."""
         work = [_block_bytes(step, scope, block_elements, on_gpu) for step in steps]
         measured = [_block_bytes(step, scope, block_elements, on_gpu)[0] for step, scope in of_stages]
-        in_work = max([*(bytes_ for bytes_, _ in work), *measured], default=0)
+        in_work = max([*(bytes_ for bytes_, _ in work), *measured], default=0) + kept
         return threads * in_work + (threads + WRITING_BLOCKS) * max((written for _, written in work), default=0)
 
     least = [
@@ -64,3 +65,9 @@ def _block_bytes(step: Step, scope: Scope, block_elements: int, on_gpu: bool) ->
     """Bytes that a thread needs for a block of a step in work, and those of the merged block."""
     block = step.block_rows(block_elements, on_gpu=on_gpu) * step.grains.width
     return block * step.element_bytes(on_gpu=on_gpu) + step.thread_bytes(scope), block * step.dtype.itemsize
+
+
+def _kept_bytes(steps: Sequence[Step], scope: Scope) -> int:
+    """Bytes that measurements take per thread until they are finished, those of a whole model at once."""
+    kept = [step.kept_bytes(scope) for step in steps]
+    return sum(kept) if scope == "model" else max(kept, default=0)

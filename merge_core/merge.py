@@ -38,7 +38,6 @@ from merge_core.method import Randomness
 from merge_core.plan import Plan
 from merge_core.progress import Progress, Report
 from merge_core.recipe import ModelRef, Recipe, referenced_models
-from merge_core.runs import Findings, Structure
 from merge_core.shards import JOURNAL, ShardWriter, unfinished
 from merge_core.sources import Sources
 from merge_core.weights import Weights
@@ -176,7 +175,6 @@ def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[Mod
         found: dict[ModelRef, Weights] = {}
         places: dict[ModelRef, str] = {}
         for document in (*recipe.stages, recipe):
-            merged = Structure(document, found, Findings()).taking_part
             for ref, written in referenced_models(document).items():
                 pointer = document.located(Problem("", written)).pointer or "#"
                 if ref.path in names and (ref.revision or ref.adapter):
@@ -185,8 +183,9 @@ def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[Mod
                 if ref.path in names or ref in found:
                     continue
                 places[ref] = pointer
+                is_merged = not written.startswith("#/tokenizer")
                 try:
-                    found[ref] = stack.enter_context(_open(ref, pointer, roots, weights=ref in merged))
+                    found[ref] = stack.enter_context(_open(ref, pointer, roots, weights=is_merged))
                 except CheckpointError as error:
                     raise error.as_written(roots or (), pointer) from None
         alone = [ref for ref, weights in found.items() if isinstance(weights, Placed)]

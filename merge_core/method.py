@@ -43,6 +43,26 @@ Share = Annotated[float, Field(ge=0, le=1)]
 PerModelShare = Annotated[tuple[Share, ...], PerModelMarker()]
 
 
+@dataclass(frozen=True)
+class Given:
+    """Numbers that somebody measured and a method takes from a file, under the merged tensors' names.
+
+    `shape`: "same" as the merged tensor, read row by row with it; "columns" (one number for each of a row) and "vector"
+    (a list of any length) are small and read whole. `per_model`: each model may have its own. A recipe must name a
+    `required` one; a `partial` one may lack tensors.
+    """
+
+    description: str
+    shape: Literal["same", "columns", "vector"] = "same"
+    per_model: bool = False
+    required: bool = True
+    partial: bool = False
+
+
+OWN_BASE = "base_model"
+"""The name by which a block knows the bases that stand beside models."""
+
+
 class Randomness:
     """Uniform numbers for the elements of an output tensor; tests put recorded masks in its place."""
 
@@ -65,7 +85,8 @@ class Block:
     `stored` are the models' rows in recipe order and `stored_base` those of the base or None, each
     `[rows, *shape[1:]]` in its own dtype. Arithmetic is in `working`: float32, or float64 where a source is stored so.
     `first_grain` is the first grain's index in its tensor. `out`, if given, is where the merged rows may be put,
-    rounded to its dtype.
+    rounded to its dtype. `given` are the rows of the method's statistics by name, one for all models or one for each,
+    None where a file has no such tensor.
     """
 
     stored: Sequence[Rows]
@@ -76,13 +97,21 @@ class Block:
     randomness: Randomness | None = None
     working: torch.dtype = torch.float32
     out: Tensor | None = None
+    given: Mapping[str, Sequence[Rows | None]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, models: Sequence[Any], base: Any = None, *, seed: int = 0, tensor: str = "tensor") -> Self:
+    def of(
+        cls, models: Sequence[Any], base: Any = None, *, seed: int = 0, tensor: str = "tensor", **given: Sequence[Any]
+    ) -> Self:
         """A whole small tensor as one block, for examples and tests."""
-        rows = [Rows.of(torch.as_tensor(model, dtype=torch.float32)) for model in models]
-        origin = None if base is None else Rows.of(torch.as_tensor(base, dtype=torch.float32))
-        return cls(rows, origin, tensor, Grains.of(rows[0].shape), 0, Randomness(seed))
+
+        def rows(values: Any) -> Rows:
+            return Rows.of(torch.as_tensor(values, dtype=torch.float32))
+
+        stored = [rows(model) for model in models]
+        origin = None if base is None else rows(base)
+        numbers = {name: [None if each is None else rows(each) for each in of] for name, of in given.items()}
+        return cls(stored, origin, tensor, Grains.of(stored[0].shape), 0, Randomness(seed), given=numbers)
 
     @cached_property
     def models(self) -> Tensor:
@@ -122,6 +151,24 @@ class Block:
     def grain_elements(self) -> int:
         return self.grains.size * max(1, self.grains.width)
 
+    def numbers(self, name: str, model: int = 0) -> Tensor:
+        """What was given of that name about this tensor and model, in the working dtype."""
+        if (rows := self._given(name, model)) is None:
+            raise ValueError(f"this block has no {name} of model {model}")
+        return rows.load().to(self.working)
+
+    def has_numbers(self, name: str, model: int = 0) -> bool:
+        """Whether anything was given of that name about this tensor and model."""
+        return self._given(name, model) is not None
+
+    def uniform(self, model: int = 0) -> Tensor:
+        """A random number in [0, 1) for each element, float32, `[rows, *shape[1:]]`."""
+        like = self.stored[model]
+        if self.randomness is None:
+            raise ValueError("this block was made without randomness")
+        device = like.load().device
+        return self.randomness.uniform(self.tensor, model, self.start, self.elements, device).reshape(like.shape)
+
     def linear(self, weights: tuple[float, ...], divisor: float = 1.0, *, with_base: bool = False) -> Tensor:
         """Σᵢ wᵢ θᵢ / divisor, the base first where it takes part."""
         sources = [self._base, *self.stored] if with_base else list(self.stored)
@@ -143,6 +190,10 @@ class Block:
         sums = cast(GrainSums, found.setdefault(name, GrainSums()))
         for offset, value in enumerate(per_grain):
             sums.put(self.tensor, self.grains.count, self.first_grain + offset, value)
+
+    def _given(self, name: str, model: int) -> Rows | None:
+        each = self.given.get(name, (None,))
+        return each[model if len(each) > 1 else 0]
 
     @property
     def _base(self) -> Rows:
@@ -167,6 +218,10 @@ class Stage(ABC):
         """Whether the pass has to be made, given what earlier stages came to."""
         return True
 
+    def kept(self, rows: int) -> int:
+        """Bytes that it keeps of a tensor of so many rows, per model and thread, until it is finished."""
+        return 0
+
     def concerns(self, tensor: str, known: Known) -> bool:
         """Whether the pass has to read this tensor."""
         return True
@@ -190,7 +245,8 @@ class MergeMethod(BaseModel, ABC):
     asked for), `count` (fewest and most models besides the base), `scopes` it can be measured over, the default
     first, `measured`, the parameters its statistics depend on (alike for all tensors where the scope is the model),
     whose meaning of the name it is (`semantics`), and `workspace`: the temporaries that the plain form holds at once,
-    as arrays of a block's size, per model and fixed.
+    as arrays of a block's size, per model and fixed. `statistics` names the files of numbers it takes, `own_bases` says
+    that each model brings the base it was tuned from, `precision` what the arithmetic is done in at least.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -205,6 +261,9 @@ class MergeMethod(BaseModel, ABC):
     copies: ClassVar[bool] = False
     semantics: ClassVar[Semantics] = "mergekit"
     workspace: ClassVar[tuple[int, int]] = (2, 4)
+    statistics: ClassVar[Mapping[str, Given]] = {}
+    own_bases: ClassVar[bool] = False
+    precision: ClassVar[Literal["float32", "float64"]] = "float32"
 
     def extent(self, shape: Sequence[int]) -> Extent:
         """What a block must hold at least of a tensor of that shape: a grain, which is whole rows of the first
@@ -219,6 +278,10 @@ class MergeMethod(BaseModel, ABC):
     @abstractmethod
     def merge(self, block: Block, known: Known) -> Tensor:
         """The merged rows of one block, in the working dtype, or rounded into `block.out`."""
+
+    def needs(self, statistic: str, model: int) -> bool:
+        """Whether the recipe must name that file for that model, given the parameters."""
+        return self.statistics[statistic].required
 
     @property
     def is_fused(self) -> bool:

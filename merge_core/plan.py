@@ -35,7 +35,8 @@ class Source:
     """One tensor that a step reads: `model` is an index into `Plan.models`.
 
     Where its rows are computed: `temporary` bytes of memory per element and `thread_bytes` per thread for that,
-    `file_bytes` to read for all of them, and whether only all can be had at once (`is_whole`).
+    `file_bytes` to read for all of them, and whether only all can be had at once (`is_whole`). A `small` one is
+    read whole with every block.
     """
 
     model: int
@@ -44,6 +45,7 @@ class Source:
     thread_bytes: int = 0
     file_bytes: int | None = None
     is_whole: bool = False
+    small: bool = False
 
     @property
     def stored_bytes(self) -> int:
@@ -56,6 +58,7 @@ class Step:
     """How one output tensor comes to be.
 
     Without a `method` the first source is copied, and `reason` says why; its other sources are only compared with it.
+    `given`: by name what else the method takes, for all models or for each, None where there is nothing.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Step:
     base: Source | None = None
     method: MergeMethod | None = None
     reason: str = ""
+    given: Mapping[str, tuple[Source | None, ...]] = field(default_factory=dict)
 
     @property
     def grains(self) -> Grains:
@@ -86,11 +90,18 @@ class Step:
 
     @property
     def working(self) -> DType:
-        """What the arithmetic is done in: float32, or float64 where a source is stored so."""
-        return FLOAT64 if any(source.info.dtype is FLOAT64 for source in self.reads) else FLOAT32
+        """What the arithmetic is done in: float32, or float64 where a source is stored so or the method asks it."""
+        asked = self.method is not None and self.method.precision == "float64"
+        return FLOAT64 if asked or any(source.info.dtype is FLOAT64 for source in self.reads) else FLOAT32
 
     @property
     def reads(self) -> tuple[Source, ...]:
+        """Every tensor that the step reads."""
+        return (*self.merges, *(source for each in self.given.values() for source in each if source is not None))
+
+    @property
+    def merges(self) -> tuple[Source, ...]:
+        """The tensors that are merged, the base first."""
         return self.sources if self.base is None else (self.base, *self.sources)
 
     @property
@@ -118,12 +129,21 @@ class Step:
         return arrays * self.working.itemsize + stored
 
     def thread_bytes(self, scope: Scope) -> int:
-        """Bytes of memory that a thread needs however long its blocks are: one grain of all sources, histograms."""
+        """Bytes of memory that a thread needs however long its blocks are: one grain of all sources, small sources,
+        histograms.
+        """
         grain = min(self.grains.size, self.grains.rows) * max(1, self.grains.width)
         space = 4 * grain * len(self.reads) if self.is_fused else 0
+        small = [source.info for source in self.reads if source.small]
+        space += sum(info.nbytes + info.elements * self.working.itemsize for info in small)
         ranks = self.method is not None and len(self.method.stages(scope)) > 1
         computing = max((source.thread_bytes for source in self.reads), default=0)
         return space + computing + (STATISTICS_BYTES * len(self.sources) if ranks else 0)
+
+    def kept_bytes(self, scope: Scope) -> int:
+        """Bytes of memory that measuring takes per thread until it is finished."""
+        stages = self.method.stages(scope) if self.method else ()
+        return sum(stage.kept(self.grains.rows) for stage in stages) * len(self.sources)
 
 
 @dataclass(frozen=True)
@@ -185,8 +205,9 @@ class Plan:
 
     @property
     def measured(self) -> tuple[Step, ...]:
-        """The steps that a method works on, in name order: what the scope `model` sums over."""
-        return tuple(sorted((step for step in self.steps if step.method), key=lambda step: step.name))
+        """The steps that need measuring, in name order: what the scope `model` sums over."""
+        found = [step for step in self.steps if step.method and step.method.stages(self.scope)]
+        return tuple(sorted(found, key=lambda step: step.name))
 
     @property
     def output_bytes(self) -> int:
@@ -235,9 +256,10 @@ class Plan:
             "semantics": self.recipe.method.semantics,
             "scope": self.scope,
             "models": [str(model) for model in self.models],
+            "roles": {str(model): role for model in self.models if (role := self.recipe.role_of(model))},
             "donor": str(self.models[self.donor]),
             "tensors": len(self.steps),
-            "tensors_merged": len(self.measured),
+            "tensors_merged": sum(step.method is not None for step in self.steps),
             "passes": self.passes,
             "bytes_read": self.input_bytes,
             "bytes_written": self.output_bytes,
@@ -260,7 +282,14 @@ class Plan:
             "tensor": step.name,
             "shape": list(step.shape),
             "dtype": str(step.dtype),
-            "sources": [{"model": str(self.models[source.model]), "tensor": source.info.name} for source in step.reads],
+            "sources": [self._source_dict(source) for source in step.merges],
+            "given": {
+                name: [None if source is None else self._source_dict(source) for source in each]
+                for name, each in step.given.items()
+            },
             "parameters": step.method.model_dump(by_alias=True) if step.method else None,
             "copied_because": step.reason or None,
         }
+
+    def _source_dict(self, source: Source) -> dict[str, str]:
+        return {"model": str(self.models[source.model]), "tensor": source.info.name}

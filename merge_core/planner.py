@@ -13,6 +13,7 @@ from merge_core import __version__
 from merge_core.adapter_sums import Placed, plan_sum
 from merge_core.dtypes import OUTPUT, DType
 from merge_core.errors import Problem
+from merge_core.given import GivenFinder
 from merge_core.headers import TensorInfo
 from merge_core.layout import Slot, lay_out
 from merge_core.memory import BLOCK_ELEMENTS, plan_memory
@@ -69,6 +70,7 @@ class _Planner:
         self.scope: Scope = recipe.scope or self.method.scopes[0]
         self.models = self.structure.models
         self.index = {model: i for i, model in enumerate(self.models)}
+        self.given = GivenFinder(recipe, checkpoints, self._source, self.findings)
 
     def plan(self, memory: int | None, threads: int | None, block_elements: int, max_shard_size: int | None) -> Plan:
         self._check_inputs(self.structure.runs)
@@ -78,6 +80,7 @@ class _Planner:
         steps = tuple(step for run, tensors in wanted for tensor in tensors if (step := self._step(run, tensor)))
         self._check_filters(wanted)
         self._check_scope(steps)
+        self.given.check_use()
         self.findings.raise_any()
         metadata = {"format": "pt", "weightsmith": __version__, "recipe": canonical_json(self.recipe.canonical())}
         slots = [Slot(step.name, step.dtype, step.shape) for step in steps]
@@ -191,7 +194,10 @@ class _Planner:
             return None
         if info.elements == 0:
             return Step(wanted.name, info.shape, dtype, (donor,), reason="it is empty")
-        return Step(wanted.name, info.shape, dtype, taking_part, base, method)
+        named = zip(sources, wanted.names, strict=True)
+        models = [(taken, name) for (taken, source), name in named if any(source is part for part in taking_part)]
+        given = self.given.find(method, wanted, models)
+        return Step(wanted.name, info.shape, dtype, taking_part, base, method, given=given)
 
     def _source(self, model: ModelRef, info: TensorInfo) -> Source:
         weights = self.checkpoints[model]
@@ -230,10 +236,10 @@ class _Planner:
     def _check_scope(self, steps: Sequence[Step]) -> None:
         if self.scope != "model":
             return
-        merged = [step for step in steps if step.method]
-        for step in merged[1:]:
-            first = merged[0]
-            if [source.model for source in step.reads] != [source.model for source in first.reads]:
+        measured = [step for step in steps if step.method and step.method.stages(self.scope)]
+        for step in measured[1:]:
+            first = measured[0]
+            if [source.model for source in step.merges] != [source.model for source in first.merges]:
                 detail = f"over the whole model every tensor needs the same models; {step.name} and {first.name} differ"
                 self.findings.recipe_problems.append(Problem(detail, "#/scope"))
                 return

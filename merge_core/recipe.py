@@ -2,7 +2,8 @@
 
 A recipe is YAML or the same as JSON. Of several documents one is the output and the others are stages, whose names are
 models for one another. Unknown keys are refused with a suggestion, or listed as warnings under `unknown_keys: warn`.
-Keys of ours: `seed`, `semantics`, `scope`, `exclude`, `allow_nonfinite`, `outputs`, `limits`, `unknown_keys`.
+Keys of ours: `seed`, `semantics`, `scope`, `statistics`, `exclude`, `allow_nonfinite`, `outputs`, `limits`,
+`unknown_keys`, and beside a model its own `base_model`.
 """
 
 from __future__ import annotations
@@ -289,6 +290,7 @@ DTypeName = Annotated[
     BeforeValidator(lambda written: written.removeprefix("torch.") if isinstance(written, str) else written),
 ]
 Parameters = Annotated[dict[str, Setting], BeforeValidator(lambda written: {} if written is None else written)]
+Statistics = Annotated[dict[str, ModelRef], BeforeValidator(lambda written: {} if written is None else written)]
 
 
 class _Keys(BaseModel):
@@ -297,19 +299,23 @@ class _Keys(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
 
-class ModelEntry(_Keys):
+class TakenModel(_Keys):
+    """A model that takes part, and what stands beside it."""
+
+    model: ModelRef
+    parameters: Parameters = {}
+    base_model: ModelRef | None = Field(None, description="what this model was tuned from, where the method asks it")
+    statistics: Statistics = Field({}, description="files of numbers about this model: name → safetensors")
+
+
+class ModelEntry(TakenModel):
     """One of `models`."""
 
-    model: ModelRef
-    parameters: Parameters = {}
 
-
-class SliceSource(_Keys):
+class SliceSource(TakenModel):
     """One of a slice's `sources`: layers `layer_range[0]` to `layer_range[1]` (exclusive) of a model."""
 
-    model: ModelRef
     layer_range: tuple[int, int]
-    parameters: Parameters = {}
 
 
 class Slice(_Keys):
@@ -390,6 +396,7 @@ class Recipe(_Keys):
     seed: int = Field(0, ge=0, lt=2**63, description="of all random numbers")
     semantics: Semantics = Field("mergekit", description="whose meaning of a method name counts where two differ")
     scope: Scope | None = Field(None, description="whether thresholds are taken per tensor or over the whole model")
+    statistics: Statistics = Field({}, description="files of numbers that the method asks for: name → safetensors")
     exclude: list[str] = Field([], max_length=1000, description="pieces of tensor names that are copied from the base")
     allow_nonfinite: bool = Field(False, description="let NaN and infinity through instead of refusing them")
     outputs: Outputs = Outputs()
@@ -459,7 +466,7 @@ class Recipe(_Keys):
             raise RecipeError.of(_problems(error)) from None
         problems = [*recipe._structure()]
         if recipe.merge_method in METHODS:
-            unknown = [*_unknown_keys(recipe, "#"), *recipe._unknown_parameters()]
+            unknown = [*_unknown_keys(recipe, "#"), *recipe._unknown_parameters(), *recipe._unknown_statistics()]
             if recipe.unknown_keys == "error":
                 problems += unknown
             else:
@@ -514,6 +521,34 @@ class Recipe(_Keys):
             yield f"#/slices/{i}/parameters", piece.parameters, False
             for j, source in enumerate(piece.sources):
                 yield f"#/slices/{i}/sources/{j}/parameters", source.parameters, True
+
+    def taken_models(self) -> Iterator[tuple[str, TakenModel]]:
+        """Every mention of a model under `models` or `slices`, and its JSON pointer."""
+        for i, entry in enumerate(self.models or []):
+            yield f"#/models/{i}", entry
+        for i, piece in enumerate(self.slices or []):
+            for j, source in enumerate(piece.sources):
+                yield f"#/slices/{i}/sources/{j}", source
+
+    def statistics_blocks(self) -> Iterator[tuple[str, Mapping[str, ModelRef], bool]]:
+        """Every `statistics` mapping: its JSON pointer, itself, and whether it stands beside one model."""
+        yield "#/statistics", self.statistics, False
+        for pointer, taken in self.taken_models():
+            yield f"{pointer}/statistics", taken.statistics, True
+
+    def role_of(self, ref: ModelRef) -> str:
+        """What a source is to the merge or to one of its stages; empty where it is simply one of the models."""
+        documents = (self, *self.stages)
+        if ref == self.base_model:
+            return "base"
+        taken = [each for document in documents for _, each in document.taken_models()]
+        if any(ref == each.model for each in taken) or any(ref == document.base_model for document in documents):
+            return ""
+        if tuned := [str(each.model) for each in taken if each.base_model == ref]:
+            return f"base of {', '.join(tuned)}"
+        blocks = [files for document in documents for _, files, _ in document.statistics_blocks()]
+        names = [name for files in blocks for name, file in files.items() if file == ref]
+        return f"statistics: {', '.join(dict.fromkeys(names))}" if names else ""
 
     def _structure(self) -> Iterator[Problem]:
         if (self.models is None) == (self.slices is None):
@@ -584,6 +619,22 @@ class Recipe(_Keys):
                         f"{pointer}/{name}",
                     )
 
+    def _unknown_statistics(self) -> Iterator[Problem]:
+        known = self.method.statistics
+        has = f"it takes {', '.join(known)}" if known else "it takes none"
+        for pointer, statistics, beside_model in self.statistics_blocks():
+            for name in statistics:
+                if name not in known:
+                    detail = f"{self.merge_method} takes no statistics {name[:60]!r}{_suggest(name, known)} ({has})"
+                    yield Problem(detail, f"{pointer}/{name}")
+                elif beside_model and not known[name].per_model:
+                    detail = f"{name} is for all models alike: put it under the recipe's statistics"
+                    yield Problem(detail, f"{pointer}/{name}")
+        for pointer, taken in self.taken_models():
+            if taken.base_model is not None and not self.method.own_bases:
+                detail = f"{self.merge_method} subtracts one base from all models: the recipe's base_model"
+                yield Problem(detail, f"{pointer}/base_model")
+
 
 def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
     """Every model the recipe names, in order, and the JSON pointer of its first mention."""
@@ -597,6 +648,13 @@ def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
             found.setdefault(piece.base_model, f"#/slices/{i}/base_model")
         for j, source in enumerate(piece.sources):
             found.setdefault(source.model, f"#/slices/{i}/sources/{j}/model")
+    for pointer, taken in recipe.taken_models():
+        if taken.base_model and recipe.method.own_bases:
+            found.setdefault(taken.base_model, f"{pointer}/base_model")
+    for pointer, statistics, _ in recipe.statistics_blocks():
+        for name, ref in statistics.items():
+            if name in recipe.method.statistics:
+                found.setdefault(ref, f"{pointer}/{name}")
     if recipe.vocabulary is not None and isinstance(recipe.vocabulary.source, ModelRef):
         key = "tokenizer/source" if recipe.tokenizer_source is None else "tokenizer_source"
         found.setdefault(recipe.vocabulary.source, f"#/{key}")

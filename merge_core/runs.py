@@ -65,6 +65,8 @@ class Input:
     parameters: Parameters
     pointer: str
     first_layer: int = 0
+    own_base: ModelRef | None = None
+    statistics: Mapping[str, ModelRef] = field(default_factory=dict)
 
 
 @dataclass
@@ -115,8 +117,9 @@ class Structure:
     def taking_part(self) -> dict[ModelRef, str]:
         """Every model whose weights are merged, the donor first, and where the recipe names it."""
         places = referenced_models(self.recipe)
-        refs = [self.donor, *(taken.ref for run in self.runs for taken in run.inputs)]
-        return {ref: places[ref] for ref in refs}
+        taken = [each for run in self.runs for each in run.inputs]
+        bases = [each.own_base for each in taken if each.own_base is not None and self.recipe.method.own_bases]
+        return {ref: places[ref] for ref in (self.donor, *(each.ref for each in taken), *bases)}
 
     def wanted(self) -> list[tuple[Run, list[Wanted]]]:
         """Every output tensor, in order, below the run that makes it."""
@@ -128,7 +131,8 @@ class Structure:
 
     def _run_of_models(self) -> Run:
         inputs = [
-            Input(entry.model, entry.parameters, f"#/models/{i}") for i, entry in enumerate(self.recipe.models or [])
+            Input(entry.model, entry.parameters, f"#/models/{i}", 0, entry.base_model, entry.statistics)
+            for i, entry in enumerate(self.recipe.models or [])
         ]
         base = self.recipe.base_model
         if base and all(taken.ref != base for taken in inputs):
@@ -144,7 +148,8 @@ class Structure:
 
     @staticmethod
     def _slice_input(source: SliceSource, pointer: str) -> Input:
-        return Input(source.model, source.parameters, pointer, source.layer_range[0])
+        first_layer = source.layer_range[0]
+        return Input(source.model, source.parameters, pointer, first_layer, source.base_model, source.statistics)
 
     # Which tensors there are.
 
@@ -288,7 +293,8 @@ class Structure:
         return None
 
     def _common_prefix(self) -> str:
-        prefixes = {model: self._layer_prefix(model) for model in self.models if self.checkpoints[model].tensors}
+        taken = dict.fromkeys([self.donor, *(taken.ref for run in self.runs for taken in run.inputs)])
+        prefixes = {model: self._layer_prefix(model) for model in taken}
         if len(set(prefixes.values())) > 1 and not self.findings.problems:
             named = ", ".join(f"{model} has {prefix}*" for model, prefix in prefixes.items())
             self.findings.problems.append(Problem(f"the models name their layers differently: {named}"))

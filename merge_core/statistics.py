@@ -10,7 +10,7 @@ import functools
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import numpy as np
@@ -79,6 +79,26 @@ class Largest:
 
     def add(self, other: Self) -> None:
         np.maximum(self.values, other.values, out=self.values)
+
+
+@dataclass
+class RowValues:
+    """Numbers of single rows, which are not added up: tensor → `[rows, ...]`, 0 where none were put."""
+
+    rows: dict[str, Sums] = field(default_factory=dict)
+
+    def put(self, tensor: str, rows: int, start: int, values: Sums) -> None:
+        """Keep the values of some rows of a tensor that has `rows`."""
+        if tensor not in self.rows:
+            self.rows[tensor] = np.zeros((rows, *values.shape[1:]))
+        self.rows[tensor][start : start + len(values)] = values
+
+    def add(self, other: Self) -> None:
+        for tensor, values in other.rows.items():
+            if tensor in self.rows:
+                self.rows[tensor] += values
+            else:
+                self.rows[tensor] = values
 
 
 class GrainSums:

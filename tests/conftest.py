@@ -95,17 +95,44 @@ def kernels_in(form: str) -> Iterator[None]:
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    """A folder with `base` and three fine-tunes `m0`, `m1`, `m2`, in two shards each."""
+    """A folder with `base` and three fine-tunes `m0`, `m1`, `m2`, in two shards each; also `old`, what they might have
+    been tuned from, and files of numbers in each shape that a method may take (`Given.shape`).
+    """
     folder = tmp_path / "models"
     for seed, name in enumerate(["base", "m0", "m1", "m2"]):
         write_checkpoint(folder / name, mixed_tensors(seed), shards=2, config=CONFIG)
+    write_checkpoint(folder / "old", mixed_tensors(4), config=CONFIG)
+    write_numbers(folder, mixed_tensors(0))
     return folder
+
+
+def numbers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Numbers about every tensor, by shape."""
+    generator = torch.Generator().manual_seed(7)
+
+    def some(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator).half()
+
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return {
+        "same": {name: some(*tensor.shape) for name, tensor in floats.items()},
+        "columns": {name: some(*tensor.shape[1:]) for name, tensor in floats.items() if tensor.ndim > 1},
+        "vector": {name: some(3) for name in floats},
+    }
+
+
+def write_numbers(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put beside models whatever files `METHOD_RECIPES` name under `statistics`."""
+    for shape, found in numbers(tensors).items():
+        save_file(found, folder / f"{shape}.safetensors")
 
 
 def _recipe_of(method: type[MergeMethod]) -> dict[str, Any]:
     base = {"base_model": "base"} if method.base == "required" else {}
     meaning = {"semantics": "paper"} if method.semantics == "paper" and len(METHODS[method.name]) > 1 else {}
-    return {"merge_method": method.name, **base, **meaning, "parameters": method.example_parameters()}
+    files = {name: f"{each.shape}.safetensors" for name, each in method.statistics.items()}
+    statistics = {"statistics": files} if files else {}
+    return {"merge_method": method.name, **base, **meaning, **statistics, "parameters": method.example_parameters()}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -142,5 +169,6 @@ METHOD_RECIPES: dict[str, dict[str, Any]] = {
 def method_recipe(title: str, **keys: Any) -> dict[str, Any]:
     """One of `METHOD_RECIPES`, complete, with further top-level keys."""
     recipe = METHOD_RECIPES[title]
-    most = find_method(recipe["merge_method"], recipe.get("semantics", "mergekit")).count[1]
-    return {**recipe, "models": [{"model": name} for name in ("m0", "m1", "m2")[:most]], **keys}
+    method = find_method(recipe["merge_method"], recipe.get("semantics", "mergekit"))
+    beside = {"base_model": "old"} if method.own_bases else {}
+    return {**recipe, "models": [{"model": name} | beside for name in ("m0", "m1", "m2")[: method.count[1]]], **keys}

@@ -38,6 +38,7 @@ class Run:
 
     recipe: dict[str, Any]
     keep_masks: Sequence[str] = ()
+    outcome: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda merged: merged
 
 
 class RecordedMasks(Randomness):
@@ -212,6 +213,86 @@ def _graft(case: Case) -> Run:
     )
 
 
+def _ssd(case: Case) -> Run:
+    inputs, params = case["inputs"], case["params"]
+    # The official code cannot do with 0-d tensors, so the case has no importance and no result of theirs.
+    theirs = load_file(_folder(case) / inputs["importance_full"])
+    recipe = {
+        "merge_method": "ssd",
+        "models": [{"model": inputs["base"]}],
+        "statistics": {"importance": inputs["importance_full"], "forget_importance": inputs["importance_forget"]},
+        "parameters": {"alpha": params["alpha"], "lambda": params["lam"]},
+        "exclude": [name for name in load_file(_folder(case) / inputs["base"]) if name not in theirs],
+    }
+    return Run(recipe, outcome=lambda merged: {name: merged[name] for name in theirs})
+
+
+def _darex_q(case: Case) -> Run:
+    params, inputs = case["params"], case["inputs"]
+    whole = {"filter": "classifier", "value": 0}
+    if per_tensor := params.get("q_per_tensor"):
+        q = [{"filter": name.removesuffix("weight"), "value": value} for name, value in per_tensor.items()]
+        q.append({"value": sum(per_tensor.values()) / len(per_tensor)})
+    else:
+        q = [{"value": params["q"]}]
+    recipe = {
+        "merge_method": "darex",
+        "base_model": inputs["base"],
+        "models": _models(case),
+        "parameters": {
+            "drop_rate": [whole, {"value": params["p"]}],
+            "q": [whole | {"value": 1}, *q],
+        },
+    }
+    return Run(recipe, (inputs["keep_mask"],))
+
+
+def _analytic_q(case: Case) -> Run:
+    """The case gives c = δ ⊙ a and wants a q for each row: one matrix per row, a = 1, and q = c / merged."""
+    params, scratch = case["params"], Path(case["scratch"])
+    rows = load_file(_folder(case) / case["inputs"]["c"])["c"].double()
+    tuned = {f"row.{i}.weight": row[None].clone() for i, row in enumerate(rows)}
+    save_file({name: torch.zeros_like(row) for name, row in tuned.items()}, scratch / "base.safetensors")
+    save_file({name: torch.ones_like(row) for name, row in tuned.items()}, scratch / "mask.safetensors")
+    save_file(tuned, scratch / "tuned.safetensors")
+    save_file({name: torch.ones(rows.shape[1]) for name in tuned}, scratch / "ones.safetensors")
+    recipe = {
+        "merge_method": "darex",
+        "base_model": str(scratch / "base.safetensors"),
+        "models": [{"model": str(scratch / "tuned.safetensors")}],
+        "statistics": {"activations": str(scratch / "ones.safetensors")},
+        "parameters": {"drop_rate": params["p"], "q": "analytic", "eta": params["eta"], "gamma": params["gamma"]},
+    }
+
+    def outcome(merged: dict[str, Tensor]) -> dict[str, Tensor]:
+        largest = [(name, int(row.abs().argmax())) for name, row in tuned.items()]
+        return {"q": torch.stack([tuned[name][:, at] / merged[name][:, at] for name, at in largest])}
+
+    return Run(recipe, (str(scratch / "mask.safetensors"),), outcome)
+
+
+def _expert_merging(case: Case) -> Run:
+    """The case multiplies tensors by chunks: task vectors on a base of zeros, `NAME_kK` with K coefficients."""
+    scratch, inputs = Path(case["scratch"]), case["inputs"]
+    tensors = load_file(_folder(case) / inputs["tensors"])
+    coefficients = load_file(_folder(case) / inputs["coefs"])
+    tuned = {name: tensors[name.partition("_")[0]] for name in coefficients}
+    save_file({name: tensor.clone() for name, tensor in tuned.items()}, scratch / "tuned.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tuned.items()}, scratch / "base.safetensors")
+    return Run(
+        {
+            "merge_method": "expert_merging",
+            "base_model": str(scratch / "base.safetensors"),
+            "models": [
+                {
+                    "model": str(scratch / "tuned.safetensors"),
+                    "statistics": {"coefficients": inputs["coefs"]},
+                }
+            ],
+        }
+    )
+
+
 def _density_of_mask_rate(case: Case, rate: float) -> float:
     """MergeLM keeps |δ| ≥ its int(N · rate)-th smallest, TIES int(N · density) + 1 entries: the density that means the
     same.
@@ -243,6 +324,10 @@ ADAPTERS: dict[str, Callable[[Case], Run]] = {
     "widen": _widen,
     "pcb": _pcb,
     "graft": _graft,
+    "ssd": _ssd,
+    "darex_q": _darex_q,
+    "darex_analytical_q": _analytic_q,
+    "expert_merging_chunk": _expert_merging,
     **{f"mergekit/{name}": _mergekit for name in METHODS},
 }
 WHOLE_RECIPES = {f"mergekit-yaml/{name}" for name in METHODS}
@@ -250,7 +335,7 @@ WHOLE_RECIPES = {f"mergekit-yaml/{name}" for name in METHODS}
 
 def run_case(folder: Path, case: Case, scratch: Path) -> str:
     """What is wrong with our result: empty if nothing is. Raises `Skip`."""
-    case = {**case, "folder": str(folder)}
+    case = {**case, "folder": str(folder), "scratch": str(scratch)}
     if "informative" in str(case.get("notes", "")).lower():
         raise Skip("informative only, says its note")
     if case["method"] in WHOLE_RECIPES:
@@ -259,15 +344,14 @@ def run_case(folder: Path, case: Case, scratch: Path) -> str:
         raise Skip(f"no method {case['method']} here yet")
     run = ADAPTERS[case["method"]](case)
     recipe = json.loads(json.dumps(run.recipe))
-    for entry in recipe["models"]:
-        entry["model"] = str(folder / entry["model"])
-    if "base_model" in recipe:
-        recipe["base_model"] = str(folder / recipe["base_model"])
+    for entry in [recipe, *recipe["models"]]:
+        entry |= {key: str(folder / entry[key]) for key in ("model", "base_model") if key in entry}
+        entry |= {"statistics": {name: str(folder / file) for name, file in entry.get("statistics", {}).items()}}
     randomness = RecordedMasks([load_file(folder / path) for path in run.keep_masks]) if run.keep_masks else None
     merge(Recipe.from_data(recipe), scratch / "out", randomness=randomness)
     integers = load_file(recipe.get("base_model") or recipe["models"][0]["model"])
     return _compare(
-        load_file(scratch / "out" / "model.safetensors"),
+        run.outcome(load_file(scratch / "out" / "model.safetensors")),
         load_file(folder / case["output"]),
         case["tolerance"],
         integers,

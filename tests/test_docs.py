@@ -33,7 +33,10 @@ def method_table() -> str:
             title = f"[{method.title}]({method.paper})"
             shown = f"`{name}`" + (", `semantics: paper`" if semantics == "paper" else "")
             base = {"required": "needed", "optional": "if given", "model": "–"}[method.base]
+            base += ", and one beside each model" if method.own_bases else ""
             parameters = ", ".join(f"`{parameter}`" for parameter in method.parameters())
+            if method.statistics:
+                parameters += f"; statistics {', '.join(f'`{name}`' for name in method.statistics)}"
             lines.append(f"| {shown} | {title} | {base} | {count} | {parameters} |")
     return "\n".join(lines) + "\n"
 
@@ -46,6 +49,9 @@ def test_the_table_of_methods_is_the_registry_s() -> None:
 
 def test_recipes_in_the_readme_are_recipes() -> None:
     texts = re.findall(r"<<'YAML'\n(.*?)\nYAML", README.read_text(), re.DOTALL)
+    texts += [
+        text for text in re.findall(r"```yaml\n(.*?)\n```", README.read_text(), re.DOTALL) if "merge_method" in text
+    ]
     assert texts
     for text in texts:
         Recipe.from_data(yaml.safe_load(text))

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from merge_core.merge import merge
 from merge_core.recipe import Recipe
-from tests.conftest import METHOD_RECIPES, method_recipe, write_checkpoint
+from tests.conftest import METHOD_RECIPES, method_recipe, write_checkpoint, write_numbers
 from tests.services import Service, eventually, running_redis, running_service
 
 pytestmark = pytest.mark.xdist_group("service")
@@ -43,6 +43,8 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         tuned.save_pretrained(folder / f"m{i}", max_shard_size="30KB")
     assert len(list((folder / "m0").glob("*.safetensors"))) == 2
+    (folder / "old").symlink_to(folder / "m0")
+    write_numbers(folder, base.state_dict())
     return folder
 
 

@@ -44,5 +44,7 @@ def _read(method: type[MergeMethod]) -> MethodRead:
         models={"min": fewest, "max": most},
         scopes=list(method.scopes),
         per_model=[name for name, is_per_model in method.parameters().items() if is_per_model],
+        own_bases=method.own_bases,
+        statistics=dict(method.statistics),
         parameters=method.model_json_schema(by_alias=True),
     )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import METHOD_RECIPES, method_recipe, write_checkpoint
+from tests.conftest import METHOD_RECIPES, method_recipe, write_checkpoint, write_numbers
 from tests.merge_core.test_adapters import write_adapter
 
 PROGRAM = """
@@ -37,6 +37,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensor = torch.randn(48_000, 1000, generator=torch.Generator().manual_seed(seed)).bfloat16()
         write_checkpoint(folder / name, {"model.embed.weight": tensor})
         del tensor
+    (folder / "old").symlink_to(folder / "m0")
+    write_numbers(folder, {"model.embed.weight": torch.empty(48_000, 1000)})
     return folder
 
 

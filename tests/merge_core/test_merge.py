@@ -35,7 +35,15 @@ from merge_core.errors import (
 from merge_core.merge import merge
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
-from tests.conftest import CONFIG, METHOD_RECIPES, kernels_in, method_recipe, mixed_tensors, write_checkpoint
+from tests.conftest import (
+    CONFIG,
+    METHOD_RECIPES,
+    kernels_in,
+    method_recipe,
+    mixed_tensors,
+    write_checkpoint,
+    write_numbers,
+)
 
 
 def run(models: Path, out: Path, title: str, keys: dict[str, Any] | None = None, **options: Any) -> dict[str, str]:
@@ -64,11 +72,13 @@ def test_the_same_recipe_gives_the_same_bytes(models: Path, tmp_path: Path, titl
 @pytest.fixture
 def tall(tmp_path: Path) -> Path:
     """Models with one tensor of many grains and bf16 ties, so that blocks and threads really differ."""
-    for seed, name in enumerate(["base", "m0", "m1", "m2"]):
+    for seed, name in enumerate(["base", "m0", "m1", "m2", "old"]):
         own = torch.Generator().manual_seed(seed)
         start = torch.randn(5000, 96, generator=torch.Generator().manual_seed(99))
         tensor = (start + 0.01 * (seed > 0) * torch.randn(5000, 96, generator=own)).bfloat16()
-        write_checkpoint(tmp_path / "tall" / name, {"model.embed.weight": tensor, "model.bias": tensor[:, 0].clone()})
+        tensors = {"model.embed.weight": tensor, "model.embed.bias": tensor[:, 0].clone()}
+        write_checkpoint(tmp_path / "tall" / name, tensors)
+    write_numbers(tmp_path / "tall", tensors)
     return tmp_path / "tall"
 
 

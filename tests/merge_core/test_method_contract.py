@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_core.kernels.vectors import Rows
-from merge_core.method import Block, Known, MergeMethod, Randomness, Scope
+from merge_core.method import OWN_BASE, Block, Known, MergeMethod, Randomness, Scope
 from merge_core.methods import METHODS
 from merge_core.statistics import Grains, Statistic, add_up
 
@@ -45,6 +45,27 @@ def bases(method: type[MergeMethod], base: Tensor) -> list[Tensor | None]:
     return {"required": [base], "optional": [base, None], "model": [None]}[method.base]
 
 
+def given(method: MergeMethod, models: Tensor, base: Tensor | None) -> dict[str, list[Tensor | None]]:
+    """Whatever else the method takes: a base of each model's own, and numbers of the shapes it declares."""
+    generator = torch.Generator().manual_seed(9)
+    shape = models.shape[1:]
+    shapes = {"same": shape, "columns": shape[1:], "vector": (5,)}
+    numbers: dict[str, list[Tensor | None]] = {
+        name: [
+            torch.rand(shapes[each.shape], generator=generator) if each.shape != "columns" or len(shape) > 1 else None
+            for _ in (models if each.per_model else [0])
+        ]
+        for name, each in method.statistics.items()
+    }
+    if method.own_bases and base is not None:
+        numbers[OWN_BASE] = [((base + model) / 2).bfloat16().float() for model in models]
+    return numbers
+
+
+def working(method: MergeMethod) -> torch.dtype:
+    return torch.float64 if method.precision == "float64" else torch.float32
+
+
 def run(
     method: MergeMethod,
     scope: Scope,
@@ -57,12 +78,19 @@ def run(
 ) -> Tensor:
     """Measure and merge one tensor in blocks of `length` grains; scattered: two workers hold alternate blocks."""
     blocks = []
+    whole = {name for name, each in method.statistics.items() if each.shape != "same"}
     length = grains.count if method.extent(models.shape[1:]) == "tensor" else length
     for first in range(0, grains.count, length):
         rows = slice(*grains.row_range(first, min(first + length, grains.count))) if models.ndim > 1 else ...
         stored = [Rows.of(model[rows]) for model in models]
         origin = None if base is None else Rows.of(base[rows])
-        blocks.append(Block(stored, origin, "t", grains, first, Randomness(5)))
+        numbers = {
+            name: [None if each is None else Rows.of(each if name in whole else each[rows]) for each in values]
+            for name, values in given(method, models, base).items()
+        }
+        blocks.append(
+            Block(stored, origin, "t", grains, first, Randomness(5), working(method), given=numbers),
+        )
     known: Known = {}
     for stage in method.stages(scope):
         if not (stage.needed(known) and stage.concerns("t", known)):
@@ -102,9 +130,10 @@ def test_keeps_shape_dtype_and_inputs(method: type[MergeMethod], scope: Scope, s
     models, base = make(method, shape)
     before = models.clone(), None if base is None else base.clone()
 
-    merged = run(example(method, len(models)), scope, models, base, Grains.of(shape), 1)
+    chosen = example(method, len(models))
+    merged = run(chosen, scope, models, base, Grains.of(shape), 1)
 
-    assert merged.shape == shape and merged.dtype == torch.float32
+    assert merged.shape == shape and merged.dtype == working(chosen)
     assert torch.isfinite(merged).all()
     assert torch.equal(models, before[0]) and (base is None or torch.equal(base, before[1]))
 
@@ -116,7 +145,7 @@ def test_models_that_learned_nothing_leave_the_base(method: type[MergeMethod], s
 
     merged = run(example(method, len(models)), scope, models, base, Grains.of((30, 4)), 1)
 
-    torch.testing.assert_close(merged, base, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged.float(), base, rtol=1e-6, atol=1e-6)
 
 
 @every_method

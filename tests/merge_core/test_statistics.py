@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_core.statistics import GRAIN_ELEMENTS, Grains, GrainSums, grain_sums
+from merge_core.statistics import GRAIN_ELEMENTS, Grains, GrainSums, RowValues, grain_sums
 
 
 @given(st.integers(1, 70), st.integers(0, 2**32), st.integers(1, 5))
@@ -68,3 +68,12 @@ def test_grains_are_whole_rows_and_cover_every_row_once(shape: list[int]) -> Non
     covered = [row for i in range(grains.count) for row in range(*grains.row_range(i, i + 1))]
     assert covered == list(range(shape[0] if shape else 1))
     assert grains.size == 1 or grains.size * max(1, grains.width) <= GRAIN_ELEMENTS
+
+
+def test_values_of_rows_are_kept_in_place_however_they_were_put() -> None:
+    one, other = RowValues(), RowValues()
+    other.put("t", 5, 4, np.array([5.0]))
+    other.put("t", 5, 0, np.array([1.0, 2.0]))
+    one.put("t", 5, 2, np.array([3.0, 4.0]))
+    one.add(other)
+    assert one.rows["t"].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
