@@ -26,12 +26,18 @@ def plan_memory(
     *,
     on_gpu: bool,
     stages: Sequence[Plan] = (),
+    planning: int = 0,
 ) -> MemoryPlan:
-    """As many threads and as large blocks as fit under the limit, with what the stages that are read need for theirs;
+    """As many threads and as large blocks as fit under the limit, with what the stages that are read need for theirs.
+    `planning`: bytes that the plan itself took, which blocks use again;
     raises `MemoryLimitExceeded` where not even one grain does.
     """
     threads = threads or len(os.sched_getaffinity(0))
     available = limit - FLOOR_BYTES
+    if planning > available:
+        wanted = (FLOOR_BYTES + planning) / 2**20
+        detail = f"to read the tokenizers takes {wanted:,.0f} MiB in all, but the limit is {limit / 2**20:,.0f} MiB"
+        raise MemoryLimitExceeded(f"{detail}; raise limits.memory", [Problem(detail, "#/limits/memory")])
     of_stages = [(step, stage.scope) for stage in stages for step in stage.steps]
     kept = max([_kept_bytes(steps, scope), *(_kept_bytes(stage.steps, stage.scope) for stage in stages)])
 
@@ -58,7 +64,7 @@ def plan_memory(
         threads -= 1
     while block_elements > 1 and needs(threads, block_elements) > available:
         block_elements //= 2
-    return MemoryPlan(threads, block_elements, FLOOR_BYTES + needs(threads, block_elements))
+    return MemoryPlan(threads, block_elements, FLOOR_BYTES + max(planning, needs(threads, block_elements)))
 
 
 def _block_bytes(step: Step, scope: Scope, block_elements: int, on_gpu: bool) -> tuple[int, int]:

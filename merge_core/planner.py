@@ -99,6 +99,7 @@ class _Planner:
                 block_elements,
                 on_gpu=self.on_gpu,
                 stages=tuple(self.stages.values()),
+                planning=max(self.checkpoints[model].planning_bytes for model in self.models),
             ),
             sources_digest=digest_of(self.models, self.checkpoints),
             config_edit=self.structure.config_edit,

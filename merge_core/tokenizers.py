@@ -103,6 +103,12 @@ def fingerprint(files: Companions) -> str:
     return digest.hexdigest()
 
 
+def definition_bytes(files: Companions) -> int:
+    """How long tokenizer.json is."""
+    file = files.get(_DEFINITION, b"")
+    return file.stat().st_size if isinstance(file, Path) else len(file)
+
+
 def is_readable(files: Companions) -> bool:
     """Whether the ids of a tokenizer can be read from its files."""
     return any(name in files for name in (_DEFINITION, "vocab.json", "vocab.txt"))

@@ -39,6 +39,8 @@ from merge_core.weights import Companions, Weights, is_embedding
 _NOWHERE, _ZERO, _MEAN, _PADDING = -1, -1, -2, -3
 _POSITIONS = re.compile(r"position|token_type|(^|[._])wpe([._]|$)")
 _GENERATION = "generation_config.json"
+_PARSED = 5
+"""Bytes of memory per byte of a tokenizer.json, to read and extend it."""
 _AT_ONCE = 64
 """Rows of means that are computed together."""
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
@@ -70,6 +72,7 @@ class Gathered(Weights):
     row_maps: Mapping[str, RowMap] = field(default_factory=dict)
     notes: Sequence[str] = ()
     read: Mapping[str, Path] = field(default_factory=dict)
+    planning_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.path = self.inner.path
@@ -293,6 +296,8 @@ class _Union:
         self._raise()
         files = self._files()
         donor = self.structure.donor
+        distinct = {self.prints[ref]: theirs for ref, theirs in self.files.items()}.values()
+        taken = _PARSED * sum(tokenizers.definition_bytes(theirs) for theirs in distinct)
         made: dict[ModelRef, Weights] = {}
         for ref, theirs in self.files.items():
             weights = self.checkpoints[ref]
@@ -304,6 +309,7 @@ class _Union:
                 self._row_maps(ref) if ref in self.index else {},
                 self.notes if ref == donor else (),
                 {name: file for name, file in named.items() if isinstance(file, Path)},
+                taken,
             )
         self._raise()
         return made
@@ -588,7 +594,7 @@ def _with_template(
                 files = _ending_at(ids[template.end], files, donor.config)
     if text is not None:
         files = tokenizers.with_chat_template(files, text)
-    return Gathered(donor, donor.config, files, notes=notes)
+    return Gathered(donor, donor.config, files, notes=notes, planning_bytes=donor.planning_bytes)
 
 
 def _ending_at(token: int, files: Companions, config: Mapping[str, Any]) -> Companions:

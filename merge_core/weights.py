@@ -48,6 +48,8 @@ class Weights(ABC):
     shards: Mapping[str, Shard]
     config: Mapping[str, Any]
     notes: Sequence[str] = ()
+    planning_bytes: int = 0
+    """Memory that it took to make them of other weights."""
 
     @abstractmethod
     def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from merge_core import vocabularies
 from merge_core.chat_templates import CHAT_TEMPLATES
 from merge_core.errors import CheckpointError, IncompatibleModels, RecipeError, WeightsmithError
 from merge_core.merge import merge, plan_only
@@ -286,6 +287,16 @@ def test_models_with_one_vocabulary_are_read_where_they_lie(folder: Path) -> Non
     mapped = plan_only(Recipe.from_data(recipe("base", "second", tokenizer={"source": "union"})), roots=[folder])
     assert mapped.memory.peak - plain.memory.peak < 2**20
     assert mapped.digest != plain.digest
+
+
+def test_reading_the_tokenizers_counts_as_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = recipe("base", "other", tokenizer={"source": "union"})
+    planned = plan_only(Recipe.from_data(written), roots=[folder]).memory.peak
+    sizes = [(folder / name / "tokenizer.json").stat().st_size for name in ("base", "other")]
+    monkeypatch.setattr(vocabularies, "_PARSED", 2**29 // sum(sizes))
+    assert plan_only(Recipe.from_data(written), roots=[folder]).memory.peak > planned
+    error = refusal(folder, written | {"limits": {"memory": "800MiB"}})
+    assert error.problems[0].pointer == "#/limits/memory"
 
 
 # The same bytes, whatever the machine does.
