@@ -218,7 +218,7 @@ class _SumPlanner:
         name = f"{module}.weight"
         wanted = Wanted(name, first.down, self.inputs[0].ref, (name,) * len(self.inputs), place)
         sources = [(taken, Source(i, first.down)) for i, taken in enumerate(self.inputs)]
-        method, _, _ = resolver.resolve(Run(self.inputs, None, {}, "#"), wanted, sources)
+        method, _, _ = resolver.resolve(Run(self.inputs, None, (), "#"), wanted, sources)
         if method is None or self.findings.problems:
             return
         scales = {factors.scale for factors in found.values()}

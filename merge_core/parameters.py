@@ -45,7 +45,7 @@ class Resolver:
                 continue
             found: dict[str, Any] = {}
             for name in (name for name, is_per_model in self.method.parameters().items() if is_per_model):
-                found[name] = self._lookup(name, names[taken.pointer], wanted.place, taken.parameters, run.parameters)
+                found[name] = self._lookup(name, names[taken.pointer], wanted.place, taken.parameters, *run.levels)
             missing = sorted(name for name, value in found.items() if value is None and name in required)
             is_unasked = taken.pointer == "#/base_model" and found and not required & found.keys()
             if taken.ref == run.base and (missing or is_unasked):
@@ -58,7 +58,7 @@ class Resolver:
                 default = self.method.model_fields[_field(self.method, name)].default
                 per_model[name].append(value if value is not None else default[0] if name not in required else 1.0)
         for name in (name for name, is_per_model in self.method.parameters().items() if not is_per_model):
-            value = self._lookup(name, wanted.name, wanted.place, run.parameters)
+            value = self._lookup(name, wanted.name, wanted.place, *run.levels)
             if value is not None:
                 values[name] = value
             elif name in required:

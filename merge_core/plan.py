@@ -184,7 +184,7 @@ class Plan:
     shards: tuple[ShardLayout, ...]
     memory: MemoryPlan
     sources_digest: str
-    config_edit: ConfigEdit = field(default_factory=ConfigEdit)
+    config_edits: tuple[ConfigEdit, ...] = ()
     adapter_config: Mapping[str, Any] | None = None
     companions: Companions = field(default_factory=dict)
     tied: tuple[TiedPair, ...] = ()
@@ -239,8 +239,8 @@ class Plan:
         edited = copy.deepcopy(dict(config))
         if not config:
             return edited
-        section = edited[self.config_edit.section] if self.config_edit.section else edited
-        section.update(self.config_edit.values)
+        for edit in self.config_edits:
+            (edited[edit.section] if edit.section else edited).update(edit.values)
         if written := self.recipe.out_dtype or self.recipe.dtype:
             edited["dtype" if "dtype" in config else "torch_dtype"] = written
         return edited

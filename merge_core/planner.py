@@ -102,7 +102,7 @@ class _Planner:
                 planning=max(self.checkpoints[model].planning_bytes for model in self.models),
             ),
             sources_digest=digest_of(self.models, self.checkpoints),
-            config_edit=self.structure.config_edit,
+            config_edits=tuple(self.structure.config_edits),
             companions=self.checkpoints[self.models[donor]].companions,
             tied=tuple(self.structure.tied),
             left_out=(*self._of_stages("left_out"), *self.findings.left_out),
@@ -142,7 +142,7 @@ class _Planner:
                 models = "models" if fewest > 1 else "model"
                 detail = f"{self.recipe.merge_method} takes {wants} {models}{beside}, not {len(others)}"
                 self.findings.recipe_problems.append(
-                    Problem(detail, f"{run.pointer}/{'sources' if self.recipe.slices else 'models'}")
+                    Problem(detail, f"{run.pointer}/{'sources' if '/slices/' in run.pointer else 'models'}")
                 )
         for model in self.models:
             weights = self.checkpoints[model]
@@ -152,6 +152,10 @@ class _Planner:
 
     def _step(self, run: Run, wanted: Wanted) -> Step | None:
         info = wanted.info
+        if run.is_copied:
+            source = self._source(run.donor.ref, info)
+            dtype = self._output_dtype(run.donor.ref, info)
+            return Step(wanted.name, info.shape, dtype, (source,), reason="in no module of the recipe")
         sources: list[tuple[Input, Source]] = []
         for taken, name in zip(run.inputs, wanted.names, strict=True):
             found = self.checkpoints[taken.ref].find(name, info.shape)

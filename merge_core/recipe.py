@@ -37,7 +37,6 @@ from merge_core.sizes import Bytes
 
 MAX_RECIPE_BYTES = 256 * 1024
 MAX_DEPTH = 32
-LATER = {"modules": "recipes with modules are not supported yet; use models or slices"}
 MAX_DOCUMENTS = 64
 MIN_MEMORY = 512 * 2**20
 _SHORTEST_TEMPLATE = 20
@@ -56,8 +55,10 @@ class Entry:
     def matches(self, tensor: str) -> bool:
         return self.filter in (None, "*") or self.filter in tensor
 
-    def at(self, place: float) -> Scalar:
-        """The value at `place` (0 first layer, 1 last layer), interpolated linearly."""
+    def at(self, place: float) -> Scalar | None:
+        """The value at `place` (0 first layer, 1 last layer), interpolated linearly; None of an empty gradient."""
+        if not self.values:
+            return None
         position = place * (len(self.values) - 1)
         lower = math.floor(position)
         upper = min(lower + 1, len(self.values) - 1)
@@ -77,7 +78,7 @@ class Setting:
     written: Any
 
     def evaluate(self, tensor: str, place: float) -> Scalar | None:
-        """The value for one tensor, or None where no entry matches it."""
+        """The value for one tensor, or None where no entry matches it, or the one that does is an empty list."""
         return next((entry.at(place) for entry in self.entries if entry.matches(tensor)), None)
 
     @classmethod
@@ -86,11 +87,9 @@ class Setting:
         if isinstance(written, cls):
             return written
         if isinstance(written, Mapping):
-            raise ValueError("a {filter, value} entry stands in a list: put a dash before it")
+            return cls((_conditional(written),), written)
         if not isinstance(written, list):
             return cls((Entry((_scalar(written),)),), written)
-        if not written:
-            raise ValueError("an empty list is no value")
         if all(isinstance(item, Mapping) for item in written):
             return cls(tuple(_conditional(item) for item in written), written)
         if any(isinstance(item, Mapping) for item in written):
@@ -108,7 +107,7 @@ class Setting:
             "anyOf": [
                 {"type": "number"},
                 {"type": "boolean"},
-                {"type": "array", "items": {"type": "number"}, "minItems": 1},
+                {"type": "array", "items": {"type": "number"}},
             ]
         }
         entry = {
@@ -117,7 +116,7 @@ class Setting:
             "required": ["value"],
             "additionalProperties": False,
         }
-        return {"anyOf": [*value["anyOf"], {"type": "string"}, {"type": "array", "items": entry, "minItems": 1}]}
+        return {"anyOf": [*value["anyOf"], {"type": "string"}, entry, {"type": "array", "items": entry}]}
 
 
 def _scalar(written: Any) -> Scalar:
@@ -149,8 +148,6 @@ def _conditional(written: Mapping[str, Any]) -> Entry:
     if pattern is not None and not isinstance(pattern, str):
         raise ValueError("a filter is a piece of a tensor name")
     if isinstance(value, list):
-        if not value:
-            raise ValueError("an empty list is no value")
         return Entry(tuple(_number(item) for item in value), pattern)
     return Entry((_scalar(value),), pattern)
 
@@ -324,7 +321,7 @@ class Slice(_Keys):
     sources: list[SliceSource] = Field(min_length=1, max_length=64)
     base_model: ModelRef | None = None
     parameters: Parameters = {}
-    residual_weight: Any = Field(None, description="read for mergekit's sake; has no effect")
+    residual_weight: float | None = Field(None, description="read for mergekit's sake; has no effect")
 
 
 class ModelToken(_Keys):
@@ -364,6 +361,17 @@ class TokenizerKeys(_Keys):
     keep_padding: bool = Field(False, description="keep the base's rows beyond its tokenizer")
 
 
+_EMPTY_IS_NONE = BeforeValidator(lambda written: None if written in ([], {}) else written)
+
+
+class ModuleEntry(_Keys):
+    """One of `modules`: how one part of the model is made."""
+
+    models: Annotated[list[ModelEntry] | None, _EMPTY_IS_NONE] = Field(None, max_length=64)
+    slices: Annotated[list[Slice] | None, _EMPTY_IS_NONE] = Field(None, max_length=1000)
+    parameters: Parameters = {}
+
+
 class Outputs(_Keys):
     """How the result is stored. `max_shard_size`: the most bytes of tensors in one file."""
 
@@ -381,8 +389,11 @@ class Recipe(_Keys):
     """A merge recipe. `Recipe.from_text` reads YAML or JSON, `Recipe.from_data` what was parsed already."""
 
     merge_method: str
-    models: list[ModelEntry] | None = Field(None, min_length=1, max_length=64)
-    slices: list[Slice] | None = Field(None, min_length=1, max_length=1000)
+    models: Annotated[list[ModelEntry] | None, _EMPTY_IS_NONE] = Field(None, max_length=64)
+    slices: Annotated[list[Slice] | None, _EMPTY_IS_NONE] = Field(None, max_length=1000)
+    modules: Annotated[dict[str, ModuleEntry] | None, _EMPTY_IS_NONE] = Field(
+        None, max_length=64, description="one entry per part of the model, such as text_decoder and vision_tower"
+    )
     base_model: ModelRef | None = None
     parameters: Parameters = {}
     dtype: DTypeName | None = Field(None, description="number format of the output (arithmetic is float32)")
@@ -450,12 +461,9 @@ class Recipe(_Keys):
         if isinstance(data, list):
             return cls._of_documents(data)
         if not isinstance(data, Mapping):
-            raise RecipeError("a recipe is a mapping with merge_method and models or slices")
+            raise RecipeError("a recipe is a mapping with merge_method and models, slices or modules")
         if problem := _not_plain(data, "#", MAX_DEPTH):
             raise RecipeError.of([problem])
-        if later := [key for key in LATER if data.get(key) is not None]:
-            raise RecipeError.of(Problem(LATER[key], f"#/{key}") for key in later)
-        data = {key: value for key, value in data.items() if key not in LATER}
         if "merge_method" not in data and {"experts", "gate_mode"} & set(data):
             raise RecipeError("this is a mixture-of-experts recipe (mergekit-moe), which is not a merge of weights")
         if "merge_method" not in data and {"genome", "tasks"} <= set(data):
@@ -515,20 +523,30 @@ class Recipe(_Keys):
     def parameter_blocks(self) -> Iterator[tuple[str, Parameters, bool]]:
         """Every `parameters` mapping: its JSON pointer, itself, and whether it stands beside one model."""
         yield "#/parameters", self.parameters, False
-        for i, entry in enumerate(self.models or []):
-            yield f"#/models/{i}/parameters", entry.parameters, True
-        for i, piece in enumerate(self.slices or []):
-            yield f"#/slices/{i}/parameters", piece.parameters, False
-            for j, source in enumerate(piece.sources):
-                yield f"#/slices/{i}/sources/{j}/parameters", source.parameters, True
+        for pointer, part in self.parts().values():
+            if part is not self:
+                yield f"{pointer}/parameters", part.parameters, False
+            for i, entry in enumerate(part.models or []):
+                yield f"{pointer}/models/{i}/parameters", entry.parameters, True
+            for i, piece in enumerate(part.slices or []):
+                yield f"{pointer}/slices/{i}/parameters", piece.parameters, False
+                for j, source in enumerate(piece.sources):
+                    yield f"{pointer}/slices/{i}/sources/{j}/parameters", source.parameters, True
+
+    def parts(self) -> dict[str | None, tuple[str, Recipe | ModuleEntry]]:
+        """Name of a module (None: the recipe has none and is one itself) → its JSON pointer, and what it is made of."""
+        if self.modules is None:
+            return {None: ("#", self)}
+        return {name: (f"#/modules/{_escaped(name)}", module) for name, module in self.modules.items()}
 
     def taken_models(self) -> Iterator[tuple[str, TakenModel]]:
-        """Every mention of a model under `models` or `slices`, and its JSON pointer."""
-        for i, entry in enumerate(self.models or []):
-            yield f"#/models/{i}", entry
-        for i, piece in enumerate(self.slices or []):
-            for j, source in enumerate(piece.sources):
-                yield f"#/slices/{i}/sources/{j}", source
+        """Every mention of a model under `models`, `slices` or `modules`, and its JSON pointer."""
+        for pointer, part in self.parts().values():
+            for i, entry in enumerate(part.models or []):
+                yield f"{pointer}/models/{i}", entry
+            for i, piece in enumerate(part.slices or []):
+                for j, source in enumerate(piece.sources):
+                    yield f"{pointer}/slices/{i}/sources/{j}", source
 
     def statistics_blocks(self) -> Iterator[tuple[str, Mapping[str, ModelRef], bool]]:
         """Every `statistics` mapping: its JSON pointer, itself, and whether it stands beside one model."""
@@ -551,8 +569,11 @@ class Recipe(_Keys):
         return f"statistics: {', '.join(dict.fromkeys(names))}" if names else ""
 
     def _structure(self) -> Iterator[Problem]:
-        if (self.models is None) == (self.slices is None):
-            yield Problem("give exactly one of models and slices")
+        if sum(given is not None for given in (self.models, self.slices, self.modules)) != 1:
+            yield Problem("give exactly one of models, slices and modules")
+        for pointer, part in self.parts().values():
+            if part is not self and (part.models is None) == (part.slices is None):
+                yield Problem("give exactly one of models and slices", pointer)
         if self.merge_method not in METHODS:
             yield Problem(
                 f"there is no method {self.merge_method[:60]!r}{_suggest(self.merge_method, METHODS)}", "#/merge_method"
@@ -567,11 +588,12 @@ class Recipe(_Keys):
         for i, pattern in enumerate(self.exclude):
             if not pattern:
                 yield Problem("an empty pattern would exclude every tensor", f"#/exclude/{i}")
-        for i, entry in enumerate(self.models or []):
-            if entry.model in [other.model for other in (self.models or [])[:i]]:
-                yield Problem(f"{entry.model} is listed twice", f"#/models/{i}/model")
-        for i, piece in enumerate(self.slices or []):
-            yield from self._slice_structure(i, piece)
+        for pointer, part in self.parts().values():
+            for i, entry in enumerate(part.models or []):
+                if entry.model in [other.model for other in (part.models or [])[:i]]:
+                    yield Problem(f"{entry.model} is listed twice; give it one weight", f"{pointer}/models/{i}/model")
+            for i, piece in enumerate(part.slices or []):
+                yield from _slice_structure(piece, f"{pointer}/slices/{i}")
 
     def _template_structure(self) -> Iterator[Problem]:
         text = self.chat_template
@@ -581,22 +603,6 @@ class Recipe(_Keys):
             names = ("auto", *CHAT_TEMPLATES)
             detail = f"{text[:60]!r} is neither {', '.join(names)} nor a Jinja template{_suggest(text, names)}"
             yield Problem(detail, "#/chat_template")
-
-    def _slice_structure(self, index: int, piece: Slice) -> Iterator[Problem]:
-        lengths = []
-        for j, source in enumerate(piece.sources):
-            first, last = source.layer_range
-            if not 0 <= first < last:
-                yield Problem(
-                    f"layer_range [{first}, {last}] names no layers", f"#/slices/{index}/sources/{j}/layer_range"
-                )
-            lengths.append(last - first)
-            if source.model in [other.model for other in piece.sources[:j]]:
-                yield Problem(f"{source.model} is listed twice in this slice", f"#/slices/{index}/sources/{j}/model")
-        if len(set(lengths)) > 1:
-            yield Problem(
-                f"the sources of a slice must span equally many layers, not {lengths}", f"#/slices/{index}/sources"
-            )
 
     def _unknown_parameters(self) -> Iterator[Problem]:
         known = self.method.parameters()
@@ -641,13 +647,14 @@ def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
     found: dict[ModelRef, str] = {}
     if recipe.base_model:
         found[recipe.base_model] = "#/base_model"
-    for i, entry in enumerate(recipe.models or []):
-        found.setdefault(entry.model, f"#/models/{i}/model")
-    for i, piece in enumerate(recipe.slices or []):
-        if piece.base_model:
-            found.setdefault(piece.base_model, f"#/slices/{i}/base_model")
-        for j, source in enumerate(piece.sources):
-            found.setdefault(source.model, f"#/slices/{i}/sources/{j}/model")
+    for pointer, part in recipe.parts().values():
+        for i, entry in enumerate(part.models or []):
+            found.setdefault(entry.model, f"{pointer}/models/{i}/model")
+        for i, piece in enumerate(part.slices or []):
+            if piece.base_model:
+                found.setdefault(piece.base_model, f"{pointer}/slices/{i}/base_model")
+            for j, source in enumerate(piece.sources):
+                found.setdefault(source.model, f"{pointer}/slices/{i}/sources/{j}/model")
     for pointer, taken in recipe.taken_models():
         if taken.base_model and recipe.method.own_bases:
             found.setdefault(taken.base_model, f"{pointer}/base_model")
@@ -742,11 +749,33 @@ def _is_unicode(text: str) -> bool:
 
 def _problems(error: ValidationError) -> Iterator[Problem]:
     for found in error.errors():
-        pointer = "#/" + "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in found["loc"])
+        pointer = "#/" + "/".join(_escaped(str(part)) for part in found["loc"])
         detail = str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
         if found["type"] == "missing" and found["loc"] == ("merge_method",):
             detail = f"say which method: one of {', '.join(METHODS)}"
         yield Problem(detail, pointer)
+
+
+def _slice_structure(piece: Slice, pointer: str) -> Iterator[Problem]:
+    lengths = []
+    for j, source in enumerate(piece.sources):
+        first, last = source.layer_range
+        if not 0 <= first <= last:
+            detail = f"layer_range [{first}, {last}] must go from one layer on to a later one"
+            yield Problem(detail, f"{pointer}/sources/{j}/layer_range")
+        lengths.append(last - first)
+        if source.model in [other.model for other in piece.sources[:j]]:
+            detail = (
+                f"{source.model} is listed twice in this slice, which mergekit refuses too; to merge layers of one "
+                "model with one another, name a copy of it (a link will do)"
+            )
+            yield Problem(detail, f"{pointer}/sources/{j}/model")
+    if len(set(lengths)) > 1:
+        yield Problem(f"the sources of a slice must span equally many layers, not {lengths}", f"{pointer}/sources")
+
+
+def _escaped(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")
 
 
 def _unknown_keys(model: _Keys, pointer: str) -> Iterator[Problem]:
@@ -765,6 +794,10 @@ def _unknown_keys(model: _Keys, pointer: str) -> Iterator[Problem]:
             for i, item in enumerate(value):
                 if isinstance(item, _Keys):
                     yield from _unknown_keys(item, f"{pointer}/{name}/{i}")
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                if isinstance(item, _Keys):
+                    yield from _unknown_keys(item, f"{pointer}/{name}/{_escaped(key)}")
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

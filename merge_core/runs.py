@@ -14,11 +14,21 @@ from typing import Any
 from merge_core.errors import IncompatibleModels, Problem, RecipeError, WeightsmithError
 from merge_core.headers import TensorInfo
 from merge_core.layers import by_layer, in_stack, place_of, stacks
+from merge_core.modules import Module, Role, find_modules, names_of_modules, role_of
 from merge_core.plan import ConfigEdit, TiedPair
-from merge_core.recipe import ModelRef, Parameters, Recipe, SliceSource, canonical_json, referenced_models
+from merge_core.recipe import (
+    ModelRef,
+    ModuleEntry,
+    Parameters,
+    Recipe,
+    Slice,
+    SliceSource,
+    canonical_json,
+    referenced_models,
+)
 from merge_core.weights import Weights, is_embedding
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 _PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "attention_layers")
 """Keys of a config that list one entry per layer."""
 
@@ -71,12 +81,16 @@ class Input:
 
 @dataclass
 class Run:
-    """Output tensors that are made alike: a recipe's `models`, or one slice."""
+    """Output tensors that are made alike: those of `models`, or of one slice.
+
+    `levels` are the parameters of what they stand in, the innermost first. If `is_copied`, the one input is copied.
+    """
 
     inputs: list[Input]
     base: ModelRef | None
-    parameters: Parameters
+    levels: tuple[Parameters, ...]
     pointer: str
+    is_copied: bool = False
 
     @property
     def donor(self) -> Input:
@@ -94,6 +108,16 @@ class Wanted:
     place: float
 
 
+@dataclass(frozen=True)
+class Part:
+    """A module of the recipe (None: all of it), and its runs, one per slice where there are slices."""
+
+    name: str | None
+    pointer: str
+    slices: Sequence[Slice]
+    runs: list[Run]
+
+
 @dataclass
 class Structure:
     """The runs of a recipe and the tensors of each; `findings` takes what is wrong or worth knowing."""
@@ -102,11 +126,15 @@ class Structure:
     checkpoints: Mapping[ModelRef, Weights]
     findings: Findings
     tied: list[TiedPair] = field(default_factory=list)
-    config_edit: ConfigEdit = field(default_factory=ConfigEdit)
+    config_edits: list[ConfigEdit] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.models = tuple(referenced_models(self.recipe))
-        self.runs = self._runs_of_slices() if self.recipe.slices else [self._run_of_models()]
+        self.parts = [
+            Part(name, pointer, part.slices or [], self._runs(part, pointer))
+            for name, (pointer, part) in self.recipe.parts().items()
+        ]
+        self.runs = [run for part in self.parts for run in part.runs]
 
     @property
     def donor(self) -> ModelRef:
@@ -123,27 +151,67 @@ class Structure:
 
     def wanted(self) -> list[tuple[Run, list[Wanted]]]:
         """Every output tensor, in order, below the run that makes it."""
-        found = self._wanted_of_slices(self.runs) if self.recipe.slices else self._wanted_of_models(self.runs[0])
+        found: list[tuple[Run, list[Wanted]]] = []
+        for part, module in zip(self.parts, self._modules(), strict=True):
+            wanted = self._wanted_of_slices if part.slices else self._wanted_of_models
+            found += wanted(part, module)
+            self.findings.raise_any()
+        return found + self._wanted_of_no_module()
+
+    def _modules(self) -> list[Module]:
+        """What each part of the recipe makes; raises for a name that means nothing, and for tensors in two modules."""
+        if self.recipe.modules is None:
+            return [Module()]
+        tensors = self.checkpoints[self.donor].tensors
+        found = find_modules(list(self.recipe.modules), tensors)
+        for part in self.parts:
+            if part.name not in found:
+                there = ", ".join(names_of_modules(tensors))
+                detail = f"{self.donor} has no module {str(part.name)[:60]!r}; it has {there}, or any prefix of tensors"
+                self.findings.recipe_problems.append(Problem(detail, part.pointer))
+        for tensor in tensors:
+            holding = [name for name, module in found.items() if module.holds(tensor)]
+            if len(holding) > 1:
+                detail = f"modules {' and '.join(holding)} both hold {tensor}; let each tensor be in one"
+                self.findings.add_recipe_problem(Problem(detail, "#/modules"))
         self.findings.raise_any()
-        return found
+        return [found[str(part.name)] for part in self.parts]
+
+    def _wanted_of_no_module(self) -> list[tuple[Run, list[Wanted]]]:
+        """The donor's tensors that are in none of the recipe's modules: they are copied."""
+        if self.recipe.modules is None:
+            return []
+        donor = self.checkpoints[self.donor]
+        modules = self._modules()
+        rest = [info for info in donor.tensors.values() if not any(module.holds(info.name) for module in modules)]
+        source = Input(self.donor, {}, "#/base_model" if self.recipe.base_model else self.runs[0].donor.pointer)
+        heads = self._tied_heads(self.donor, [source], {info.name: info for info in rest}) if rest else set()
+        run = Run([source], None, (), "#", is_copied=True)
+        return [(run, _around(run, self.donor, [info for info in rest if info.name not in heads]))]
+
+    def _tensors(self, model: ModelRef, module: Module) -> Mapping[str, TensorInfo]:
+        """A model's tensors in one module."""
+        tensors = self.checkpoints[model].tensors
+        return tensors if self.recipe.modules is None else {n: tensors[n] for n in tensors if module.holds(n)}
 
     # Who takes part.
 
-    def _run_of_models(self) -> Run:
-        inputs = [
-            Input(entry.model, entry.parameters, f"#/models/{i}", 0, entry.base_model, entry.statistics)
-            for i, entry in enumerate(self.recipe.models or [])
-        ]
+    def _runs(self, part: Recipe | ModuleEntry, pointer: str) -> list[Run]:
         base = self.recipe.base_model
-        if base and all(taken.ref != base for taken in inputs):
-            inputs.insert(0, Input(base, {}, "#/base_model"))
-        return Run(inputs, base, {}, "#")
-
-    def _runs_of_slices(self) -> list[Run]:
+        outer = () if part is self.recipe else (part.parameters,)
+        if not part.slices:
+            inputs = [
+                Input(entry.model, entry.parameters, f"{pointer}/models/{i}", 0, entry.base_model, entry.statistics)
+                for i, entry in enumerate(part.models or [])
+            ]
+            if base and all(taken.ref != base for taken in inputs):
+                inputs.insert(0, Input(base, {}, "#/base_model"))
+            return [Run(inputs, base, outer, pointer)]
         runs = []
-        for i, piece in enumerate(self.recipe.slices or []):
-            inputs = [self._slice_input(source, f"#/slices/{i}/sources/{j}") for j, source in enumerate(piece.sources)]
-            runs.append(Run(inputs, piece.base_model or self.recipe.base_model, piece.parameters, f"#/slices/{i}"))
+        for i, piece in enumerate(part.slices):
+            here = f"{pointer}/slices/{i}"
+            inputs = [self._slice_input(source, f"{here}/sources/{j}") for j, source in enumerate(piece.sources)]
+            runs.append(Run(inputs, piece.base_model or base, (piece.parameters, *outer), here))
         return runs
 
     @staticmethod
@@ -153,19 +221,20 @@ class Structure:
 
     # Which tensors there are.
 
-    def _wanted_of_models(self, run: Run) -> list[tuple[Run, list[Wanted]]]:
-        donor = self.checkpoints[run.donor.ref]
-        layers = stacks(donor.tensors)
+    def _wanted_of_models(self, part: Part, module: Module) -> list[tuple[Run, list[Wanted]]]:
+        run = part.runs[0]
+        owner = run.donor.ref
+        ours = self._tensors(owner, module)
+        layers = stacks(ours)
         if not self._same_layers(run, layers):
             return []
-        heads = self._tied_heads(donor, run.donor.ref, run.inputs)
-        tensors = []
-        for info in donor.tensors.values():
-            if info.name in heads:
-                continue
-            place = place_of(info.name, layers)
-            tensors.append(Wanted(info.name, info, run.donor.ref, (info.name,) * len(run.inputs), place))
-        self._report_extras(donor, run.donor.ref, run.inputs)
+        heads = self._tied_heads(owner, run.inputs, ours)
+        tensors = [
+            Wanted(info.name, info, owner, (info.name,) * len(run.inputs), place_of(info.name, layers))
+            for info in ours.values()
+            if info.name not in heads
+        ]
+        self._report_extras(owner, run.inputs, module)
         return [(run, tensors)]
 
     def _same_layers(self, run: Run, layers: Mapping[str, Mapping[int, int]]) -> bool:
@@ -181,13 +250,14 @@ class Structure:
                     )
         return same
 
-    def _tied_heads(self, donor: Weights, name: ModelRef, inputs: Sequence[Input]) -> set[str]:
-        """Heads that the donor's config ties to an embedding, which are stored once.
+    def _tied_heads(self, owner: ModelRef, inputs: Sequence[Input], ours: Mapping[str, TensorInfo]) -> set[str]:
+        """Heads among the owner's tensors `ours` that its config ties to an embedding, which are stored once.
 
         Where a model stores a tied head, that it really is its embedding is checked when the merge runs.
         """
+        donor = self.checkpoints[owner]
         heads = {}
-        for info in donor.tensors.values():
+        for info in ours.values():
             if partner := donor.tied_partner(info.name, info.shape):
                 heads[info.name] = partner.name
                 self.findings.left_out.append(
@@ -200,26 +270,28 @@ class Structure:
                 if partner is None and info.name in heads and not theirs.config:
                     partner = theirs.tensors.get(heads[info.name])
                 if partner is not None:
-                    self.tied.append(TiedPair(self.models.index(taken.ref), info, partner))
+                    pair = TiedPair(self.models.index(taken.ref), info, partner)
+                    self.tied += [pair] if pair not in self.tied else []
                 elif info.name in heads:
-                    self._refuse_head(taken, info, name)
+                    self._refuse_head(taken, info, owner)
         return set(heads)
 
     def _report_extras(
-        self, donor: Weights, name: ModelRef, inputs: Sequence[Input], *, but: str | None = None
+        self, owner: ModelRef, inputs: Sequence[Input], module: Module, *, but: str | None = None
     ) -> None:
         """Tensors that another model has and the output will not; those below the prefix `but` are told elsewhere."""
+        donor = self.checkpoints[owner]
         for taken in inputs:
             theirs = self.checkpoints[taken.ref]
             lost = []
-            for info in theirs.tensors.values():
+            for info in self._tensors(taken.ref, module).values():
                 if info.name in donor.tensors or (but is not None and in_stack(info.name, but)):
                     continue
                 if donor.tied_partner(info.name, info.shape) is None:
                     lost.append(info.name)
                 elif theirs.tied_partner(info.name, info.shape) is None:
-                    self._refuse_head(taken, info, name)
-            self._leave_out(lost, taken.ref, name)
+                    self._refuse_head(taken, info, owner)
+            self._leave_out(lost, taken.ref, owner)
 
     def _refuse_head(self, taken: Input, head: TensorInfo, donor: ModelRef) -> None:
         has = f"{taken.ref} has a head of its own, {head.name}"
@@ -233,10 +305,10 @@ class Structure:
             if note not in self.findings.left_out:
                 self.findings.left_out.append(note)
 
-    def _wanted_of_slices(self, runs: Sequence[Run]) -> list[tuple[Run, list[Wanted]]]:
-        prefix = self._common_prefix()
-        pieces = self.recipe.slices or []
-        for run, piece in zip(runs, pieces, strict=True):
+    def _wanted_of_slices(self, part: Part, module: Module) -> list[tuple[Run, list[Wanted]]]:
+        runs = part.runs
+        prefix = self._common_prefix(part, module)
+        for run, piece in zip(runs, part.slices, strict=True):
             for taken, source in zip(run.inputs, piece.sources, strict=True):
                 has = len(stacks(self.checkpoints[taken.ref].tensors)[prefix])
                 if source.layer_range[1] > has:
@@ -245,16 +317,15 @@ class Structure:
         self.findings.raise_any()
 
         owner = self.recipe.base_model or runs[0].donor.ref
-        donor = self.checkpoints[owner]
+        ours = self._tensors(owner, module)
         outer = list({taken.ref: taken for run in (runs[0], runs[-1]) for taken in run.inputs}.values())
-        heads = self._tied_heads(donor, owner, outer)
-        self._report_extras(donor, owner, outer, but=prefix)
-        outside = [info for info in donor.tensors.values() if not in_stack(info.name, prefix)]
-        outside = [info for info in outside if info.name not in heads]
+        heads = self._tied_heads(owner, outer, ours)
+        self._report_extras(owner, outer, module, but=prefix)
+        outside = [info for info in ours.values() if not in_stack(info.name, prefix) and info.name not in heads]
 
         wanted = [(runs[0], _around(runs[0], owner, [info for info in outside if is_embedding(info.name)]))]
         made: list[tuple[ModelRef, int]] = []
-        for run, piece in zip(runs, pieces, strict=True):
+        for run, piece in zip(runs, part.slices, strict=True):
             length = piece.sources[0].layer_range[1] - piece.sources[0].layer_range[0]
             layers = by_layer(self.checkpoints[run.donor.ref].tensors, prefix)
             tensors = []
@@ -267,24 +338,33 @@ class Structure:
             self._report_layer_extras(run, prefix, length)
             wanted.append((run, tensors))
         wanted.append((runs[-1], _around(runs[-1], owner, [info for info in outside if not is_embedding(info.name)])))
-        self.config_edit = self._edit_config(donor, made)
+        self.config_edits.append(self._edit_config(owner, role_of(prefix), made))
         return wanted
 
-    def _edit_config(self, donor: Weights, made: Sequence[tuple[ModelRef, int]]) -> ConfigEdit:
+    def _edit_config(self, owner: ModelRef, role: Role, made: Sequence[tuple[ModelRef, int]]) -> ConfigEdit:
         """What the donor's config must say of the output's layers; an entry per layer comes from that layer's model."""
+        section, config = self._config_of(owner, role)
         values: dict[str, Any] = {}
         for key in _LAYER_COUNTS:
-            if isinstance(donor.text_config.get(key), int):
+            if isinstance(config.get(key), int):
                 values[key] = len(made)
-        if donor.config and not values:
+        if self.checkpoints[owner].config and not values:
             self.findings.warnings.append("config.json names no layer count that could be set to the output's")
         for key in _PER_LAYER:
-            if isinstance(donor.text_config.get(key), list):
-                values[key] = [self._of_layer(model, key, layer) for model, layer in made]
-        return ConfigEdit(donor.text_section, values)
+            if isinstance(config.get(key), list):
+                values[key] = [self._of_layer(model, role, key, layer) for model, layer in made]
+        return ConfigEdit(section, values)
 
-    def _of_layer(self, model: ModelRef, key: str, layer: int) -> Any:
-        entries = self.checkpoints[model].text_config.get(key)
+    def _config_of(self, model: ModelRef, role: Role) -> tuple[str | None, Mapping[str, Any]]:
+        """Where a config describes what has that role, None for its top, and what stands there."""
+        weights = self.checkpoints[model]
+        if role == "text":
+            return weights.text_section, weights.text_config
+        section = next((name for name in weights.config if name.startswith(role) and name.endswith("_config")), None)
+        return section, weights.config[section] if section and isinstance(weights.config[section], dict) else {}
+
+    def _of_layer(self, model: ModelRef, role: Role, key: str, layer: int) -> Any:
+        entries = self._config_of(model, role)[1].get(key)
         if isinstance(entries, list) and layer < len(entries):
             return entries[layer]
         detail = f"the config of {model} has no entry of {key} for layer {layer}, which the output's config needs"
@@ -292,24 +372,24 @@ class Structure:
             self.findings.problems.append(Problem(detail))
         return None
 
-    def _common_prefix(self) -> str:
-        taken = dict.fromkeys([self.donor, *(taken.ref for run in self.runs for taken in run.inputs)])
-        prefixes = {model: self._layer_prefix(model) for model in taken}
+    def _common_prefix(self, part: Part, module: Module) -> str:
+        refs = dict.fromkeys([self.donor, *(taken.ref for run in part.runs for taken in run.inputs)])
+        prefixes = {model: self._layer_prefix(model, module) for model in refs}
         if len(set(prefixes.values())) > 1 and not self.findings.problems:
             named = ", ".join(f"{model} has {prefix}*" for model, prefix in prefixes.items())
             self.findings.problems.append(Problem(f"the models name their layers differently: {named}"))
         self.findings.raise_any()
         return next(iter(prefixes.values()))
 
-    def _layer_prefix(self, model: ModelRef) -> str:
+    def _layer_prefix(self, model: ModelRef, module: Module) -> str:
         """What stands before the layer number in the names of the layers that `layer_range` counts."""
-        checkpoint = self.checkpoints[model]
         complete = {
             prefix: numbers
-            for prefix, numbers in stacks(checkpoint.tensors).items()
+            for prefix, numbers in stacks(self._tensors(model, module)).items()
             if list(numbers) == list(range(len(numbers)))
         }
-        config = checkpoint.text_config
+        role: Role = role_of(next(iter(complete))) if len(complete) == 1 else "text"
+        config = self._config_of(model, role)[1]
         declared = [config[key] for key in _LAYER_COUNTS if isinstance(config.get(key), int)]
         fitting = [prefix for prefix, numbers in complete.items() if not declared or len(numbers) == declared[0]]
         if len(fitting) == 1:
@@ -319,7 +399,7 @@ class Structure:
             detail = f"{model} has not {wanted}, so it cannot be sliced"
         else:
             runs = ", ".join(f"{prefix}*" for prefix in fitting)
-            detail = f"{model} has several runs of layers ({runs}); slices cannot tell which is meant"
+            detail = f"{model} has several runs of layers ({runs}); put the slices under modules, one for each"
         self.findings.problems.append(Problem(detail))
         return ""
 

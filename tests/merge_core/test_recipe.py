@@ -60,7 +60,7 @@ def test_settings_are_numbers_gradients_or_filters(written: Any, place: float, e
 
 
 @pytest.mark.parametrize(
-    "written", [None, [], {}, {"filter": "a", "value": 1}, [1, {"value": 1}], [{"value": []}], [{"filter": "a"}]]
+    "written", [None, {}, {"q_proj": 1}, [1, {"value": 1}], [{"value": None}], [{"filter": "a"}], [[0, 1]]]
 )
 @pytest.mark.parametrize("key", ["weight", "density"])
 def test_what_is_no_setting_is_refused_with_its_place(written: Any, key: str) -> None:
@@ -82,7 +82,11 @@ TYPOS: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"limits": {"memry": 1}}, "#/limits/memry", "did you mean memory?"),
     ({"models": [{"model": "a"}, {"model": "a"}]}, "#/models/1/model", "listed twice"),
-    ({"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}]}]}, "#", "exactly one of models and slices"),
+    (
+        {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}]}]},
+        "#",
+        "exactly one of models, slices and modules",
+    ),
     ({"models": [{"model": "a+b+c"}]}, "#/models/0/model", "more than one '+'"),
     ({"models": [{"model": "a@b@c"}]}, "#/models/0/model", "more than one '@'"),
     ({"dtype": "int4"}, "#/dtype", "Input should be"),
@@ -136,22 +140,9 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("modules", {"text": {}}),
-    ],
-)
-def test_what_comes_later_says_so(key: str, value: Any) -> None:
-    assert Recipe.from_data({**GOOD, key: None}) == Recipe.from_data(GOOD)
-    with pytest.raises(RecipeError, match="not supported yet") as refused:
-        Recipe.from_data({**GOOD, key: value})
-    assert refused.value.problems[0].pointer == f"#/{key}"
-
-
-@pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: 1\n---\nb: 2\n", "several documents"),
+        ("a: 1\n---\nb: 2\n", "0/merge_method: say which"),
         ("a: &x [1]\nb: *x\n", "alias"),
         ("merge_method: ties\nmerge_method: slerp\n", "appears twice"),
         ("[" * 5000, "nested deeper"),
