@@ -468,6 +468,7 @@ class Recipe(_Keys):
             raise RecipeError("this is a mixture-of-experts recipe (mergekit-moe), which is not a merge of weights")
         if "merge_method" not in data and {"genome", "tasks"} <= set(data):
             raise RecipeError("this is an evolutionary search (mergekit-evolve), not a merge recipe")
+        data = {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:

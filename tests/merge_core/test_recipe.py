@@ -212,3 +212,10 @@ def test_model_references() -> None:
 @given(st.integers(1, 10**6), st.sampled_from([("", 1), ("KB", 10**3), ("MiB", 2**20), ("gb", 10**9), (" GiB", 2**30)]))
 def test_sizes(number: int, unit: tuple[str, int]) -> None:
     assert parse_bytes(f"{number}{unit[0]}") == number * unit[1]
+
+
+def test_a_key_without_a_value_is_not_given() -> None:
+    nothing = dict.fromkeys(
+        ("tokenizer_source", "tokenizer", "chat_template", "slices", "modules", "out_dtype", "name")
+    )
+    assert Recipe.from_data({**nothing, **GOOD}) == Recipe.from_data(GOOD)
