@@ -33,6 +33,8 @@ from merge_core.methods import find_method
 HERE = Path(__file__).parent
 PEER = HERE.parent / ".venv-peer" / "bin" / "mergekit-yaml"
 ON_BASE = {"base_model": "base"}
+WHOLE_MATRICES = {"limits": {"memory": "1650MiB"}}
+"""400 and five times the largest tensor in float32, which is the embedding."""
 RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"merge_method": "linear", "parameters": {"weight": 1}},
     "task_arithmetic": {"merge_method": "task_arithmetic", **ON_BASE, "parameters": {"weight": 0.3}},
@@ -61,6 +63,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "parameters": {"weight": 1, "density": 0.2},
     },
     "widen": {"merge_method": "widen", **ON_BASE},
+    "iso_c": {"merge_method": "iso_c", **ON_BASE, **WHOLE_MATRICES},
+    "iso_cts": {"merge_method": "iso_cts", **ON_BASE, **WHOLE_MATRICES},
+    "tsv_m": {"merge_method": "tsv_m", **ON_BASE, **WHOLE_MATRICES},
     "pcb whole model": {"merge_method": "pcb", **ON_BASE},
     "graft": {"merge_method": "graft", **ON_BASE, "parameters": {"sparsity": 0.1}},
     "arcee_fusion": {"merge_method": "arcee_fusion", **ON_BASE},
@@ -69,6 +74,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 NOT_IN_MERGEKIT = {
     *("widen", "pcb whole model", "graft", "wise_ft", "expo", "geometric_median"),
     *("darex", "half_reset"),
+    *("iso_c", "iso_cts", "tsv_m"),
 }
 ROUNDS_OF = {"large": 3, "small": 1}
 FOR_TORCH = "0.1"

@@ -23,6 +23,7 @@ from merge_core import __version__
 from merge_core.adapters import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from merge_core.files import WrittenFile, write_text
 from merge_core.merged import leaves
+from merge_core.method import ExactOn
 from merge_core.plan import Plan
 from merge_core.recipe import ModelRef
 from merge_core.weights import Weights
@@ -69,7 +70,7 @@ def write_companions(
         "version": 1,
         "made_with": {"weightsmith": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": platform.machine(),
-        "exact_on": "any machine",
+        "exact_on": _exact_on(plan),
         "recipe": plan.recipe.canonical(),
         "seed": plan.recipe.seed,
         "plan": plan.digest,
@@ -130,6 +131,13 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
         "on the same models gives the same bytes."
     )
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _exact_on(plan: Plan) -> ExactOn:
+    """Where the same recipe gives the same bytes: on any machine, unless a method that was used promises less."""
+    used = {type(step.method).exact_on for step in plan.steps if step.method}
+    used |= {_exact_on(stage) for stage in plan.stages.values()}
+    return "this machine" if "this machine" in used else "any machine"
 
 
 def _source(plan: Plan, model: ModelRef, weights: Weights, sources: Mapping[Path, str]) -> dict[str, Any]:

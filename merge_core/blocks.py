@@ -244,6 +244,14 @@ class Blocks:
                 refuse(found)
             return rows.to(self.device, non_blocking=True)
 
+        def read(run: slice) -> Tensor:
+            if self.is_over or self.stop():
+                raise Canceled("the merge was canceled")
+            rows = checkpoint.rows(info, start + run.start, start + run.stop)
+            if check and (found := kernels.first_nonfinite(rows)) >= 0:
+                refuse(found + run.start * step.grains.width)
+            return rows.to(self.device, non_blocking=True)
+
         def refuse(element: int) -> None:
             if element < 0:
                 checkpoint.rows(info, start, stop)  # says what is wrong
@@ -259,7 +267,16 @@ class Blocks:
         place = checkpoint.place(info) if self.device == CPU else None
         descriptor, offset = place or (-1, 0)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
-        return Rows(info.dtype.torch, shape, load, descriptor, offset + start * Weights.row_bytes(info), check, refuse)
+        return Rows(
+            info.dtype.torch,
+            shape,
+            load,
+            descriptor,
+            offset + start * Weights.row_bytes(info),
+            check,
+            refuse,
+            None if source.is_whole else read,
+        )
 
     def spans(self, step: Step) -> Iterator[Span]:
         """Runs of whole grains, as long as the plan's blocks."""

@@ -25,7 +25,7 @@ from merge_core.errors import Canceled
 from merge_core.layout import Slot
 from merge_core.merged import MergedWeights
 from merge_core.method import Known, Randomness
-from merge_core.plan import WRITING_BLOCKS, Plan, Step
+from merge_core.plan import Plan, Step
 from merge_core.progress import Progress, Report
 from merge_core.shards import ShardWriter
 from merge_core.weights import Weights
@@ -173,7 +173,7 @@ class Execution:
     def _outputs(self) -> list[Tensor]:
         """Space for the blocks that are merged or on their way to the disk, on pages of their own."""
         largest = max((self._block_bytes(step) for step in self.plan.steps), default=0)
-        count = self.plan.memory.threads + WRITING_BLOCKS
+        count = self.plan.memory.outputs
         if self.device != CPU:
             return [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(count)]
         return [torch.frombuffer(mmap.mmap(-1, max(1, largest)), dtype=torch.uint8) for _ in range(count)]

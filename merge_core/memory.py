@@ -28,11 +28,12 @@ def plan_memory(
     stages: Sequence[Plan] = (),
     planning: int = 0,
 ) -> MemoryPlan:
-    """As many threads and as large blocks as fit under the limit, with what the stages that are read need for theirs.
-    `planning`: bytes that the plan itself took, which blocks use again;
-    raises `MemoryLimitExceeded` where not even one grain does.
+    """As many threads and as large blocks as fit under the limit, with what the stages that are read need for theirs;
+    raises `MemoryLimitExceeded` where not even one grain does. Where blocks are whole tensors, fewer merged ones wait
+    for the disk before blocks of others shrink. `planning`: bytes that the plan itself took, which blocks use again.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    workers = threads or len(os.sched_getaffinity(0))
+    outputs = workers + WRITING_BLOCKS
     available = limit - FLOOR_BYTES
     if planning > available:
         wanted = (FLOOR_BYTES + planning) / 2**20
@@ -41,17 +42,14 @@ def plan_memory(
     of_stages = [(step, stage.scope) for stage in stages for step in stage.steps]
     kept = max([_kept_bytes(steps, scope), *(_kept_bytes(stage.steps, stage.scope) for stage in stages)])
 
-    def needs(threads: int, block_elements: int) -> int:
+    def needs(block_elements: int) -> int:
         """Bytes that so many threads need for blocks of so many elements, or of a grain where that is more."""
         work = [_block_bytes(step, scope, block_elements, on_gpu) for step in steps]
         measured = [_block_bytes(step, scope, block_elements, on_gpu)[0] for step, scope in of_stages]
         in_work = max([*(bytes_ for bytes_, _ in work), *measured], default=0) + kept
-        return threads * in_work + (threads + WRITING_BLOCKS) * max((written for _, written in work), default=0)
+        return workers * in_work + outputs * max((written for _, written in work), default=0)
 
-    least = [
-        (sum(_block_bytes(step, scope, 1, on_gpu)) + WRITING_BLOCKS * _block_bytes(step, scope, 1, on_gpu)[1], step)
-        for step in steps
-    ]
+    least = [(sum(_block_bytes(step, scope, 1, on_gpu)), step) for step in steps]
     least += [(_block_bytes(step, scope, 1, on_gpu)[0], step) for step, scope in of_stages]
     needed, worst = max(least, key=lambda need: need[0], default=(0, None))
     if worst is not None and needed > available:
@@ -60,11 +58,16 @@ def plan_memory(
             f"{FLOOR_BYTES / 2**20:,.0f} MiB besides, but the limit is {limit / 2**20:,.0f} MiB; raise limits.memory"
         )
         raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=worst.name)])
-    while threads > 1 and needs(threads, _LEAST_BLOCK) > available:
-        threads -= 1
-    while block_elements > 1 and needs(threads, block_elements) > available:
+    has_whole = any(step.least_rows == step.grains.rows > step.grains.size for step in steps)
+    while workers > 1 and needs(_LEAST_BLOCK) > available:
+        workers, outputs = workers - 1, outputs - 1
+    while has_whole and outputs > 1 and needs(_LEAST_BLOCK) > available:
+        outputs -= 1
+    while block_elements > 1 and needs(block_elements) > available:
         block_elements //= 2
-    return MemoryPlan(threads, block_elements, FLOOR_BYTES + max(planning, needs(threads, block_elements)))
+    while outputs > 1 and needs(block_elements) > available:
+        outputs -= 1
+    return MemoryPlan(workers, block_elements, outputs, FLOOR_BYTES + max(planning, needs(block_elements)))
 
 
 def _block_bytes(step: Step, scope: Scope, block_elements: int, on_gpu: bool) -> tuple[int, int]:

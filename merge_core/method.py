@@ -32,6 +32,7 @@ Semantics = Literal["mergekit", "paper"]
 Scope = Literal["tensor", "model"]
 BaseUse = Literal["required", "optional", "model"]
 Extent = Literal["grain", "tensor"]
+ExactOn = Literal["any machine", "this machine"]
 
 
 class PerModelMarker:
@@ -121,13 +122,13 @@ class Block:
     @cached_property
     def base(self) -> Tensor:
         """`[rows, *shape[1:]]`, in the working dtype."""
-        return self._base.load().to(self.working)
+        return self.origin.load().to(self.working)
 
     @property
     def task_vectors(self) -> TaskVectors:
         """δᵢ = θᵢ − θ₀, as kernels take them."""
         return TaskVectors(
-            self._base,
+            self.origin,
             tuple(self.stored),
             self.working,
             self.tensor,
@@ -136,6 +137,13 @@ class Block:
             self.randomness,
             self.out,
         )
+
+    @property
+    def origin(self) -> Rows:
+        """The base's rows, as they are stored."""
+        if self.stored_base is None:
+            raise ValueError("this block has no base")
+        return self.stored_base
 
     @property
     def elements(self) -> int:
@@ -171,7 +179,7 @@ class Block:
 
     def linear(self, weights: tuple[float, ...], divisor: float = 1.0, *, with_base: bool = False) -> Tensor:
         """Σᵢ wᵢ θᵢ / divisor, the base first where it takes part."""
-        sources = [self._base, *self.stored] if with_base else list(self.stored)
+        sources = [self.origin, *self.stored] if with_base else list(self.stored)
         return kernels.linear(sources, weights, divisor, self.working, self.grain_elements, self.out)
 
     @property
@@ -194,12 +202,6 @@ class Block:
     def _given(self, name: str, model: int) -> Rows | None:
         each = self.given.get(name, (None,))
         return each[model if len(each) > 1 else 0]
-
-    @property
-    def _base(self) -> Rows:
-        if self.stored_base is None:
-            raise ValueError("this block has no base")
-        return self.stored_base
 
 
 class Stage(ABC):
@@ -246,7 +248,8 @@ class MergeMethod(BaseModel, ABC):
     first, `measured`, the parameters its statistics depend on (alike for all tensors where the scope is the model),
     whose meaning of the name it is (`semantics`), and `workspace`: the temporaries that the plain form holds at once,
     as arrays of a block's size, per model and fixed. `statistics` names the files of numbers it takes, `own_bases` says
-    that each model brings the base it was tuned from, `precision` what the arithmetic is done in at least.
+    that each model brings the base it was tuned from, `precision` what the arithmetic is done in at least, `exact_on`
+    where the same recipe gives the same bytes, which with BLAS or LAPACK is not any machine.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -264,12 +267,19 @@ class MergeMethod(BaseModel, ABC):
     statistics: ClassVar[Mapping[str, Given]] = {}
     own_bases: ClassVar[bool] = False
     precision: ClassVar[Literal["float32", "float64"]] = "float32"
+    exact_on: ClassVar[ExactOn] = "any machine"
 
     def extent(self, shape: Sequence[int]) -> Extent:
         """What a block must hold at least of a tensor of that shape: a grain, which is whole rows of the first
         dimension, or all of it. A method whose rows are in the last dimension takes a 1-D tensor as one row.
         """
         return "grain"
+
+    def held(self, shape: Sequence[int]) -> float | None:
+        """How many arrays of a tensor's size are held at once by a method that sees it whole but reads it in runs of
+        rows, temporaries included; None where `workspace` says it.
+        """
+        return None
 
     def stages(self, scope: Scope) -> Sequence[Stage]:
         """The passes this tensor needs before `merge`; none for most methods."""

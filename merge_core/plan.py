@@ -16,6 +16,7 @@ from typing import Any
 from merge_core import __version__, kernels
 from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.headers import TensorInfo
+from merge_core.kernels.vectors import RUN_ELEMENTS
 from merge_core.layout import ShardLayout
 from merge_core.method import MergeMethod, Scope
 from merge_core.recipe import ModelRef, Recipe, canonical_json
@@ -28,6 +29,8 @@ UNFUSED_BLOCK_ELEMENTS = 2**17
 """The temporaries of plain torch are as long as the block, and quickest while they fit into the cache."""
 STATISTICS_BYTES = 5 * 2**19
 """Histograms of one model's ranks."""
+_RUN_BYTES = 48
+"""What an element of a run of rows takes in all: as it is stored and in float32, of two sources, and in float64."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,9 @@ class Step:
             return stored + 8
         if on_gpu:
             return stored
+        if (held := self.method.held(self.shape)) is not None:
+            whole = sum(source.info.dtype.itemsize for source in self.reads if source.is_whole)
+            return math.ceil(held * self.working.itemsize) + whole
         if self.is_fused:
             return stored if any(source.temporary for source in self.reads) else 0
         per_model, fixed = self.method.workspace
@@ -137,6 +143,8 @@ class Step:
         small = [source.info for source in self.reads if source.small]
         space += sum(info.nbytes + info.elements * self.working.itemsize for info in small)
         ranks = self.method is not None and len(self.method.stages(scope)) > 1
+        if self.method is not None and self.method.held(self.shape) is not None:
+            space = _RUN_BYTES * min(max(RUN_ELEMENTS, self.grains.width), self.grains.rows * self.grains.width)
         computing = max((source.thread_bytes for source in self.reads), default=0)
         return space + computing + (STATISTICS_BYTES * len(self.sources) if ranks else 0)
 
@@ -157,10 +165,13 @@ class TiedPair:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Threads, elements per block, and the peak they lead to (bytes, the whole process)."""
+    """Threads, elements per block, merged blocks that may wait or be made at once, and the peak they lead to (bytes,
+    the whole process).
+    """
 
     threads: int
     block_elements: int
+    outputs: int
     peak: int
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 Numbers = tuple[float, ...]
 KEEP_ALL_TIES = (2**62, 0)
 KEEP_NO_TIES = (0, 0)
+RUN_ELEMENTS = 2**19
+"""Of a tensor that is read in runs of rows, the elements of one, or a row where that has more."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Rows:
 
     `load` gives them as a tensor. Rows in a file lie at `offset` of `descriptor`; whoever reads them there calls
     `refuse` with the first element that is NaN or infinite, if `checked` asks for that, or with −1 if the file ends.
+    `read` gives some of them alone, where that can be had.
     """
 
     dtype: torch.dtype
@@ -30,6 +33,7 @@ class Rows:
     offset: int = 0
     checked: bool = False
     refuse: Callable[[int], None] = lambda element: None
+    read: Callable[[slice], Tensor] | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
@@ -39,6 +43,10 @@ class Rows:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    def run(self, rows: slice) -> Tensor:
+        """Some of the rows, without the others in memory."""
+        return self.load()[rows] if self.read is None else self.read(rows)
 
 
 class Draws(Protocol):

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from merge_core.matrices import MatrixMethod
+from merge_core.methods import METHODS
+from merge_core.sizes import parse_bytes
 from tests.conftest import METHOD_RECIPES, method_recipe, write_checkpoint, write_numbers
 from tests.merge_core.test_adapters import write_adapter
 
@@ -29,17 +32,21 @@ print(json.dumps([planned, int(status["VmHWM"].split()[0]) * 1024]))
 """
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Base and three fine-tunes, each one tensor of 96 MB in bf16: 768 MB where all are held in float32."""
-    folder = tmp_path_factory.mktemp("large")
+def write_models(folder: Path, shape: tuple[int, int]) -> Path:
+    """Base and three fine-tunes of one bf16 tensor."""
     for seed, name in enumerate(["base", "m0", "m1", "m2"]):
-        tensor = torch.randn(48_000, 1000, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        tensor = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
         write_checkpoint(folder / name, {"model.embed.weight": tensor})
         del tensor
     (folder / "old").symlink_to(folder / "m0")
-    write_numbers(folder, {"model.embed.weight": torch.empty(48_000, 1000)})
+    write_numbers(folder, {"model.embed.weight": torch.empty(shape)})
     return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tensor of 96 MB: 768 MB where all four are held in float32."""
+    return write_models(tmp_path_factory.mktemp("large"), (48_000, 1000))
 
 
 def merge_alone(models: Path, out: Path, recipe: dict[str, Any] | list[dict[str, Any]], form: str = "compiled") -> None:
@@ -52,12 +59,23 @@ def merge_alone(models: Path, out: Path, recipe: dict[str, Any] | list[dict[str,
         env={**os.environ, "WEIGHTSMITH_KERNELS": form},
     )
     planned, measured = json.loads(ran.stdout)
-    assert measured <= planned <= 512 * 2**20
+    last = recipe[-1] if isinstance(recipe, list) else recipe
+    assert measured <= planned <= parse_bytes(last["limits"]["memory"])
 
 
-@pytest.mark.parametrize("title", METHOD_RECIPES)
+WHOLE_MATRICES = {name for name, of in METHODS.items() for method in of.values() if issubclass(method, MatrixMethod)}
+
+
+@pytest.mark.parametrize("title", [title for title in METHOD_RECIPES if title not in WHOLE_MATRICES])
 def test_the_process_stays_under_its_limit_and_under_its_plan(large: Path, tmp_path: Path, title: str) -> None:
     merge_alone(large, tmp_path / "out", method_recipe(title, limits={"memory": "512MiB"}))
+
+
+@pytest.mark.parametrize("title", sorted(WHOLE_MATRICES))
+def test_whole_matrices_take_five_times_a_tensor_in_float32(tmp_path: Path, title: str) -> None:
+    models = write_models(tmp_path / "models", (15_000, 1000))
+    memory = 400 * 2**20 + 5 * 4 * 15_000 * 1000
+    merge_alone(models, tmp_path / "out", method_recipe(title, limits={"memory": memory}))
 
 
 def test_so_it_does_with_adapters(large: Path, tmp_path: Path) -> None:
