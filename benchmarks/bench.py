@@ -70,10 +70,26 @@ RECIPES: dict[str, dict[str, Any]] = {
     "graft": {"merge_method": "graft", **ON_BASE, "parameters": {"sparsity": 0.1}},
     "arcee_fusion": {"merge_method": "arcee_fusion", **ON_BASE},
     "sce": {"merge_method": "sce", **ON_BASE, "parameters": {"select_topk": 0.2}},
+    "breadcrumbs": {
+        "merge_method": "breadcrumbs",
+        **ON_BASE,
+        "parameters": {"weight": 0.3, "density": 0.5, "gamma": 0.01},
+    },
+    "breadcrumbs_ties": {
+        "merge_method": "breadcrumbs_ties",
+        **ON_BASE,
+        "parameters": {"weight": 0.3, "density": 0.5, "gamma": 0.01},
+    },
+    "breadcrumbs per row": {"merge_method": "breadcrumbs", **ON_BASE, "semantics": "paper"},
+    "della": {"merge_method": "della", **ON_BASE, "parameters": {"weight": 0.3, "density": 0.5}},
+    "della_linear": {"merge_method": "della_linear", **ON_BASE, "parameters": {"weight": 0.3, "density": 0.5}},
+    "magnitude_prune": {"merge_method": "magnitude_prune", **ON_BASE, "parameters": {"weight": 0.3}},
+    "magmax": {"merge_method": "magmax", **ON_BASE},
 }
 NOT_IN_MERGEKIT = {
     *("widen", "pcb whole model", "graft", "wise_ft", "expo", "geometric_median"),
     *("darex", "half_reset"),
+    *("breadcrumbs per row", "magnitude_prune", "magmax"),
     *("iso_c", "iso_cts", "tsv_m"),
 }
 ROUNDS_OF = {"large": 3, "small": 1}

@@ -216,6 +216,11 @@ class Stage(ABC):
         """Whether a plan reckons with the pass."""
         return True
 
+    @property
+    def space(self) -> int:
+        """Bytes per model that a thread counts in, besides its blocks."""
+        return 0
+
     def needed(self, known: Known) -> bool:
         """Whether the pass has to be made, given what earlier stages came to."""
         return True

@@ -114,9 +114,10 @@ class Step:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the compiled kernels do all of it, a grain at a time."""
+        """Whether the compiled kernels do all of it, a grain at a time; not so for a whole tensor of several."""
         formats = (self.dtype.torch, *(source.info.dtype.torch for source in self.reads))
-        return self.method is not None and self.method.is_fused and kernels.serve(formats)
+        by_grain = self.least_rows <= self.grains.size
+        return self.method is not None and self.method.is_fused and by_grain and kernels.serve(formats)
 
     def element_bytes(self, *, on_gpu: bool = False) -> int:
         """Bytes of main memory per element of a block in work, temporaries included; the merged block comes on top."""
@@ -135,18 +136,19 @@ class Step:
         return arrays * self.working.itemsize + stored
 
     def thread_bytes(self, scope: Scope) -> int:
-        """Bytes of memory that a thread needs however long its blocks are: one grain of all sources, small sources,
-        histograms.
+        """Bytes of memory that a thread needs however long its blocks are: one grain of all sources and a mark per
+        element and model, small sources, histograms.
         """
         grain = min(self.grains.size, self.grains.rows) * max(1, self.grains.width)
-        space = 4 * grain * len(self.reads) if self.is_fused else 0
+        space = grain * (4 * len(self.reads) + len(self.sources)) if self.is_fused else 0
         small = [source.info for source in self.reads if source.small]
         space += sum(info.nbytes + info.elements * self.working.itemsize for info in small)
-        ranks = self.method is not None and len(self.method.stages(scope)) > 1
+        stages = self.method.stages(scope) if self.method is not None else ()
+        counting = max([stage.space for stage in stages] + [STATISTICS_BYTES] * (len(stages) > 1), default=0)
         if self.method is not None and self.method.held(self.shape) is not None:
             space = _RUN_BYTES * min(max(RUN_ELEMENTS, self.grains.width), self.grains.rows * self.grains.width)
         computing = max((source.thread_bytes for source in self.reads), default=0)
-        return space + computing + (STATISTICS_BYTES * len(self.sources) if ranks else 0)
+        return space + computing + counting * len(self.sources)
 
     def kept_bytes(self, scope: Scope) -> int:
         """Bytes of memory that measuring takes per thread until it is finished."""

@@ -10,6 +10,7 @@ first tensor in name order and the lowest index in it go first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from merge_core import kernels
 from merge_core.kernels.plain import pairs
-from merge_core.kernels.vectors import KEEP_ALL_TIES, KEEP_NO_TIES, TaskVectors
+from merge_core.kernels.vectors import KEEP_ALL_TIES, KEEP_NO_TIES, Numbers, TaskVectors
 from merge_core.method import Block, Known, Scope, Stage
 from merge_core.statistics import Counters, Counts, GrainSums, Statistic, grain_sums
 
@@ -41,16 +42,18 @@ def task_vectors(block: Block) -> TaskVectors:
     return block.task_vectors
 
 
-def largest(vectors: Ranked, keep: Keep, scope: Scope, *, cut_ties: bool) -> list[Stage]:
+def largest(vectors: Ranked, keep: Keep, scope: Scope, *, cut_ties: bool, cut_off: Keep | None = None) -> list[Stage]:
     """Stages after which `trimmed` keeps the entries of the largest magnitudes of each model.
 
     `keep(model, entries)` says how many to keep of so many. With `cut_ties` it is exactly that many, the lowest element
-    indices of equal magnitudes first; without, every magnitude equal to the smallest kept one is kept as well.
+    indices of equal magnitudes first; without, every magnitude equal to the smallest kept one is kept as well. Of
+    those, `cut_off(model, entries)` of the largest are then left out, which takes no further pass.
     """
+    keeps = (keep,) if cut_off is None else (keep, cut_off)
     stages: list[Stage] = [
-        Sample(vectors, keep),
-        Bracket(vectors, keep, scope, cut_ties),
-        HighDigits(vectors, keep),
+        Sample(vectors, keeps),
+        Bracket(vectors, keeps, scope, cut_ties),
+        HighDigits(vectors, keeps),
         LowDigits(vectors),
     ]
     if cut_ties:
@@ -59,9 +62,23 @@ def largest(vectors: Ranked, keep: Keep, scope: Scope, *, cut_ties: bool) -> lis
 
 
 def trimmed(vectors: TaskVectors, block: Block, known: Known) -> TaskVectors:
-    """The task vectors with 0 for whatever is not among the largest."""
+    """The task vectors with 0 for whatever is not among the largest, or among those that are cut off."""
+    models, thresholds = len(vectors), _thresholds(known)
     ties = tuple(_ties_here(cut, block) for cut in known["cut"]) if "cut" in known else None
-    return vectors.trimmed(tuple(known["threshold"]), ties)
+    left = vectors.trimmed(thresholds[:models], None if ties is None else ties[:models])
+    if len(thresholds) == models:
+        return left
+    return left.cut_off(thresholds[models:], None if ties is None else ties[models:])
+
+
+def _thresholds(known: Known) -> Numbers:
+    """The k-th largest magnitudes of the models, after them those of what is cut off; none reaches NaN."""
+    return tuple(math.nan if threshold is None else threshold for threshold in known["threshold"])
+
+
+def _wanted(keeps: Sequence[Keep], models: int, entries: int) -> list[int]:
+    """How many of the largest of so many entries: per model, and again for each further rank."""
+    return [min(keep(model, entries), entries) for keep in keeps for model in range(models)]
 
 
 def _ties_here(cut: Sequence[Any] | None, block: Block) -> tuple[int, int]:
@@ -92,12 +109,12 @@ class _AfterAll(Stage):
 
 @dataclass
 class Sample(_AtOnce):
-    """About where the k-th largest magnitude is: `known["guess"]`, per model the high digits from and to, and those of
+    """About where the k-th largest magnitude is: `known["guess"]`, per rank the high digits from and to, and those of
     which the least value is the most likely one.
     """
 
     vectors: Ranked
-    keep: Keep
+    keeps: tuple[Keep, ...]
     name: ClassVar[str] = "ranks, sample"
     reads: ClassVar[float] = 1 / 16
 
@@ -115,9 +132,9 @@ class Sample(_AtOnce):
         if entries < _FEWEST_SAMPLES:
             return
         guess = []
-        for model, histogram in enumerate(histograms):
-            share = min(1.0, max(0.0, self.keep(model, 2**30) / 2**30))
-            from_top = np.cumsum(histogram[::-1])
+        for number, wanted in enumerate(_wanted(self.keeps, len(histograms), 2**30)):
+            share = max(0.0, wanted / 2**30)
+            from_top = np.cumsum(histograms[number % len(histograms)][::-1])
             margin = 16 + 4 * (8 * entries * share * (1 - share)) ** 0.5
             ranks = [share * entries + sign * margin for sign in (-1, 0, 1)]
             high, middle, low = (_HIGH_DIGITS - 1 - int(np.searchsorted(from_top, rank)) for rank in ranks)
@@ -131,27 +148,32 @@ class Bracket(_AtOnce):
     """The k-th largest magnitude, if it is where the sample said."""
 
     vectors: Ranked
-    keep: Keep
+    keeps: tuple[Keep, ...]
     scope: Scope
     cut_ties: bool
     name: ClassVar[str] = "ranks"
+
+    @property
+    def space(self) -> int:
+        """More than that of the stages beside it, which stand behind it."""
+        return 8 * (len(self.keeps) * _BRACKET * _LOW_DIGITS + _LOW_DIGITS)
 
     def needed(self, known: Known) -> bool:
         return "guess" in known
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        models = len(block.stored)
+        ranks = len(known["guess"])
         lows, highs, candidates = zip(*known["guess"], strict=True)
-        equal = np.zeros((models, -(-block.elements // block.grain_elements)), np.int64)
+        equal = np.zeros((ranks, -(-block.elements // block.grain_elements)), np.int64)
         kernels.bracket(
             self.vectors(block),
             lows,
             highs,
             candidates,
             _counts(
-                found, "\0digits", (models, _LOW_DIGITS * max(high - low for low, high, _ in known["guess"]))
+                found, "\0digits", (ranks, _LOW_DIGITS * max(high - low for low, high, _ in known["guess"]))
             ).values,
-            _counts(found, "\0above", (models,)).values,
+            _counts(found, "\0above", (ranks,)).values,
             equal,
         )
         _counts(found, "\0entries", (1,)).values += block.elements
@@ -160,19 +182,27 @@ class Bracket(_AtOnce):
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         digits, above, entries = (cast(Counts, found[f"\0{name}"]).values for name in ("digits", "above", "entries"))
         ties = _per_tensor(found)
-        wanted, left, threshold, kept, all_ = [], [], [], [], []
+        guess = known.pop("guess")
+        wanted = _wanted(self.keeps, len(guess) // len(self.keeps), int(entries[0]))
+        threshold: list[float | None] = []
+        kept: list[int] = []
+        all_: list[int] = []
         all_candidates = True
-        for model, (low, _, candidate) in enumerate(known.pop("guess")):
+        for number, (low, _, candidate) in enumerate(guess):
+            if wanted[number] <= 0:
+                threshold.append(None)
+                kept.append(0)
+                all_.append(0)
+                continue
             place = (candidate - low) << 16
-            digits[model, place] += sum(int(counts[model].sum()) for counts in ties.values())
-            wanted.append(min(self.keep(model, int(entries[0])), int(entries[0])))
-            left.append(wanted[-1] - int(above[model]))
-            if not 0 < left[-1] <= int(digits[model].sum()):
+            digits[number, place] += sum(int(counts[number].sum()) for counts in ties.values())
+            left = wanted[number] - int(above[number])
+            if not 0 < left <= int(digits[number].sum()):
                 return  # the sample misled
-            (here,), (rest,) = _descend(digits[model : model + 1], left[-1:])
+            (here,), (rest,) = _descend(digits[number : number + 1], [left])
             threshold.append(float(np.int32((low << 16) + here).view(np.float32)))
             kept.append(rest)
-            all_.append(int(digits[model, here]))
+            all_.append(int(digits[number, here]))
             all_candidates &= here == place
         known |= {"wanted": wanted, "threshold": threshold, "ties_kept": kept, "ties": all_, "entries": int(entries[0])}
         if self.cut_ties and all_candidates and _is_cut(known):
@@ -181,10 +211,10 @@ class Bracket(_AtOnce):
 
 @dataclass
 class HighDigits(_AfterAll):
-    """Which bucket of the high 16 bits holds the k-th largest magnitude of each model."""
+    """Which bucket of the high 16 bits holds the k-th largest magnitude of each model, for every rank."""
 
     vectors: Ranked
-    keep: Keep
+    keeps: tuple[Keep, ...]
     name: ClassVar[str] = "ranks, high digits"
 
     def needed(self, known: Known) -> bool:
@@ -198,8 +228,8 @@ class HighDigits(_AfterAll):
         histograms = cast(Counts, found["digits"]).values
         entries = int(histograms[0].sum())
         known["entries"] = entries
-        known["wanted"] = [min(self.keep(model, entries), entries) for model in range(len(histograms))]
-        known["bucket"], known["left"] = _descend(histograms, known["wanted"])
+        known["wanted"] = _wanted(self.keeps, len(histograms), entries)
+        known["bucket"], known["left"] = _descend(np.tile(histograms, (len(self.keeps), 1)), known["wanted"])
 
 
 @dataclass
@@ -213,7 +243,7 @@ class LowDigits(_AfterAll):
         return "threshold" not in known
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        counts = _counts(found, "digits", (len(block.stored), _LOW_DIGITS))
+        counts = _counts(found, "digits", (len(known["bucket"]), _LOW_DIGITS))
         kernels.low_digits(self.vectors(block), known["bucket"], counts.values)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
@@ -222,11 +252,14 @@ class LowDigits(_AfterAll):
         known["ties"] = [int(histogram[digit]) for histogram, digit in zip(histograms, low, strict=True)]
         bits = np.array(known["bucket"], np.int64) << 16 | np.array(low, np.int64)
         known["threshold"] = bits.astype(np.int32).view(np.float32).astype(np.float64).tolist()
+        for number, wanted in enumerate(known["wanted"]):
+            if wanted <= 0:
+                known["threshold"][number], known["ties_kept"][number], known["ties"][number] = None, 0, 0
 
 
 @dataclass
 class TiesPerTensor(_AfterAll):
-    """In which tensor each model's ties are cut: `known["cut"]`, per model its name and how many it keeps, or None."""
+    """In which tensor each model's ties are cut: `known["cut"]`, per rank its name and how many it keeps, or None."""
 
     vectors: Ranked
     name: ClassVar[str] = "ties at the threshold, per tensor"
@@ -235,7 +268,7 @@ class TiesPerTensor(_AfterAll):
         return "cut" not in known and _is_cut(known)
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        _count_ties(found, block, kernels.ties(self.vectors(block), tuple(known["threshold"])), "model")
+        _count_ties(found, block, kernels.ties(self.vectors(block), _thresholds(known)), "model")
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         known["cut"] = _first_cut(_per_tensor(found), known)
@@ -243,7 +276,7 @@ class TiesPerTensor(_AfterAll):
 
 @dataclass
 class TiesPerGrain(_AfterAll):
-    """In which grain each model's ties are cut: `known["cut"]`, per model the tensor, the grain and how many it keeps
+    """In which grain each model's ties are cut: `known["cut"]`, per rank the tensor, the grain and how many it keeps
     there, or None where all are kept.
     """
 
@@ -258,7 +291,7 @@ class TiesPerGrain(_AfterAll):
         return "cut" not in known or any(cut is not None and cut[0] == tensor for cut in known["cut"])
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        _count_ties(found, block, kernels.ties(self.vectors(block), tuple(known["threshold"])), "tensor")
+        _count_ties(found, block, kernels.ties(self.vectors(block), _thresholds(known)), "tensor")
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         known["cut"] = _cut_in(_per_tensor(found), known)

@@ -293,6 +293,52 @@ def _expert_merging(case: Case) -> Run:
     )
 
 
+def _breadcrumbs(case: Case) -> Run:
+    params = case["params"]
+    recipe: dict[str, Any] = {
+        "merge_method": "breadcrumbs",
+        "base_model": case["inputs"]["base"],
+        "models": _models(case),
+        "parameters": {"lambda": params["scaling"]},
+    }
+    if "top_k_keep" in params:
+        recipe["semantics"] = "paper"
+        recipe["parameters"] |= {key: params[key] for key in ("top_k_keep", "top_k_remove")}
+        recipe["parameters"]["remove_first"] = params.get("remove_first", True)
+    else:
+        density, gamma = _shares_of_a_band(case)
+        recipe["parameters"] |= {"weight": 1.0, "density": density, "gamma": gamma}
+    return Run(recipe)
+
+
+def _shares_of_a_band(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """MergeLLM leaves out the int(N · bottom) smallest, keeps int(N · density) and one more on each side: per tensor
+    the shares that mean the same.
+    """
+    shares: dict[str, tuple[float, float]] = {}
+    for name, tensor in load_file(_folder(case) / case["inputs"]["base"]).items():
+        entries = tensor.numel()
+        below, kept = int(entries * case["params"]["bottom"]) - 1, int(entries * case["params"]["param_density"]) + 2
+        shares[name] = ((kept + 0.5) / entries, (entries - below - kept + 0.5) / entries)
+    by_length = sorted(shares, key=len, reverse=True)  # a filter is part of a name, the first that fits counts
+    return tuple([{"filter": name, "value": shares[name][i]} for name in by_length] for i in (0, 1))  # type: ignore[return-value]
+
+
+def _magnitude_prune(case: Case) -> Run:
+    params, count = case["params"], len(case["inputs"]["models"])
+    if params["combine"] != "average":
+        raise Skip(f"magnitude pruning before {params['combine']} is not a method here")
+    return Run(
+        {
+            "merge_method": "magnitude_prune",
+            "base_model": case["inputs"]["base"],
+            "models": _models(case),
+            "parameters": {"drop_rate": params["p"], "weight": 1 / count},
+            "exclude": [pattern.replace(".*", "") for pattern in params.get("exclude", ())],
+        }
+    )
+
+
 def _density_of_mask_rate(case: Case, rate: float) -> float:
     """MergeLM keeps |δ| ≥ its int(N · rate)-th smallest, TIES int(N · density) + 1 entries: the density that means the
     same.
@@ -328,6 +374,8 @@ ADAPTERS: dict[str, Callable[[Case], Run]] = {
     "darex_q": _darex_q,
     "darex_analytical_q": _analytic_q,
     "expert_merging_chunk": _expert_merging,
+    "breadcrumbs": _breadcrumbs,
+    "magnitude_prune": _magnitude_prune,
     **{f"mergekit/{name}": _mergekit for name in METHODS},
 }
 WHOLE_RECIPES = {f"mergekit-yaml/{name}" for name in METHODS}

@@ -89,13 +89,13 @@ def combine(
     """θ₀ + λ · the task vectors combined: `[rows, ...]`, in the working dtype or rounded into `vectors.out`.
 
     Without a `vote` all entries are combined, else those whose sign the sum has; a sum of zero elects + (`"plus"`) or
-    the sign `majority`. `average`: the sum, that divided by the `weights` of the entries, by their number, or the
-    largest magnitude. Without a vote it may also be "shared": the mean of the entries that are not 0, and where there
-    is only one, that times its weight.
+    the sign `majority`. `average`: the sum, that divided by the `weights` of the entries, by their number (with a vote
+    only), or the entry of the largest magnitude, of equal ones the first. Without a vote it may also be "shared": the
+    mean of the entries that are not 0, and where there is only one, that times its weight.
     """
     weights = weights if len(weights) == len(vectors) else weights * len(vectors)
     sources = (vectors.base, *vectors.models)
-    target = _target(sources, vectors.working, vectors.out) if _has_keys(vectors) else None
+    target = _target(sources, vectors.working, vectors.out) if _has_compiled_form(vectors) else None
     if target is None:
         return plain.combine(vectors, vote, majority, average, weights, scale)
     with _operands(vectors) as operands:
@@ -153,9 +153,9 @@ def high_digits(vectors: TaskVectors, found: NDArray[np.int64]) -> None:
 
 
 def low_digits(vectors: TaskVectors, buckets: Sequence[int], found: NDArray[np.int64]) -> None:
-    """Add up how often each value of the low 16 bits occurs where the high ones are the model's bucket.
+    """Add up how often each value of the low 16 bits occurs where the high ones are the bucket.
 
-    `found` is `[models, 2**16]`.
+    `found` is `[buckets, 2**16]`; the buckets are one per model, or one after the other, the models in turns.
     """
     if not _is_served(vectors):
         return plain.low_digits(vectors, buckets, found)
@@ -180,11 +180,11 @@ def bracket(
     above: NDArray[np.int64],
     equal: NDArray[np.int64],
 ) -> None:
-    """Add up how many |δ| have high digits of `highs` and more (`above`, `[models]`), and how often each value occurs
-    whose high digits are from `lows` on and less (`digits`, `[models, values]`).
+    """Add up how many |δ| have high digits of `highs` and more (`above`, `[ranges]`), and how often each value occurs
+    whose high digits are from `lows` on and less (`digits`, `[ranges, values]`).
 
-    Those equal to the model's candidate, the least value of some high digits inside, are not among `digits`, but in
-    `equal`, `[models, grains]`.
+    Those equal to the range's candidate, the least value of some high digits inside, are not among `digits`, but in
+    `equal`, `[ranges, grains]`. The ranges are one per model, or one after the other, the models in turns.
     """
     if not _is_served(vectors):
         return plain.bracket(vectors, lows, highs, candidates, digits, above, equal)
@@ -202,10 +202,13 @@ def bracket(
 
 
 def ties(vectors: TaskVectors, thresholds: Numbers) -> NDArray[np.int64]:
-    """How many |δ| in float32 equal the model's threshold, in each grain: `[models, grains]`."""
+    """How many |δ| in float32 equal a threshold, in each grain: `[thresholds, grains]`.
+
+    The thresholds are one per model, or one after the other, the models in turns.
+    """
     if not _is_served(vectors):
         return plain.ties(vectors, thresholds)
-    found = np.empty((len(vectors), math.ceil(vectors.elements / vectors.grain)), np.int64)
+    found = np.empty((len(thresholds), math.ceil(vectors.elements / vectors.grain)), np.int64)
     with _operands(vectors) as operands:
         _compiled().ties(operands, np.array(thresholds, np.float32), found)
     return found
@@ -230,7 +233,7 @@ def gram(sources: Sequence[Rows], working: torch.dtype, grain: int, base: Rows |
 
 def absolute_sums(vectors: TaskVectors) -> Sums:
     """Σ|δ| of the plain task vectors, then of what is left of them: `[grains, 2 · models]`, float64."""
-    if not _is_served(vectors):
+    if not _is_served(vectors, by_rank=True):
         return plain.absolute_sums(vectors)
     found = np.empty((math.ceil(vectors.elements / vectors.grain), 2 * len(vectors)), np.float64)
     with _operands(vectors) as operands:
@@ -327,14 +330,24 @@ def _in_memory(source: Rows) -> bool:
     return tensor.is_cpu and tensor.is_contiguous()
 
 
-def _is_served(vectors: TaskVectors) -> bool:
-    return _has_keys(vectors) and _are_served((vectors.base, *vectors.models), vectors.working)
+def _is_served(vectors: TaskVectors, *, by_rank: bool = False) -> bool:
+    """Whether a kernel serves these; not all know of places in rows."""
+    if vectors.rank_rates is not None and not by_rank:
+        return False
+    return _has_compiled_form(vectors) and _are_served((vectors.base, *vectors.models), vectors.working)
 
 
-def _has_keys(vectors: TaskVectors) -> bool:
-    return vectors.drop_rates is None or (
-        vectors.draws is not None and vectors.draws.key(vectors.tensor, 0) is not None
-    )
+def _has_compiled_form(vectors: TaskVectors) -> bool:
+    """Whether random numbers can be drawn by key where they are needed, and no row is longer than a grain."""
+    ranks = vectors.rank_rates
+    if ranks is not None and (ranks.width * ranks.stride > vectors.grain or vectors.drop_rates is not None):
+        return False
+    return not _is_drawn(vectors) or (vectors.draws is not None and vectors.draws.key(vectors.tensor, 0) is not None)
+
+
+def _is_drawn(vectors: TaskVectors) -> bool:
+    ranks = vectors.rank_rates
+    return vectors.drop_rates is not None or (ranks is not None and ranks.is_drawn)
 
 
 def _target(sources: Sequence[Rows], working: torch.dtype, out: Tensor | None) -> Tensor | None:
@@ -385,13 +398,14 @@ _threads = _Space()
 def _operands(vectors: TaskVectors) -> Iterator[Any]:
     count = len(vectors)
     drops = vectors.drop_rates or (0.0,) * count
+    ranks = vectors.rank_rates
     # The least number that is not dropped, as a multiple of 2⁻²⁴.
     below = [math.ceil(float(np.float32(rate)) * 2**24) or -1 for rate in drops]
     keys = [
-        vectors.draws.key(vectors.tensor, model) if vectors.draws is not None and any(drops) else 0
+        vectors.draws.key(vectors.tensor, model) if vectors.draws is not None and _is_drawn(vectors) else 0
         for model in range(count)
     ]
-    ties_ = vectors.ties or (KEEP_ALL_TIES,) * count
+    ties_ = np.array([part or (KEEP_ALL_TIES,) * count for part in (vectors.ties, vectors.ceiling_ties)], np.int64)
     factors = np.array(vectors.factors or ((1.0,) * count,), np.float32)
     with _places((vectors.base, *vectors.models), vectors.grain) as places:
         yield _compiled().Operands(
@@ -401,9 +415,12 @@ def _operands(vectors: TaskVectors) -> Iterator[Any]:
             start=vectors.start,
             keys=np.array(keys, np.uint64),
             drop_below=np.array(below, np.int64),
+            rank_below=np.zeros((count, 0), np.int64) if ranks is None else ranks.below,
+            rank_stride=1 if ranks is None else ranks.stride,
             divisors=np.array(vectors.divisors or (1.0,) * count, np.float32),
             thresholds=np.array(vectors.thresholds or (_NEVER,) * count, np.float32),
-            ties_from=np.array([first for first, _ in ties_], np.int64),
-            ties_left=np.array([left for _, left in ties_], np.int64),
+            ceilings=np.array(vectors.ceilings or (_NEVER,) * count, np.float32),
+            ties_from=np.ascontiguousarray(ties_[:, :, 0]),
+            ties_left=np.ascontiguousarray(ties_[:, :, 1]),
             factors=np.ascontiguousarray(factors.T),
         )

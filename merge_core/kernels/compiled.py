@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
 TILE = 2048
 LANES = 1024
+DIGIT = 11
+"""Bits of a sort's digit: three of them hold the bits of a magnitude."""
+TOGETHER = 16
+"""Rows that are gathered at once: a random counter has a byte for as many."""
 LOW_STREAM = 1
 """The random stream of the low 16 bits; the high 8 come from stream 0 (see `merge_core/random.py`)."""
 
@@ -49,10 +53,13 @@ class Operands(NamedTuple):
     start: int  # the first element's index in its tensor
     keys: Array  # uint64, of the random stream
     drop_below: Array  # int64 in units of 2⁻²⁴; −1: nothing is dropped
+    rank_below: Array  # int64, [models, width], the same by place in a row; width 0: nothing is dropped by rank
+    rank_stride: int
     divisors: Array  # float32
     thresholds: Array  # float32; negative: nothing is trimmed
-    ties_from: Array  # int64, element of the block; ties before it are kept
-    ties_left: Array  # int64, how many from there on
+    ceilings: Array  # float32; negative: nothing is cut off
+    ties_from: Array  # int64, [2, models], element of the block; ties at the threshold or ceiling count before it
+    ties_left: Array  # int64, [2, models], how many from there on
     factors: Array  # float32, [models, factors]
 
 
@@ -66,6 +73,20 @@ class Tiles(NamedTuple):
     spare: Array  # float32
     words: Array  # uint32, random
     keep: Array  # uint8
+    ranked: Array  # uint8, [models, elements of a grain], 1 where a place in a row is kept; empty without rates by rank
+    left: Array  # int64, [2, models], ties that may still be kept, or cut off
+
+
+class Sorting(NamedTuple):
+    """Space for ranking rows."""
+
+    base: Array  # float32
+    values: Array  # float32, [rows, width]
+    high: Array  # uint8, [rows, width], of random numbers
+    words: Array  # uint32, random
+    keys: Array  # uint32, [width]
+    entries: Array  # uint64, [2, width]: key and index
+    counts: Array  # uint32, [passes, digits]
 
 
 @intrinsic  # type: ignore[misc]
@@ -316,16 +337,193 @@ def _trim(values: Array, threshold: float, start: int, ties_from: int, left: Arr
 
 
 @_kernel
+def _cut_off(values: Array, ceiling: float, start: int, ties_from: int, left: Array, out: Array) -> None:
+    """0 where a magnitude is above the ceiling, or equals it and is among the ties that count; else the value."""
+    count = out.size
+    limit, nan = _bits_of(ceiling), np.uint32(0x7F800001)
+    if ceiling != ceiling:
+        out[:] = values
+    elif start + count <= ties_from:
+        for j in range(count):
+            bits = _magnitude(values[j])
+            out[j] = _masked(values[j], np.uint32(bits < limit) | np.uint32(bits >= nan))
+    elif start >= ties_from and left[0] == 0:
+        for j in range(count):
+            bits = _magnitude(values[j])
+            out[j] = _masked(values[j], np.uint32(bits <= limit) | np.uint32(bits >= nan))
+    else:
+        for j in range(count):
+            bits = _magnitude(values[j])
+            keep = bits < limit or bits >= nan
+            if bits == limit and start + j >= ties_from:
+                keep = left[0] == 0
+                left[0] -= not keep
+            out[j] = _masked(values[j], keep)
+
+
+@_kernel
+def _sort(values: Array, sorting: Sorting) -> int:
+    """Sort a row by magnitude, the largest first, equal ones by index: the indices are the low halves of one of the
+    `entries`, whose number this returns.
+
+    A radix sort from the lowest digit on, over no more bits than the row's magnitudes differ in.
+    """
+    keys, count = sorting.keys, values.size
+    any_, largest, least = np.uint32(0), np.uint32(0), np.uint32(0xFFFFFFFF)
+    for j in range(count):
+        bits = _magnitude(values[j])
+        keys[j] = bits
+        any_ |= bits
+        largest = max(largest, bits)
+        least = min(least, np.uint32(bits - np.uint32(1)))  # of those above zero
+    one, other = sorting.entries[0], sorting.entries[1]
+    if any_ == 0:
+        for j in range(count):
+            one[j] = np.uint64(j)
+        return 0
+    shift = np.uint32(0)
+    while not (any_ >> shift) & np.uint32(1):
+        shift += np.uint32(1)
+    last = np.uint32(((largest - np.uint32(least + np.uint32(1))) >> shift) + np.uint32(1))  # zeros come last
+    bits = np.int64(1)
+    while last >> np.uint32(bits):
+        bits += 1
+    passes = (bits + DIGIT - 1) // DIGIT
+    digit = np.uint32((bits + passes - 1) // passes)
+    mask, size = np.uint32((np.uint32(1) << digit) - np.uint32(1)), 1 << np.int64(digit)
+    lowest, second, third = sorting.counts[0, :size], sorting.counts[1, :size], sorting.counts[2, :size]
+    for number in range(passes):
+        sorting.counts[number, :size] = 0
+    for j in range(count):
+        key = np.uint32((largest - keys[j]) >> shift) if keys[j] else last
+        keys[j] = key
+        lowest[key & mask] += np.uint32(1)
+        if passes > 1:
+            second[(key >> digit) & mask] += np.uint32(1)
+        if passes > 2:
+            third[key >> np.uint32(digit + digit)] += np.uint32(1)
+    for number in range(passes):
+        before = np.uint32(0)
+        counts = sorting.counts[number, :size]
+        for value in range(size):
+            here = counts[value]
+            counts[value] = before
+            before += here
+    for j in range(count):
+        key = keys[j]
+        place = lowest[key & mask]
+        lowest[key & mask] = place + np.uint32(1)
+        one[place] = np.uint64(np.uint64(key) << np.uint64(32)) | np.uint64(j)
+    if passes > 1:
+        for j in range(count):
+            key = np.uint32(one[j] >> np.uint64(32))
+            place = second[(key >> digit) & mask]
+            second[(key >> digit) & mask] = place + np.uint32(1)
+            other[place] = one[j]
+    if passes > 2:
+        for j in range(count):
+            key = np.uint32(other[j] >> np.uint64(32))
+            place = third[key >> np.uint32(digit + digit)]
+            third[key >> np.uint32(digit + digit)] = place + np.uint32(1)
+            one[place] = other[j]
+    return 1 if passes == 2 else 0
+
+
+@_kernel
+def _place_row(
+    values: Array, below: Array, high: Array, key: int, element: int, stride: int, sorting: Sorting, keep: Array
+) -> None:
+    """1 for each entry of a row that is kept by its place, whose rate its random number is not below; `high` has the
+    high bytes of the numbers, `keep[::stride]` is the row.
+    """
+    order = sorting.entries[_sort(values, sorting)]
+    if high.size == 0:
+        for place in range(values.size):
+            keep[np.int64(np.uint32(order[place])) * stride] = np.uint8(below[place] == 0)
+        return
+    spare = sorting.words[:4]
+    for place in range(values.size):
+        index, limit = np.int64(np.uint32(order[place])), below[place]
+        kept = high[index] > limit >> 16
+        if high[index] == limit >> 16:
+            kept = _low_bits(key, element + index * stride, spare) >= limit & 0xFFFF
+        keep[index * stride] = np.uint8(kept)
+
+
+@_kernel
+def _keep_by_rank(
+    given: Operands, model: int, first: int, count: int, addresses: Array, sorting: Sorting, keep: Array
+) -> None:
+    """1 where an element of a window is kept by its place in its row.
+
+    Rows whose elements do not lie together are gathered several at once.
+    """
+    below, stride, key = given.rank_below[model], given.rank_stride, given.keys[model]
+    width, code, base_code = below.size, given.places.codes[model + 1], given.places.codes[0]
+    base, values, words = sorting.base, sorting.values, sorting.words[4:]
+    is_drawn = False
+    for place in range(width):
+        is_drawn |= 0 < below[place] < 1 << 24
+    for start in range(0, count, width * stride):
+        element = given.start + first + start
+        if stride == 1:
+            row = values[0]
+            _load(addresses[0], base_code, start, base)
+            _load(addresses[model + 1], code, start, row)
+            for j in range(width):
+                row[j] -= base[j]
+            high = sorting.high[0, :0]
+            if is_drawn:
+                from_ = element // 16
+                philox(key, 0, from_, words[: 4 * ((element + width + 15) // 16 - from_)])
+                high = words.view(np.uint8)[element - 16 * from_ :][:width]
+            _place_row(row, below, high, key, element, 1, sorting, keep[start : start + width])
+            continue
+        for lane in range(0, stride, TOGETHER):
+            lanes = min(TOGETHER, stride - lane)
+            few, few_base = base[:lanes], base[TOGETHER : TOGETHER + lanes]
+            for place in range(width):
+                at = place * stride + lane
+                _load(addresses[0], base_code, start + at, few_base)
+                _load(addresses[model + 1], code, start + at, few)
+                for j in range(lanes):
+                    values[j, place] = few[j] - few_base[j]
+                if is_drawn:
+                    from_ = (element + at) // 16
+                    philox(key, 0, from_, words[: 4 * ((element + at + lanes + 15) // 16 - from_)])
+                    bytes_ = words.view(np.uint8)[element + at - 16 * from_ :]
+                    for j in range(lanes):
+                        sorting.high[j, place] = bytes_[j]
+            for j in range(lanes):
+                high = sorting.high[j, : width if is_drawn else 0]
+                at = lane + j
+                _place_row(values[j], below, high, key, element + at, stride, sorting, keep[start + at :])
+
+
+@_kernel
+def _open(given: Operands, first: int, count: int, addresses: Array, tiles: Tiles) -> bool:
+    """A window of all sources, and which of its elements are kept by rank; False if a source was refused."""
+    if not _window(given.places, first, count, addresses):
+        return False
+    width, lanes = given.rank_below.shape[1], 1 if given.rank_stride == 1 else TOGETHER
+    if width:
+        sorting = Sorting(
+            np.empty(max(width, 2 * TOGETHER), np.float32)[: width if lanes == 1 else 2 * TOGETHER],
+            np.empty((lanes, width), np.float32),
+            np.empty((lanes, width), np.uint8),
+            np.empty(width // 4 + 2 * TOGETHER, np.uint32),
+            np.empty(width, np.uint32),
+            np.empty((2, width), np.uint64),
+            np.empty((3, 1 << DIGIT), np.uint32),
+        )
+        for model in range(len(given.keys)):
+            _keep_by_rank(given, model, first, count, addresses, sorting, tiles.ranked[model, :count])
+    return True
+
+
+@_kernel
 def _vector(
-    given: Operands,
-    model: int,
-    first: int,
-    start: int,
-    base: Array,
-    out: Array,
-    addresses: Array,
-    tiles: Tiles,
-    left: Array,
+    given: Operands, model: int, first: int, start: int, base: Array, out: Array, addresses: Array, tiles: Tiles
 ) -> None:
     """One tile of one task vector, sparse and scaled: `TaskVectors.values`. It is at `start` of a window that begins at
     the block's element `first`.
@@ -335,11 +533,14 @@ def _vector(
     size = out.size
     spare, keep = tiles.spare[:size], tiles.keep[:size]
     drops, divisor, threshold = given.drop_below[model] >= 0, given.divisors[model], given.thresholds[model]
-    trims, factors = not threshold < 0, given.factors.shape[1]
+    ceiling, factors = given.ceilings[model], given.factors.shape[1]
+    trims = not (threshold < 0 and ceiling < 0)
     stored = out if trims else spare
     _load(addresses[model + 1], given.places.codes[model + 1], start, stored)
     if drops:
         _survives(given.keys[model], given.drop_below[model], given.start + first + start, tiles.words, keep)
+    elif tiles.ranked.shape[1] > 0:
+        keep, drops = tiles.ranked[model, start : start + size], True
     if trims:
         if drops:
             for j in range(size):
@@ -350,7 +551,13 @@ def _vector(
         if divisor != 1:
             for j in range(size):
                 spare[j] /= divisor
-        _trim(spare, threshold, first + start, given.ties_from[model], left[model : model + 1], out)
+        if threshold < 0:
+            out[:] = spare
+        else:
+            _trim(spare, threshold, first + start, given.ties_from[0, model], tiles.left[0, model : model + 1], out)
+        if not ceiling < 0:
+            spare[:] = out
+            _cut_off(spare, ceiling, first + start, given.ties_from[1, model], tiles.left[1, model : model + 1], out)
     else:
         factor = given.factors[model, 0] if factors else np.float32(1)
         if drops and divisor == 1:
@@ -400,15 +607,19 @@ def linear(places: Places, weights: Array, divisor: float, elements: int, grain:
 
 
 @_kernel
-def _tiles(models: int) -> Tiles:
+def _tiles(given: Operands, rows: int) -> Tiles:
+    """Space, with so many rows."""
+    in_window = min(given.grain, given.elements) if given.rank_below.shape[1] else 0
     return Tiles(
         np.empty(TILE, np.float32),
-        np.empty((models, TILE), np.float32),
+        np.empty((rows, TILE), np.float32),
         np.empty(TILE, np.float32),
         np.empty(TILE, np.float32),
         np.empty(TILE, np.float32),
         np.empty(TILE // 4 + 16, np.uint32),
         np.empty(TILE, np.uint8),
+        np.empty((len(given.keys), in_window), np.uint8),
+        given.ties_left.copy(),
     )
 
 
@@ -421,6 +632,18 @@ def _total(rows: Array, size: int, out: Array) -> None:
         row = rows[i, :size]
         for j in range(size):
             out[j] += row[j]
+
+
+@_kernel
+def _largest(rows: Array, size: int, out: Array) -> None:
+    """The entry of the largest magnitude, the first of equal ones; NaN is larger than any."""
+    first = rows[0, :size]
+    for j in range(size):
+        out[j] = first[j]
+    for i in range(1, len(rows)):
+        row = rows[i, :size]
+        for j in range(size):
+            out[j] = row[j] if abs(row[j]) > abs(out[j]) or row[j] != row[j] else out[j]
 
 
 @_kernel
@@ -497,27 +720,29 @@ def combine(
 ) -> None:
     """θ₀ + λ · the task vectors combined: summed or averaged, all of them or those of the elected sign."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     whole = weights[0]
     for i in range(1, models):
         whole = np.float32(whole + weights[i])
     whole = np.float32(1) if abs(whole) < np.float32(1e-8) else whole
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
-        if not _window(given.places, first, count, addresses):
+        if not _open(given, first, count, addresses, tiles):
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
             base, total = tiles.base[:size], tiles.total[:size]
             _load(addresses[0], given.places.codes[0], start, base)
             for i in range(models):
-                _vector(given, i, first, start, base, tiles.rows[i, :size], addresses, tiles, left)
+                _vector(given, i, first, start, base, tiles.rows[i, :size], addresses, tiles)
             _total(tiles.rows, size, total)
             if vote != NO_VOTE:
                 _elect(total, vote, majority, tiles.sign[:size])
                 _disjoint(tiles, size, average, weights, total)
             elif average == SHARED:
                 _shared(tiles, size, weights, total)
+            elif average == LARGEST:
+                _largest(tiles.rows, size, total)
             elif average == BY_WEIGHT:
                 for j in range(size):
                     total[j] /= whole
@@ -530,7 +755,7 @@ def combine(
 def votes(given: Operands) -> tuple[int, int]:
     """How many elements of the summed task vectors are above and below zero."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     above, below = np.int64(0), np.int64(0)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
@@ -541,7 +766,7 @@ def votes(given: Operands) -> tuple[int, int]:
             base, total = tiles.base[:size], tiles.total[:size]
             _load(addresses[0], given.places.codes[0], start, base)
             for i in range(models):
-                _vector(given, i, first, start, base, tiles.rows[i, :size], addresses, tiles, left)
+                _vector(given, i, first, start, base, tiles.rows[i, :size], addresses, tiles)
             _total(tiles.rows, size, total)
             for j in range(size):
                 above += total[j] > np.float32(0)
@@ -553,7 +778,7 @@ def votes(given: Operands) -> tuple[int, int]:
 def overlaps(given: Operands, found: Array) -> None:
     """Count each model's entries that are not 0: `found` `[models, 2]`, where no other's are, and where others' are."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     zero, one = np.float32(0), np.float32(1)
     for first in range(0, given.elements, given.grain):
         many = min(given.grain, given.elements - first)
@@ -566,7 +791,7 @@ def overlaps(given: Operands, found: Array) -> None:
             count[:] = 0
             for i in range(models):
                 row = tiles.rows[i, :size]
-                _vector(given, i, first, start, base, row, addresses, tiles, left)
+                _vector(given, i, first, start, base, row, addresses, tiles)
                 for j in range(size):
                     count[j] += _masked(one, np.uint32(row[j] != zero))
             for i in range(models):
@@ -582,7 +807,7 @@ def overlaps(given: Operands, found: Array) -> None:
 @_kernel
 def near_swap(given: Operands, t: float, target: int, code: int) -> None:
     """The base, moved to the only model by t / |δ|, at most by 1 and at least by 0."""
-    tiles, addresses = _tiles(1), np.empty(2, np.int64)
+    tiles, addresses = _tiles(given, 1), np.empty(2, np.int64)
     zero, one, smallest = np.float32(0), np.float32(1), np.float32(1e-6)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
@@ -609,7 +834,7 @@ def high_digits(given: Operands, found: Array) -> None:
     Two counters per value, taken in turns: in one, a run of equal values would wait for the memory each time.
     """
     models = len(given.keys)
-    tiles, addresses, left = _tiles(1), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, 1), np.empty(models + 1, np.int64)
     counters = np.zeros((models, 2, found.shape[1]), np.uint32)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
@@ -621,7 +846,7 @@ def high_digits(given: Operands, found: Array) -> None:
             _load(addresses[0], given.places.codes[0], start, base)
             for i in range(models):
                 even, odd = counters[i, 0], counters[i, 1]
-                _vector(given, i, first, start, base, row, addresses, tiles, left)
+                _vector(given, i, first, start, base, row, addresses, tiles)
                 for j in range(0, size - 1, 2):
                     even[_magnitude(row[j]) >> np.uint32(16)] += np.uint32(1)
                     odd[_magnitude(row[j + 1]) >> np.uint32(16)] += np.uint32(1)
@@ -636,7 +861,7 @@ def high_digits(given: Operands, found: Array) -> None:
 def low_digits(given: Operands, buckets: Array, found: Array) -> None:
     """Add up how often each value of the low 16 bits occurs where the high bits are the model's bucket."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(1), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, 1), np.empty(models + 1, np.int64)
     inside = np.empty(TILE + 1, np.uint16)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
@@ -647,22 +872,23 @@ def low_digits(given: Operands, buckets: Array, found: Array) -> None:
             base, row = tiles.base[:size], tiles.rows[0, :size]
             _load(addresses[0], given.places.codes[0], start, base)
             for i in range(models):
-                bucket, counts = np.uint32(buckets[i]), found[i]
-                _vector(given, i, first, start, base, row, addresses, tiles, left)
-                length = 0
-                for j in range(size):
-                    bits = _magnitude(row[j])
-                    inside[length] = np.uint16(bits & np.uint32(0xFFFF))
-                    length += (bits >> np.uint32(16)) == bucket
-                for j in range(length):
-                    counts[inside[j]] += 1
+                _vector(given, i, first, start, base, row, addresses, tiles)
+                for number in range(i, len(found), models):
+                    bucket, counts = np.uint32(buckets[number]), found[number]
+                    length = 0
+                    for j in range(size):
+                        bits = _magnitude(row[j])
+                        inside[length] = np.uint16(bits & np.uint32(0xFFFF))
+                        length += (bits >> np.uint32(16)) == bucket
+                    for j in range(length):
+                        counts[inside[j]] += 1
 
 
 @_kernel
 def sampled_digits(given: Operands, every: int, found: Array) -> None:
     """`high_digits` of the first of so many tiles of each grain; of the others nothing is read."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(1), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, 1), np.empty(models + 1, np.int64)
     for first in range(0, given.elements, given.grain):
         last = min(first + given.grain, given.elements)
         for start in range(first, last, every * TILE):
@@ -672,7 +898,7 @@ def sampled_digits(given: Operands, every: int, found: Array) -> None:
             base, row = tiles.base[:size], tiles.rows[0, :size]
             _load(addresses[0], given.places.codes[0], 0, base)
             for i in range(models):
-                _vector(given, i, start, 0, base, row, addresses, tiles, left)
+                _vector(given, i, start, 0, base, row, addresses, tiles)
                 for j in range(size):
                     found[i, _magnitude(row[j]) >> np.uint32(16)] += 1
 
@@ -683,11 +909,12 @@ def bracket(
 ) -> None:
     """Count |δ| whose high digits are above, and each value whose high digits are from `lows` to below `highs`.
 
-    `digits` is `[models, values from that low on]`, `above` `[models]`; the ones equal to the model's candidate are
-    counted apart, in `equal` `[models, grains]`: there are many of them, and in vector code they cost little.
+    `digits` is `[ranges, values from that low on]`, `above` `[ranges]`; the ones equal to the range's candidate are
+    counted apart, in `equal` `[ranges, grains]`: there are many of them, and in vector code they cost little. The
+    ranges are one per model, or one after the other.
     """
     models = len(given.keys)
-    tiles, addresses, left = _tiles(1), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, 1), np.empty(models + 1, np.int64)
     inside = np.empty(TILE + 1, np.uint32)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
@@ -698,33 +925,34 @@ def bracket(
             base, row = tiles.base[:size], tiles.rows[0, :size]
             _load(addresses[0], given.places.codes[0], start, base)
             for i in range(models):
-                _vector(given, i, first, start, base, row, addresses, tiles, left)
-                low, candidate = np.uint32(lows[i] << 16), np.uint32(candidates[i] << 16)
-                span = np.uint32((highs[i] - lows[i]) << 16)
-                top = np.uint32(low + span)
-                more, same, near = np.uint32(0), np.uint32(0), np.uint32(0)
-                for j in range(size):
-                    bits = _magnitude(row[j])
-                    more += np.uint32(bits >= top)
-                    same += np.uint32(bits == candidate)
-                    near += np.uint32(np.uint32(bits - low) < span)
-                above[i] += more
-                equal[i, first // given.grain] += same
-                if near > same:
-                    length = 0
+                _vector(given, i, first, start, base, row, addresses, tiles)
+                for number in range(i, len(above), models):
+                    low, candidate = np.uint32(lows[number] << 16), np.uint32(candidates[number] << 16)
+                    span = np.uint32((highs[number] - lows[number]) << 16)
+                    top = np.uint32(low + span)
+                    more, same, near = np.uint32(0), np.uint32(0), np.uint32(0)
                     for j in range(size):
                         bits = _magnitude(row[j])
-                        inside[length] = np.uint32(bits - low)
-                        length += (np.uint32(bits - low) < span) & (bits != candidate)
-                    for j in range(length):
-                        digits[i, inside[j]] += 1
+                        more += np.uint32(bits >= top)
+                        same += np.uint32(bits == candidate)
+                        near += np.uint32(np.uint32(bits - low) < span)
+                    above[number] += more
+                    equal[number, first // given.grain] += same
+                    if near > same:
+                        length = 0
+                        for j in range(size):
+                            bits = _magnitude(row[j])
+                            inside[length] = np.uint32(bits - low)
+                            length += (np.uint32(bits - low) < span) & (bits != candidate)
+                        for j in range(length):
+                            digits[number, inside[j]] += 1
 
 
 @_kernel
 def ties(given: Operands, thresholds: Array, found: Array) -> None:
-    """How many |δ| equal the model's threshold, in each grain: `found` `[models, grains]`."""
+    """How many |δ| equal a threshold, in each grain: `found` `[thresholds, grains]`."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(1), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, 1), np.empty(models + 1, np.int64)
     found[:] = 0
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
@@ -735,11 +963,12 @@ def ties(given: Operands, thresholds: Array, found: Array) -> None:
             base, row = tiles.base[:size], tiles.rows[0, :size]
             _load(addresses[0], given.places.codes[0], start, base)
             for i in range(models):
-                _vector(given, i, first, start, base, row, addresses, tiles, left)
-                threshold, equal = _magnitude(thresholds[i]), np.int64(0)
-                for j in range(size):
-                    equal += _magnitude(row[j]) == threshold
-                found[i, first // given.grain] += equal
+                _vector(given, i, first, start, base, row, addresses, tiles)
+                for number in range(i, len(found), models):
+                    threshold, equal = _magnitude(thresholds[number]), np.int64(0)
+                    for j in range(size):
+                        equal += _magnitude(row[j]) == threshold
+                    found[number, first // given.grain] += equal
 
 
 @_kernel
@@ -813,12 +1042,13 @@ def absolute_sums(given: Operands, found: Array) -> None:
     `found` is `[grains, 2 · models]`, first the plain ones.
     """
     models = len(given.keys)
-    tiles, addresses, left = _tiles(1), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, 1), np.empty(models + 1, np.int64)
     lanes = np.empty((2 * models, LANES), np.float64)
-    only_dropped = np.all(given.factors == 1) and np.all(given.divisors == 1) and np.all(given.thresholds < 0)
+    only_dropped = np.all(given.factors == 1) and np.all(given.divisors == 1)
+    only_dropped = only_dropped and np.all(given.thresholds < 0) and np.all(given.ceilings < 0)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
-        if not _window(given.places, first, count, addresses):
+        if not _open(given, first, count, addresses, tiles):
             return
         lanes[:] = 0
         for start in range(0, count, TILE):
@@ -834,12 +1064,14 @@ def absolute_sums(given: Operands, found: Array) -> None:
                     below = given.drop_below[i]
                     if below >= 0:
                         _survives(given.keys[i], below, given.start + first + start, tiles.words, keep)
+                    elif tiles.ranked.shape[1] > 0:
+                        keep = tiles.ranked[i, start : start + size]
                     else:
                         keep[:] = 1
                     _add_magnitudes_and_kept(plain, keep, lanes[i], lanes[models + i])
                 else:
                     _add_magnitudes(plain, lanes[i])
-                    _vector(given, i, first, start, base, row, addresses, tiles, left)
+                    _vector(given, i, first, start, base, row, addresses, tiles)
                     _add_magnitudes(row, lanes[models + i])
         for i in range(2 * models):
             found[first // given.grain, i] = _sum_of(lanes[i])

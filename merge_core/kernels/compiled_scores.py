@@ -312,12 +312,12 @@ def _spread(rows: Array, size: int, tiles: Tiles, out: Array) -> None:
 
 
 @_kernel
-def _vectors(given: Operands, first: int, start: int, size: int, addresses: Array, tiles: Tiles, left: Array) -> None:
+def _vectors(given: Operands, first: int, start: int, size: int, addresses: Array, tiles: Tiles) -> None:
     """One tile of the base and of every task vector."""
     base = tiles.base[:size]
     _load(addresses[0], given.places.codes[0], start, base)
     for i in range(len(given.keys)):
-        _vector(given, i, first, start, base, tiles.rows[i, :size], addresses, tiles, left)
+        _vector(given, i, first, start, base, tiles.rows[i, :size], addresses, tiles)
 
 
 @_kernel
@@ -348,7 +348,7 @@ def _scores(given: Operands, score: Score, begin: int, size: int, tiles: Tiles, 
 def sampled_order(given: Operands, score: Score, every: int, found: Array) -> None:
     """How often each value of the high 16 bits of a key occurs in the first of so many tiles of each grain."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     out = np.empty((len(found), TILE), np.float32)
     for first in range(0, given.elements, given.grain):
         last = min(first + given.grain, given.elements)
@@ -356,7 +356,7 @@ def sampled_order(given: Operands, score: Score, every: int, found: Array) -> No
             size = min(TILE, last - start)
             if not _window(given.places, start, size, addresses):
                 return
-            _vectors(given, start, 0, size, addresses, tiles, left)
+            _vectors(given, start, 0, size, addresses, tiles)
             _scores(given, score, start, size, tiles, out)
             for i in range(len(found)):
                 for j in range(size):
@@ -378,7 +378,7 @@ def _note(row: Array, nonzero: Array, largest: Array, i: int) -> None:
 def high_order(given: Operands, score: Score, found: Array, nonzero: Array, largest: Array) -> None:
     """How often each value of the high 16 bits of a key occurs: `found` `[scores, 2**16]`."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     out = np.empty((len(found), TILE), np.float32)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
@@ -386,7 +386,7 @@ def high_order(given: Operands, score: Score, found: Array, nonzero: Array, larg
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
-            _vectors(given, first, start, size, addresses, tiles, left)
+            _vectors(given, first, start, size, addresses, tiles)
             _scores(given, score, first + start, size, tiles, out)
             for i in range(len(found)):
                 _note(out[i, :size], nonzero, largest, i)
@@ -398,7 +398,7 @@ def high_order(given: Operands, score: Score, found: Array, nonzero: Array, larg
 def low_order(given: Operands, score: Score, buckets: Array, found: Array) -> None:
     """How often each value of the low 16 bits occurs inside some high ones: `found` `[scores, buckets, 2**16]`."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     out = np.empty((len(found), TILE), np.float32)
     inside = np.empty(TILE + 1, np.uint16)
     for first in range(0, given.elements, given.grain):
@@ -407,7 +407,7 @@ def low_order(given: Operands, score: Score, buckets: Array, found: Array) -> No
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
-            _vectors(given, first, start, size, addresses, tiles, left)
+            _vectors(given, first, start, size, addresses, tiles)
             _scores(given, score, first + start, size, tiles, out)
             for i in range(len(found)):
                 for number in range(buckets.shape[1]):
@@ -438,7 +438,7 @@ def bracket_order(
     candidate's and whose low ones are 0 are counted in vector code: there can be many of them.
     """
     models, brackets = len(given.keys), lows.shape[1]
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     out = np.empty((len(digits), TILE), np.float32)
     keys, inside = np.empty(TILE, np.uint32), np.empty(TILE + 1, np.uint32)
     for first in range(0, given.elements, given.grain):
@@ -447,7 +447,7 @@ def bracket_order(
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
-            _vectors(given, first, start, size, addresses, tiles, left)
+            _vectors(given, first, start, size, addresses, tiles)
             _scores(given, score, first + start, size, tiles, out)
             for i in range(len(digits)):
                 _note(out[i, :size], nonzero, largest, i)
@@ -476,7 +476,7 @@ def bracket_order(
 def equal_scores(given: Operands, score: Score, value: float, found: Array) -> None:
     """How many of the one score equal a value, in each grain."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     out = np.empty((1, TILE), np.float32)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
@@ -484,7 +484,7 @@ def equal_scores(given: Operands, score: Score, value: float, found: Array) -> N
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
-            _vectors(given, first, start, size, addresses, tiles, left)
+            _vectors(given, first, start, size, addresses, tiles)
             _scores(given, score, first + start, size, tiles, out)
             equal = np.int64(0)
             for j in range(size):
@@ -533,7 +533,7 @@ def chosen_squares(
 ) -> None:
     """Σδ² of each model over the chosen elements by the grain rule, float64: `found` `[grains, models]`."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     out, ties = np.empty((1, TILE), np.float32), np.full(1, ties_left)
     lanes = np.empty((models, LANES), np.float64)
     for first in range(0, given.elements, given.grain):
@@ -543,7 +543,7 @@ def chosen_squares(
         lanes[:] = 0
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
-            _vectors(given, first, start, size, addresses, tiles, left)
+            _vectors(given, first, start, size, addresses, tiles)
             _select(given, score, threshold, ties_from, ties, first + start, size, tiles, out)
             for i in range(models):
                 for begin in range(0, size, LANES):
@@ -567,7 +567,7 @@ def chosen_consensus(
 ) -> None:
     """θ₀ + the weighted mean of the chosen entries that have the sign of their sum."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     out, ties = np.empty((1, TILE), np.float32), np.full(1, ties_left)
     least = np.float32(1e-6)
     for first in range(0, given.elements, given.grain):
@@ -576,7 +576,7 @@ def chosen_consensus(
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
-            _vectors(given, first, start, size, addresses, tiles, left)
+            _vectors(given, first, start, size, addresses, tiles)
             _select(given, score, threshold, ties_from, ties, first + start, size, tiles, out)
             base, total, sums, divisor = tiles.base[:size], tiles.total[:size], tiles.sign[:size], tiles.spare[:size]
             _total(tiles.rows, size, total)
@@ -599,7 +599,7 @@ def chosen_consensus(
 @_kernel
 def fuse(given: Operands, score: Score, threshold: float, target: int, code: int) -> None:
     """θ₀ + δ where the score is not below the threshold."""
-    tiles, addresses, left = _tiles(1), np.empty(2, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, 1), np.empty(2, np.int64)
     out = np.empty((1, TILE), np.float32)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
@@ -607,7 +607,7 @@ def fuse(given: Operands, score: Score, threshold: float, target: int, code: int
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
-            _vectors(given, first, start, size, addresses, tiles, left)
+            _vectors(given, first, start, size, addresses, tiles)
             _scores(given, score, first + start, size, tiles, out)
             base, total, row, scores = tiles.base[:size], tiles.total[:size], tiles.rows[0, :size], out[0, :size]
             for j in range(size):
@@ -621,7 +621,7 @@ def compete(
 ) -> None:
     """θ₀ + λ · the clamped task vectors, averaged by how far their scores are above their floors."""
     models = len(given.keys)
-    tiles, addresses, left = _tiles(models), np.empty(models + 1, np.int64), given.ties_left.copy()
+    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
     out, least = np.empty((models, TILE), np.float32), np.float32(1e-12)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
@@ -629,7 +629,7 @@ def compete(
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
-            _vectors(given, first, start, size, addresses, tiles, left)
+            _vectors(given, first, start, size, addresses, tiles)
             _scores(given, score, first + start, size, tiles, out)
             base, sums, divisor = tiles.base[:size], tiles.total[:size], tiles.spare[:size]
             sums[:] = ZERO

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from merge_core.kernels.vectors import Numbers, Rows, TaskVectors
+from merge_core.kernels.vectors import Numbers, RankRates, Rows, TaskVectors, Ties
 from merge_core.statistics import Sums, grain_sums
 
 ZERO_SUM = 1e-8
@@ -59,10 +59,17 @@ def values(vectors: TaskVectors) -> Tensor:
     if vectors.drop_rates is not None:
         drop_rates = column(vectors.drop_rates, deltas).to(torch.float32)
         deltas = torch.where(_uniform(vectors, deltas) >= drop_rates, deltas, zeros)
+    if vectors.rank_rates is not None:
+        rates = by_rank(deltas, vectors.rank_rates)
+        numbers = _uniform(vectors, deltas) if vectors.rank_rates.is_drawn else torch.zeros_like(rates)
+        deltas = torch.where(numbers >= rates, deltas, zeros)
     if vectors.divisors is not None:
         deltas = deltas / column(vectors.divisors, deltas)
     if vectors.thresholds is not None:
-        deltas = torch.where(_kept(vectors, deltas), deltas, zeros)
+        deltas = torch.where(_reaches(deltas, vectors.thresholds, vectors.ties), deltas, zeros)
+    if vectors.ceilings is not None:
+        below = ~_reaches(deltas, vectors.ceilings, vectors.ceiling_ties)
+        deltas = torch.where(below | deltas.isnan(), deltas, zeros)
     for factors in vectors.factors:
         deltas = deltas * column(factors, deltas)
     return deltas
@@ -77,6 +84,8 @@ def combine(
     if vote is None:
         if average == "shared":
             combined = _shared(rows, weights)
+        elif average == "max":
+            combined = _largest(rows)
         elif average == "weight":
             combined = combined / _divisor(total(column(weights, rows)), ZERO_SUM)
     else:
@@ -114,7 +123,9 @@ def high_digits(vectors: TaskVectors, found: NDArray[np.int64]) -> None:
 
 def low_digits(vectors: TaskVectors, buckets: Sequence[int], found: NDArray[np.int64]) -> None:
     """Add up how often each value of the low 16 bits occurs where the high bits are the model's bucket."""
-    for row, bucket, counts in zip(_magnitude_bits(vectors), buckets, found, strict=True):
+    bits = _magnitude_bits(vectors)
+    for number, (bucket, counts) in enumerate(zip(buckets, found, strict=True)):
+        row = bits[number % len(bits)]
         inside = row[row >> 16 == bucket] & 0xFFFF
         counts += torch.bincount(inside, minlength=counts.size).cpu().numpy()
 
@@ -129,23 +140,25 @@ def bracket(
     equal: NDArray[np.int64],
 ) -> None:
     """Count |δ| above a range of high digits, each value inside it, and, apart, those equal to a candidate."""
-    for model, row in enumerate(_magnitude_bits(vectors)):
-        low, high, candidate = (digits_of[model] << 16 for digits_of in (lows, highs, candidates))
+    bits = _magnitude_bits(vectors)
+    for number, (low, high, candidate) in enumerate(zip(lows, highs, candidates, strict=True)):
+        row, low, high, candidate = bits[number % len(bits)], low << 16, high << 16, candidate << 16
         same = torch.split(row == candidate, vectors.grain)
-        equal[model] += np.array([int(part.sum()) for part in same], np.int64)
+        equal[number] += np.array([int(part.sum()) for part in same], np.int64)
         inside = row[(row >= low) & (row < high) & (row != candidate)] - low
-        above[model] += int((row >= high).sum())
-        digits[model] += torch.bincount(inside, minlength=digits.shape[1]).cpu().numpy()
+        above[number] += int((row >= high).sum())
+        digits[number] += torch.bincount(inside, minlength=digits.shape[1]).cpu().numpy()
 
 
 def ties(vectors: TaskVectors, thresholds: Numbers) -> NDArray[np.int64]:
-    """How many |δ| in float32 equal the model's threshold, in each grain: `[models, grains]`."""
+    """How many |δ| in float32 equal a threshold, in each grain: `[thresholds, grains]`."""
     bits = _magnitude_bits(vectors)
     wanted = torch.tensor(thresholds, dtype=torch.float32, device=bits.device).view(torch.int32)
-    equal = bits == wanted.unsqueeze(1)
-    parts = torch.split(equal, vectors.grain, dim=1)
-    found: NDArray[np.int64] = torch.stack([part.sum(dim=1) for part in parts], dim=1).cpu().numpy()
-    return found
+    found = [
+        [part.sum() for part in torch.split(bits[number % len(bits)] == threshold, vectors.grain)]
+        for number, threshold in enumerate(wanted)
+    ]
+    return np.array([[int(count) for count in counts] for counts in found], np.int64)
 
 
 def gram(sources: Sequence[Rows], working: torch.dtype, grain: int, base: Rows | None) -> Sums:
@@ -160,7 +173,9 @@ def gram(sources: Sequence[Rows], working: torch.dtype, grain: int, base: Rows |
 
 def absolute_sums(vectors: TaskVectors) -> Sums:
     """Σ|δ| of the plain task vectors, then of what is left of them: `[grains, 2 · models]`, float64."""
-    plain = replace(vectors, drop_rates=None, divisors=None, thresholds=None, factors=())
+    plain = replace(
+        vectors, drop_rates=None, rank_rates=None, divisors=None, thresholds=None, ceilings=None, factors=()
+    )
     sizes = [values(form).abs().reshape(len(form), -1) for form in (plain, vectors)]
     return grain_sums(torch.cat(sizes), vectors.grain)
 
@@ -245,13 +260,29 @@ def _divisor(divisor: Tensor, least: float) -> Tensor:
     return torch.where(divisor.abs() < least, torch.ones_like(divisor), divisor)
 
 
-def _kept(vectors: TaskVectors, deltas: Tensor) -> Tensor:
-    """Which entries reach the threshold, as magnitudes in float32."""
-    assert vectors.thresholds is not None
+def by_rank(deltas: Tensor, rank_rates: RankRates) -> Tensor:
+    """The rate of each entry's place among the magnitudes of its row."""
+    width, stride = rank_rates.width, rank_rates.stride
+    bits = deltas.abs().to(torch.float32).view(torch.int32).reshape(len(deltas), -1, width, stride)
+    order = torch.argsort(bits, dim=2, descending=True, stable=True)
+    rates = torch.from_numpy(rank_rates.rates).to(deltas.device).reshape(-1, 1, width, 1).expand_as(order)
+    return torch.empty_like(rates).scatter_(2, order, rates).reshape(deltas.shape)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The entry of the largest magnitude, the first of equal ones: `[models, ...]` → `[...]`; NaN is larger."""
+    best = rows[0]
+    for row in rows[1:]:
+        best = torch.where((row.abs() > best.abs()) | row.isnan(), row, best)
+    return best
+
+
+def _reaches(deltas: Tensor, thresholds: Numbers, ties: Ties | None) -> Tensor:
+    """Which entries reach the threshold, as magnitudes in float32; NaN always does."""
     size = deltas.abs().to(torch.float32)
-    threshold = column(vectors.thresholds, size)
+    threshold = column(thresholds, size)
     mask = (size >= threshold) | size.isnan()
-    for model, (first, left) in enumerate(vectors.ties or ()):
+    for model, (first, left) in enumerate(ties or ()):
         if first < size[model].numel():
             equal = (size[model] == threshold[model]).flatten()
             equal[:first] = False

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Numbers = tuple[float, ...]
+Ties = tuple[tuple[int, int], ...]
 KEEP_ALL_TIES = (2**62, 0)
 KEEP_NO_TIES = (0, 0)
 RUN_ELEMENTS = 2**19
@@ -59,18 +63,47 @@ class Draws(Protocol):
         """The key of the random stream; None where the numbers come from elsewhere."""
 
 
+@dataclass(frozen=True, eq=False)
+class RankRates:
+    """How likely an element is dropped, by its place among its row's magnitudes: the largest has place 0, of equal ones
+    the lowest index comes first.
+
+    A row is `width` elements that lie `stride` apart in their tensor; `rates` is float32 `[models, width]`. Where all
+    are 0 or 1, no random numbers are drawn.
+    """
+
+    rates: NDArray[np.float32]
+    stride: int = 1
+
+    @property
+    def width(self) -> int:
+        return len(self.rates[0])
+
+    @cached_property
+    def is_drawn(self) -> bool:
+        return bool(((self.rates > 0) & (self.rates < 1)).any())
+
+    @cached_property
+    def below(self) -> NDArray[np.int64]:
+        """The least random number that is not dropped, as a multiple of 2⁻²⁴."""
+        return np.ceil(self.rates.astype(np.float64) * 2**24).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class TaskVectors:
-    """δᵢ = θᵢ − θ₀ of a block of one tensor, and what is done to each: drop, divide, trim, multiply.
+    """δᵢ = θᵢ − θ₀ of a block of one tensor, and what is done to each: drop, divide, trim, cut off, multiply.
 
     Nothing is read or computed before a kernel asks; arithmetic is in `working` (float32 or float64). `start` is the
     first element's index in its tensor, `grain` the elements of a grain. `out`, if given, is where kernels may put a
     merged block, rounded to its dtype. One number per model in each of the others:
 
     - `drop_rates`: elements whose random number is less become 0,
+    - `rank_rates`: so they do by the rate of their place in their row,
     - `divisors`: then everything is divided,
     - `thresholds`: then magnitudes below become 0 (NaN never does); of those that equal it, the ones from the element
       `ties[i][0]` of this block on are kept only until there were `ties[i][1]`,
+    - `ceilings`: then magnitudes above become 0 (NaN never does); of those that equal it, the ones before the element
+      `ceiling_ties[i][0]` do, and from there on as many as `ceiling_ties[i][1]`,
     - `factors`: then everything is multiplied, by one after the other.
     """
 
@@ -83,9 +116,12 @@ class TaskVectors:
     draws: Draws | None = None
     out: Tensor | None = None
     drop_rates: Numbers | None = None
+    rank_rates: RankRates | None = None
     divisors: Numbers | None = None
     thresholds: Numbers | None = None
-    ties: tuple[tuple[int, int], ...] | None = None
+    ties: Ties | None = None
+    ceilings: Numbers | None = None
+    ceiling_ties: Ties | None = None
     factors: tuple[Numbers, ...] = ()
 
     def __len__(self) -> int:
@@ -99,12 +135,20 @@ class TaskVectors:
         """Drop each entry with the probability of its model."""
         return replace(self, drop_rates=self._spread(rates)) if any(rates) else self
 
+    def dropped_by_rank(self, rates: RankRates) -> Self:
+        """Drop each entry with the probability of its place in its row."""
+        return replace(self, rank_rates=rates)
+
     def divided(self, divisors: Numbers) -> Self:
         return replace(self, divisors=self._spread(divisors))
 
-    def trimmed(self, thresholds: Numbers, ties: tuple[tuple[int, int], ...] | None = None) -> Self:
+    def trimmed(self, thresholds: Numbers, ties: Ties | None = None) -> Self:
         """Keep what reaches its model's threshold; of the ties all, or those that `ties` allows."""
         return replace(self, thresholds=self._spread(thresholds), ties=ties)
+
+    def cut_off(self, ceilings: Numbers, ties: Ties | None = None) -> Self:
+        """Leave out what reaches its model's ceiling; of the ties all, or those that `ties` says. No NaN is reached."""
+        return replace(self, ceilings=self._spread(ceilings), ceiling_ties=ties)
 
     def times(self, factors: Numbers) -> Self:
         return replace(self, factors=(*self.factors, self._spread(factors)))

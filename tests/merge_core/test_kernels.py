@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge_core import kernels
-from merge_core.kernels.vectors import Numbers, Rows, TaskVectors
+from merge_core.kernels.vectors import Numbers, RankRates, Rows, TaskVectors
 from merge_core.method import Randomness
 from tests.conftest import FORMS, kernels_in
 
@@ -76,6 +78,11 @@ def task_vectors(draw: st.DrawFn) -> TaskVectors:
         ties = tuple((draw(st.integers(0, count)), draw(st.integers(0, 50))) for _ in range(models))
         sizes = [float((row.load().float() - rows[0].load().float()).abs().median()) for row in rows[1:]]
         made = made.trimmed(tuple(sizes), ties if draw(st.booleans()) else None)
+        if draw(st.booleans()):
+            made = made.cut_off(
+                tuple(draw(st.sampled_from([1.0, 1.5, math.nan])) * size for size in sizes),
+                ties[::-1] if draw(st.booleans()) else None,
+            )
     for _ in range(draw(st.integers(0, 2))):
         made = made.times(numbers(st.floats(-2, 2, width=32)))
     return made
@@ -96,7 +103,7 @@ def test_combine(
     options = {"vote": vote, "majority": majority, "average": average, "scale": scale}
     out = vectors.out
     assert out is not None
-    if average in (("count", "max") if vote is None else ("shared",)):
+    if average == ("count" if vote is None else "shared"):
         average = options["average"] = "sum"
     in_both_forms(
         lambda: rounded(kernels.combine(vectors, weights=tuple(weights[: len(vectors)]), **options), out)  # type: ignore[arg-type]
@@ -124,16 +131,17 @@ def test_near_swap(vectors: TaskVectors, t: float) -> None:
 @given(task_vectors())
 def test_measurements(vectors: TaskVectors) -> None:
     def histogram(size: int, kernel: Callable[..., None], *given: Any) -> Any:
-        found = np.zeros((len(vectors), size), np.int64)
+        found = np.zeros((len(given[0]) if given else len(vectors), size), np.int64)
         kernel(vectors, *given, found)
         return found
 
     high = in_both_forms(lambda: histogram(2**15, kernels.high_digits))
     assert high.sum() == len(vectors) * vectors.elements
     fullest = [int(row.argmax()) for row in high]
-    in_both_forms(lambda: histogram(2**16, kernels.low_digits, fullest))
+    several = fullest + [int(row.nonzero()[0][0]) for row in high]
+    in_both_forms(lambda: histogram(2**16, kernels.low_digits, several))
     sizes = tuple(float(kernels.values(vectors)[model].abs().max()) for model in range(len(vectors)))
-    in_both_forms(lambda: kernels.ties(vectors, sizes))
+    in_both_forms(lambda: kernels.ties(vectors, (*sizes, *sizes[::-1], *([0.0] * len(vectors)))))
     in_both_forms(lambda: kernels.votes(vectors))
     in_both_forms(lambda: kernels.absolute_sums(vectors))
     in_both_forms(lambda: kernels.gram([vectors.base, *vectors.models], torch.float32, vectors.grain))
@@ -141,13 +149,52 @@ def test_measurements(vectors: TaskVectors) -> None:
     in_both_forms(lambda: kernels.gram(vectors.models, torch.float32, vectors.grain, vectors.base))
 
     def bracket() -> Any:
-        digits, above = np.zeros((len(vectors), 3 * 2**16), np.int64), np.zeros(len(vectors), np.int64)
-        equal = np.zeros((len(vectors), -(-vectors.elements // vectors.grain)), np.int64)
-        lows = [max(0, number - 1) for number in fullest]
-        kernels.bracket(vectors, lows, [number + 2 for number in fullest], fullest, digits, above, equal)
+        digits, above = np.zeros((len(several), 3 * 2**16), np.int64), np.zeros(len(several), np.int64)
+        equal = np.zeros((len(several), -(-vectors.elements // vectors.grain)), np.int64)
+        lows = [max(0, number - 1) for number in several]
+        kernels.bracket(vectors, lows, [number + 2 for number in several], several, digits, above, equal)
         return np.concatenate([digits.ravel(), above, equal.ravel()])
 
     in_both_forms(bracket)
+
+
+@settings(max_examples=60)
+@given(
+    st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 5, 300, 2500]), st.sampled_from([1, 1, 3])),
+    st.sampled_from([0.0, 1e-9, 1e-3, 0.1, 1e30]),
+    st.sampled_from(STORED),
+    st.sampled_from(["drawn", "a band", "both"]),
+    st.integers(1, 3),
+    st.integers(0, 9999),
+)
+def test_places_in_rows(
+    shape: tuple[int, int, int], scale: float, dtype: torch.dtype, kind: str, grain: int, seed: int
+) -> None:
+    """Rows of equal, few and many magnitudes, in whatever steps they lie and however many of them make a grain."""
+    _, width, stride = shape
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator)
+    base[base < -1] = 0
+    change = scale * torch.randn((2, *shape), generator=generator)
+    rates = np.linspace(0.9, 0.1, width, dtype=np.float32) if kind != "a band" else np.ones(width, np.float32)
+    if kind != "drawn":
+        rates[width // 3 : width // 2 + 1] = 0
+    sources = [Rows.of(source.to(dtype)) for source in (base, *(base + change))]
+    by_rank = RankRates(np.stack([rates, rates[::-1]]), stride)
+    grain = width * stride * grain
+    vectors = TaskVectors(sources[0], tuple(sources[1:]), torch.float32, "t", grain * seed, grain, Randomness(3))
+    vectors = vectors.dropped_by_rank(by_rank)
+
+    in_both_forms(lambda: kernels.combine(vectors, scale=1.0).nan_to_num(7.0))
+    in_both_forms(lambda: kernels.combine(vectors.times((0.5, 2.0)), scale=1.0, vote="plus").nan_to_num(7.0))
+    in_both_forms(lambda: np.nan_to_num(kernels.absolute_sums(vectors)))
+    if kind == "a band" and scale:
+        first, last = width // 3, width // 2 + 1
+        deltas = kernels.values(replace(vectors, rank_rates=None))[0].movedim(1, 2).reshape(-1, width)
+        left = kernels.values(vectors)[0].movedim(1, 2).reshape(-1, width)
+        for row, kept in zip(deltas.tolist(), left.tolist(), strict=True):
+            order = sorted(range(width), key=lambda i: (-abs(row[i]), i))[first:last]
+            assert [i for i in range(width) if kept[i]] == sorted(i for i in order if row[i])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -67,11 +67,11 @@ def left_of(blocks: list[Block], stages: list[Stage]) -> Tensor:
     return found[0]
 
 
-def keep_first(deltas: Tensor, wanted: int) -> Tensor:
+def keep_first(deltas: Tensor, wanted: int, cut_off: int = 0) -> Tensor:
     """The oracle: sort by magnitude, then by index."""
     left = torch.zeros_like(deltas)
     for row, out in zip(deltas, left, strict=True):
-        order = sorted(range(len(row)), key=lambda i: (-abs(float(row[i])), i))[:wanted]
+        order = sorted(range(len(row)), key=lambda i: (-abs(float(row[i])), i))[cut_off:wanted]
         out[order] = row[order]
     return left
 
@@ -91,6 +91,35 @@ def test_exactly_the_largest_are_kept(entries: int, wanted: int, ties: bool, siz
     )
 
     assert torch.equal(left, keep_first(deltas, wanted))
+
+
+@settings(max_examples=60)
+@given(
+    st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    st.tuples(st.integers(0, 300), st.integers(0, 300)),
+    st.sampled_from(["tensor", "model"]),
+    st.booleans(),
+    st.integers(1, 60),
+    st.integers(0, 9999),
+)
+def test_the_largest_of_them_are_cut_off(
+    entries: tuple[int, int], ranks: tuple[int, int], scope: Scope, ties: bool, size: int, seed: int
+) -> None:
+    """Also where both thresholds are one value, where nothing is cut off, or everything."""
+    one, total = entries[0], sum(entries)
+    cut_off, wanted = sorted(min(rank, total) for rank in ranks)
+    deltas = torch.randn(2, total, generator=torch.Generator().manual_seed(seed))
+    if ties:
+        deltas = (deltas * 2).round() / 2
+    blocks = in_blocks(deltas[:, :one], size, 2, "a") + in_blocks(deltas[:, one:], size, 3, "b")
+    if scope == "tensor":
+        blocks = in_blocks(deltas, size, 2)
+
+    stages = largest(
+        task_vectors, lambda model, total: wanted, scope, cut_ties=True, cut_off=lambda model, total: cut_off
+    )
+
+    assert torch.equal(left_of(blocks, stages), keep_first(deltas, wanted, cut_off))
 
 
 @settings(max_examples=30)
@@ -136,13 +165,20 @@ def test_smallest_and_largest_float32_magnitudes_are_ranked() -> None:
 @given(
     st.integers(2**17, 2**18),
     st.lists(st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.9, 1.0]), min_size=3, max_size=3),
+    st.sampled_from([None, 0.0, 0.001, 0.1]),
     st.sampled_from(["tensor", "model"]),
     st.sampled_from([torch.bfloat16, torch.float32]),
     st.booleans(),
     st.integers(0, 9999),
 )
 def test_what_a_sample_tells_changes_nothing(
-    entries: int, densities: list[float], scope: Scope, dtype: torch.dtype, sorted_: bool, seed: int
+    entries: int,
+    densities: list[float],
+    gamma: float | None,
+    scope: Scope,
+    dtype: torch.dtype,
+    sorted_: bool,
+    seed: int,
 ) -> None:
     """Tensors large enough to be sampled, models that differ in where their threshold is and in how many ties it has;
     sorted, so that the sample misleads.
@@ -162,11 +198,14 @@ def test_what_a_sample_tells_changes_nothing(
     def keep(model: int, total: int) -> int:
         return max(1, int(densities[model] * total))
 
-    left = left_of(blocks, largest(task_vectors, keep, scope, cut_ties=True))
+    def cut_off(model: int, total: int) -> int:
+        return min(int((gamma or 0) * total), keep(model, total))
 
-    for row, kept, density in zip(deltas, left, densities, strict=True):
-        wanted = max(1, int(density * entries))
-        order = torch.sort(-row.abs(), stable=True).indices[:wanted]
+    stages = largest(task_vectors, keep, scope, cut_ties=True, cut_off=None if gamma is None else cut_off)
+    left = left_of(blocks, stages)
+
+    for model, (row, kept) in enumerate(zip(deltas, left, strict=True)):
+        order = torch.sort(-row.abs(), stable=True).indices[cut_off(model, entries) : keep(model, entries)]
         expected = torch.zeros_like(row)
         expected[order] = row[order]
         assert torch.equal(kept, expected)
