@@ -322,7 +322,8 @@ def test_a_tied_head_follows_its_embedding(tmp_path: Path) -> None:
 
 def test_the_lock_has_the_adapter(models: Path, tmp_path: Path) -> None:
     write_adapter(models / "adapter", THREE)
-    out = tmp_path / "out"
+    before, out = sorted(models.rglob("*")), tmp_path / "out"
+
     run(models, out)
 
     lock = json.loads((out / "merge.lock.json").read_text())
@@ -331,7 +332,7 @@ def test_the_lock_has_the_adapter(models: Path, tmp_path: Path) -> None:
     files = {file["path"] for file in source["files"]}
     assert {f"adapter/{WEIGHTS_NAME}", f"adapter/{CONFIG_NAME}", "config.json"} <= files
     assert "`base+adapter`" in (out / "README.md").read_text()
-    assert sorted(path.name for path in models.iterdir()) == ["adapter", "base", "m0", "m1", "m2"]
+    assert sorted(models.rglob("*")) == before and sorted(tmp_path.iterdir()) == [models, out]
 
 
 def test_another_scale_is_another_merge(models: Path) -> None:
