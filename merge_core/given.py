@@ -30,6 +30,7 @@ class GivenFinder:
     findings: Findings
     pointers: dict[ModelRef, str] = field(default_factory=dict)
     of_use: set[ModelRef] = field(default_factory=set)
+    needed: set[str] = field(default_factory=set)
 
     def find(self, method: MergeMethod, wanted: Wanted, models: Sequence[tuple[Input, str]]) -> Mapping[str, Each]:
         """By name what is given about a tensor. `models`: those that take part, and their names for it."""
@@ -50,7 +51,12 @@ class GivenFinder:
         return found
 
     def check_use(self) -> None:
-        """Refuse files of which not one number was of use."""
+        """Refuse files that nothing asks for, or of which not one number was of use."""
+        for pointer, statistics, _ in self.recipe.statistics_blocks():
+            for title in statistics:
+                if title in self.recipe.method.statistics and title not in self.needed:
+                    detail = f"with these parameters {self.recipe.merge_method} has no use for {title}"
+                    self.findings.add_recipe_problem(Problem(detail, f"{pointer}/{title}"))
         for ref, pointer in self.pointers.items():
             if ref not in self.of_use:
                 detail = f"no tensor in {ref} has the name of one that {self.recipe.merge_method} merges"
@@ -85,10 +91,12 @@ class GivenFinder:
         given = method.statistics[title]
         ref = beside.get(title, self.recipe.statistics.get(title))
         pointer = f"{pointer if title in beside else '#/statistics'}/{title}"
+        if not method.needs(title, model):
+            return None
+        self.needed.add(title)
         if ref is None:
-            if method.needs(title, model):
-                needs = f"{self.recipe.merge_method} needs statistics: {title}, a safetensors file"
-                self.findings.add_recipe_problem(Problem(f"{needs} ({given.description})", pointer))
+            needs = f"{self.recipe.merge_method} needs statistics: {title}, a safetensors file"
+            self.findings.add_recipe_problem(Problem(f"{needs} ({given.description})", pointer))
             return None
         self.pointers.setdefault(ref, pointer)
         info = self.weights[ref].tensors.get(name)

@@ -25,7 +25,7 @@ from merge_core.plan import MemoryPlan, Plan, Step
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
 from merge_core.recipe import ModelRef, Recipe, referenced_models
-from merge_core.vocabularies import Gathered, in_one_vocabulary
+from merge_core.vocabularies import Gathered, in_equal_rows, in_one_vocabulary
 from merge_core.weights import Companions, Weights
 
 _NO_LIMIT = 2**62
@@ -45,6 +45,7 @@ def make_plan_in_stages(
     for document in (*recipe.stages, recipe):
         try:
             models = in_one_vocabulary(document, {model: found[model] for model in referenced_models(document)})
+            models = in_equal_rows(document, models)
             if document is recipe:
                 return make_plan(recipe, models, stages=stages, **how), models, made
             plan = make_plan(document, models, memory=_NO_LIMIT, threads=1)

@@ -295,7 +295,7 @@ class MergeMethod(BaseModel, ABC):
         """The merged rows of one block, in the working dtype, or rounded into `block.out`."""
 
     def needs(self, statistic: str, model: int) -> bool:
-        """Whether the recipe must name that file for that model, given the parameters."""
+        """Whether the recipe must name that file for that model, given the parameters; if not, it is not read."""
         return self.statistics[statistic].required
 
     @property

@@ -568,6 +568,62 @@ class _Union:
         self.notes.append(note)
 
 
+def in_equal_rows(recipe: Recipe, checkpoints: Mapping[ModelRef, Weights]) -> Mapping[ModelRef, Weights]:
+    """The models with equally many rows of tokens, where the method has a parameter `vocabulary` that asks for it:
+    `pad_zero` adds rows of zeros at the end of the shorter, `truncate` leaves the last rows of the longer away.
+
+    Raises `IncompatibleModels` where padding would subtract rows that nothing is subtracted from.
+    """
+    setting = recipe.parameters.get("vocabulary") if "vocabulary" in recipe.method.parameters() else None
+    policy = None if setting is None else setting.evaluate("", 0.0)
+    if policy not in ("pad_zero", "truncate"):
+        return checkpoints
+    structure = Structure(recipe, checkpoints, Findings())
+    refs = list(structure.taking_part)
+    maps: dict[ModelRef, dict[str, RowMap]] = {ref: {} for ref in refs}
+    problems = []
+    for name in [info.name for info in _outside(checkpoints[structure.donor]) if _is_of_tokens(info.name)]:
+        having = {ref: info for ref in refs if (info := checkpoints[ref].tensors.get(name)) and info.shape}
+        counts = {ref: info.shape[0] for ref, info in having.items()}
+        if len(set(counts.values())) == 1 or len({info.shape[1:] for info in having.values()}) > 1:
+            continue
+        for taken in (taken for run in structure.runs for taken in run.inputs):
+            if taken.own_base is not None and policy == "pad_zero":
+                old, tuned = counts.get(taken.own_base, 0), counts.get(taken.ref, 0)
+                if old > tuned:
+                    detail = f"{name} has {old:,} rows in {taken.own_base}, but {tuned:,} in {taken.ref}, tuned from it"
+                    what = f"{detail}; padded with zeros it would lose them: write vocabulary: truncate"
+                    problems.append(Problem(what, f"{taken.pointer}/base_model", tensor=name))
+        size = (max if policy == "pad_zero" else min)(counts.values())
+        for ref, info in having.items():
+            maps[ref][name] = _cut_or_padded(checkpoints[ref], info, size)
+    if problems:
+        raise IncompatibleModels.of(problems)
+    return {**checkpoints, **{ref: _with_rows(checkpoints[ref], maps[ref], policy) for ref in refs if maps[ref]}}
+
+
+def _cut_or_padded(weights: Weights, info: TensorInfo, size: int) -> RowMap:
+    rows = np.arange(size, dtype=np.int32)
+    models = np.where(rows < info.shape[0], 0, _ZERO).astype(np.int16)
+    return RowMap(0, models, rows, np.empty((1, 0), np.int32), {0: (weights, info)})
+
+
+def _with_rows(weights: Weights, maps: Mapping[str, RowMap], policy: str) -> Weights:
+    """A model with other numbers of rows, which its config says where it said the old one."""
+    changed = {row_map.info.shape[0]: row_map.size for row_map in maps.values()}
+    config = dict(weights.config)
+    if (section := weights.text_section) is not None:
+        config[section] = _resized(weights.text_config, changed)
+    (old, new), *_ = changed.items()
+    note = f"vocabulary: {policy}: {old:,} rows of tokens become {new:,}; the tokenizer stays as it is"
+    return Gathered(weights, _resized(config, changed), weights.companions, maps, [] if old == new else [note])
+
+
+def _resized(config: Mapping[str, Any], changed: Mapping[int, int]) -> dict[str, Any]:
+    size = config.get("vocab_size")
+    return {**config, "vocab_size": changed[size]} if type(size) is int and size in changed else dict(config)
+
+
 def _with_template(
     written: str, structure: Structure, checkpoints: Mapping[ModelRef, Weights], donor: Weights
 ) -> Weights:

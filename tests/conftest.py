@@ -130,12 +130,21 @@ def write_numbers(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def _recipe_of(method: type[MergeMethod]) -> dict[str, Any]:
     base = {"base_model": "base"} if method.base == "required" else {}
     meaning = {"semantics": "paper"} if method.semantics == "paper" and len(METHODS[method.name]) > 1 else {}
-    files = {name: f"{each.shape}.safetensors" for name, each in method.statistics.items()}
+    example = method.example_parameters()
+    is_per_model = method.parameters()
+    whole = method.model_validate({name: (value,) if is_per_model[name] else value for name, value in example.items()})
+    files = {name: f"{each.shape}.safetensors" for name, each in method.statistics.items() if whole.needs(name, 0)}
     statistics = {"statistics": files} if files else {}
-    return {"merge_method": method.name, **base, **meaning, **statistics, "parameters": method.example_parameters()}
+    return {"merge_method": method.name, **base, **meaning, **statistics, "parameters": example}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "graft-given": {
+        "merge_method": "graft",
+        "base_model": "base",
+        "statistics": {"mask": "same.safetensors"},
+        "parameters": {"entries": "given"},
+    },
     "ties-exact": {"merge_method": "ties", "base_model": "base", "parameters": {"weight": 1, "density": 0.2}},
     "ties-model-rescaled": {
         "merge_method": "ties",

@@ -213,6 +213,20 @@ def _graft(case: Case) -> Run:
     )
 
 
+def _transfer(case: Case) -> Run:
+    inputs = case["inputs"]
+    tuned = {"model": inputs["source_finetuned"], "base_model": inputs["source_base"]}
+    parameters = {"lambda": case["params"]["scaling"], "vocabulary": "pad_zero"}
+    return Run(
+        {
+            "merge_method": "transfer",
+            "base_model": inputs["target_base"],
+            "models": [tuned],
+            "parameters": parameters,
+        }
+    )
+
+
 def _ssd(case: Case) -> Run:
     inputs, params = case["inputs"], case["params"]
     # The official code cannot do with 0-d tensors, so the case has no importance and no result of theirs.
@@ -370,6 +384,7 @@ ADAPTERS: dict[str, Callable[[Case], Run]] = {
     "widen": _widen,
     "pcb": _pcb,
     "graft": _graft,
+    "diff_transfer": _transfer,
     "ssd": _ssd,
     "darex_q": _darex_q,
     "darex_analytical_q": _analytic_q,

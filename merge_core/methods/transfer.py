@@ -19,7 +19,8 @@ class Transfer(MergeMethod):
     """Add to the base the differences between models and what each was tuned from, its own `base_model`.
 
     The differences are taken and added in float64 and rounded once. With the one base for all models this is task
-    arithmetic.
+    arithmetic. Config and tokenizer are the base's; where rows were added for the tokens of a fine-tune, its tokenizer
+    (`tokenizer_source`) knows them, and then nothing needs to be padded.
 
     >>> block = Block.of([[3.0, 1.0]], base=[10.0, 10.0], base_model=[[1.0, 2.0]])
     >>> Transfer().merge(block, {})
@@ -33,6 +34,11 @@ class Transfer(MergeMethod):
     precision: ClassVar[Literal["float32", "float64"]] = "float64"
     workspace: ClassVar[tuple[int, int]] = (4, 6)
 
+    vocabulary: Literal["refuse", "pad_zero", "truncate"] = Field(
+        "refuse",
+        description="what becomes of embeddings and heads of different lengths: they are refused, filled up with zeros "
+        "at the end, as the authors do, or cut there",
+    )
     weight: PerModel = Field((1.0,), description="wᵢ: coefficient of each difference")
     lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the summed differences")
 

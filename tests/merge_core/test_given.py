@@ -19,7 +19,7 @@ from merge_core.methods.darex import DarexQ, analytic_q
 from merge_core.methods.half_reset import HalfReset, category_of
 from merge_core.methods.ssd import SelectiveSynapticDampening
 from merge_core.recipe import Recipe
-from tests.conftest import method_recipe, mixed_tensors, numbers, write_checkpoint
+from tests.conftest import CONFIG, method_recipe, mixed_tensors, numbers, write_checkpoint
 
 SSD: dict[str, Any] = {
     "merge_method": "ssd",
@@ -124,6 +124,11 @@ def test_files_are_named_hashed_and_counted(models: Path, tmp_path: Path) -> Non
             "#/statistics/activations",
             "no tensor in strangers.safetensors",
         ),
+        (
+            {"merge_method": "graft", "base_model": "base", "statistics": {"mask": "same.safetensors"}},
+            "#/statistics/mask",
+            "no use for mask",
+        ),
         ({"merge_method": "linear", "parameters": {"weight": 1}}, "#/statistics/importance", "takes none"),
     ],
 )
@@ -205,6 +210,18 @@ def test_dampening_of_0d_tensors_and_where_nothing_is_to_be_forgotten() -> None:
     assert method.merge(zeros, {}).tolist() == [3.0, 0.0]
 
 
+def test_a_given_mask_is_grafted_bit_for_bit(models: Path, tmp_path: Path) -> None:
+    floats = {name: tensor for name, tensor in mixed_tensors(0).items() if tensor.is_floating_point()}
+    masks = {name: numbers(floats)["same"][name] > 0.5 for name in floats}
+    save_file(masks, models / "mask.safetensors")
+    recipe = method_recipe("graft-given", statistics={"mask": "mask.safetensors"})
+
+    merged = run(models, tmp_path / "out", recipe)
+
+    for name, base in floats.items():
+        assert torch.equal(merged[name], torch.where(masks[name], mixed_tensors(1)[name], base))
+
+
 def test_half_of_each_category_is_the_base_s_bit_for_bit(models: Path, tmp_path: Path) -> None:
     recipe = {"merge_method": "half_reset", "base_model": "base", "models": [{"model": "m0"}]}
     merged = run(models, tmp_path / "out", recipe)
@@ -273,3 +290,40 @@ def test_darex_with_q_of_what_is_kept_is_plain_dare() -> None:
     block = Block.of([[1.0, 2.0, 3.0, 4.0]], base=[0.0] * 4, seed=3)
     merged = DarexQ(drop_rate=(0.5,), q=(0.5,)).merge(block, {})
     assert torch.equal(merged, torch.where(block.uniform() >= 0.5, torch.tensor([2.0, 4.0, 6.0, 8.0]), 0.0))
+
+
+def _with_rows(folder: Path, tensors: dict[str, torch.Tensor], rows: int) -> None:
+    """A model with so many tokens, of ones where it has more."""
+    changed = dict(tensors)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        longer = torch.cat([tensors[name], torch.ones(max(0, rows - 96), 24, dtype=tensors[name].dtype)])
+        changed[name] = longer[:rows].clone()
+    write_checkpoint(folder, changed, config=CONFIG | {"vocab_size": rows})
+
+
+TRANSFER: dict[str, Any] = {
+    "merge_method": "transfer",
+    "base_model": "base",
+    "models": [{"model": "m0", "base_model": "old"}],
+}
+
+
+def test_rows_that_only_a_fine_tune_has_are_added_to_zeros(models: Path, tmp_path: Path) -> None:
+    _with_rows(models / "m0", mixed_tensors(1), 99)
+    assert "[99, 24]" in str(refusal(models, TRANSFER))
+
+    merged = run(models, tmp_path / "out", TRANSFER | {"parameters": {"vocabulary": "pad_zero", "lambda": 0.5}})
+
+    assert merged["lm_head.weight"].shape == (99, 24) and bool((merged["lm_head.weight"][96:] == 0.5).all())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 99
+    assert "96 rows of tokens become 99" in (tmp_path / "out" / "README.md").read_text()
+
+    cut = run(models, tmp_path / "cut", TRANSFER | {"parameters": {"vocabulary": "truncate", "lambda": 0.5}})
+    assert torch.equal(cut["lm_head.weight"], merged["lm_head.weight"][:96])
+    assert torch.equal(cut["model.norm.weight"], merged["model.norm.weight"])
+
+
+def test_rows_that_a_fine_tune_lost_are_not_subtracted(models: Path) -> None:
+    _with_rows(models / "m0", mixed_tensors(1), 90)
+    refused = refusal(models, TRANSFER | {"parameters": {"vocabulary": "pad_zero"}})
+    assert isinstance(refused, IncompatibleModels) and "truncate" in str(refused)
