@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test golden bench bench-peer bench-scale bench-cuda lint lock serve clean
+.PHONY: help setup demo test golden recipes bench bench-peer bench-scale bench-cuda lint lock serve clean
 PEER := .venv-peer
 
 help:  ## List the targets
@@ -27,6 +27,9 @@ test: $(READY)  ## Run the whole test suite
 
 golden: $(READY)  ## Run the golden cases in DIR
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden $(DIR)
+
+recipes: $(READY)  ## Plan the published recipes in DIR on stub checkpoints
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.recipes $(DIR)
 
 bench: $(READY)  ## Measure merges against cat + cp, plain torch and mergekit (SIZE=small: shorter; OUT=rows.json)
 	$(BIN)/python -m benchmarks.bench

@@ -1,4 +1,4 @@
-"""`weightsmith serve | worker | merge | plan | submit`."""
+"""`weightsmith serve | worker | merge | plan | import | submit`."""
 
 from __future__ import annotations
 
@@ -161,6 +161,23 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
         sources = ", ".join(f"{source['model']}:{source['tensor']}" for source in [*step["sources"], *given])
         how = f"copied, {step['copied_because']}" if step["copied_because"] else json.dumps(step["parameters"])
         click.echo(f"{step['tensor']}  {step['dtype']}{step['shape']}  {how}  ← {sources}")
+
+
+@main.command("import")
+@click.argument("file", type=RECIPE)
+def import_(file: Path) -> None:
+    """Print the recipe in FILE, a published recipe or a model card, as it is read here.
+
+    Keys without effect are taken out, and told on the standard error output with what mergekit does with them.
+    """
+    with _told():
+        with without_collections():
+            from merge_core.published import read_published
+
+        published = read_published(sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes())
+    click.echo(published.recipe.to_yaml(), nl=False)
+    for each in published.ignored:
+        click.echo(f"{each.pointer}: {each.what}", err=True)
 
 
 @main.command()

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 
 from app.errors import HttpProblem
+from merge_core.published import MAX_CARD_BYTES
 from merge_core.recipe import MAX_RECIPE_BYTES, Recipe
 from workers.jobs import Job
 from workers.queue import Queue
@@ -38,13 +39,22 @@ async def _recipe(request: Request) -> Recipe:
             "Unsupported media type",
             f"send a recipe as application/json or application/yaml, not {kind}",
         )
+    return await run_in_threadpool(Recipe.from_text, await _body(request, MAX_RECIPE_BYTES))
+
+
+async def _card(request: Request) -> bytes:
+    """The body as it is: a recipe or a model card, whatever it calls itself."""
+    return await _body(request, MAX_CARD_BYTES)
+
+
+async def _body(request: Request, most: int) -> bytes:
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_RECIPE_BYTES:
-            detail = f"a recipe has at most {MAX_RECIPE_BYTES:,} bytes"
+        if len(body) > most:
+            detail = f"at most {most:,} bytes are read here"
             raise HttpProblem(413, "payload-too-large", "Payload too large", detail, {"Connection": "close"})
-    return await run_in_threadpool(Recipe.from_text, bytes(body))
+    return bytes(body)
 
 
 def _job(merge_id: str, queue: Annotated[Queue, Depends(_queue)]) -> Job:
@@ -57,6 +67,7 @@ def _job(merge_id: str, queue: Annotated[Queue, Depends(_queue)]) -> Job:
 SettingsDep = Annotated[Settings, Depends(_settings)]
 QueueDep = Annotated[Queue, Depends(_queue)]
 RecipeDep = Annotated[Recipe, Depends(_recipe)]
+CardDep = Annotated[bytes, Depends(_card)]
 JobDep = Annotated[Job, Depends(_job)]
 _RECIPE = {"$ref": "#/components/schemas/Recipe"}
 RECIPE_BODY = {
@@ -71,3 +82,13 @@ RECIPE_BODY = {
     }
 }
 """What the OpenAPI document says of a recipe's body, which is read by hand because it may be YAML."""
+CARD_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            kind: {"schema": {"type": "string", "description": "a published recipe, or a model card with one in it"}}
+            for kind in ("application/yaml", "text/markdown")
+        },
+    }
+}
+"""What it says of a published recipe's body."""

@@ -101,6 +101,22 @@ class Validation(BaseModel):
     recipe: RecipeData
 
 
+class IgnoredKey(BaseModel):
+    """A key of a published recipe that has no effect."""
+
+    pointer: str
+    what: str = Field(description="what mergekit does with it")
+
+
+class Imported(BaseModel):
+    """A published recipe as it is read here; `yaml` is the same as text, to be POSTed."""
+
+    recipe: RecipeData
+    yaml: str
+    found_in: str = Field(description="recipe or model card")
+    ignored: list[IgnoredKey]
+
+
 class MethodRead(BaseModel):
     """A merge method with one meaning of its name."""
 

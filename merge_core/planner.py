@@ -136,6 +136,10 @@ class _Planner:
                     f"the base {run.base} is not among the sources of this slice, so its layers are not known; add it"
                 )
                 self.findings.recipe_problems.append(Problem(detail, f"{run.pointer}/sources"))
+            if self._adds_nothing(run):
+                where = f"{run.pointer}/{'sources' if self.recipe.slices else 'models'}"
+                self.findings.warnings.append(f"{where}: only the base takes part, so its tensors are copied")
+                continue
             if not fewest <= len(others) <= (most or len(others)):
                 wants = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
                 beside = " besides the base" if self.method.base != "model" and run.base else ""
@@ -149,6 +153,11 @@ class _Planner:
             if weights.tensors and weights.config.get("quantization_config") and not self.method.copies:
                 detail = f"{model} is quantised (its config has a quantization_config); merge the unquantised weights"
                 self.findings.problems.append(Problem(detail))
+
+    def _adds_nothing(self, run: Run) -> bool:
+        """Whether a method that adds to a base is given the base alone, which mergekit lets through."""
+        adds = self.method.base == "required" and self.method.count == (1, None)
+        return adds and run.base is not None and all(taken.ref == run.base for taken in run.inputs)
 
     def _step(self, run: Run, wanted: Wanted) -> Step | None:
         info = wanted.info
@@ -185,6 +194,8 @@ class _Planner:
             return Step(wanted.name, info.shape, info.dtype, (donor, *others), reason="integers are not averaged")
         if any(pattern in wanted.name for pattern in self.recipe.exclude):
             return Step(wanted.name, info.shape, dtype, (donor,), reason="excluded by the recipe")
+        if self._adds_nothing(run):
+            return Step(wanted.name, info.shape, dtype, (donor,), reason="only the base takes part")
         method, base, taking_part = self.resolver.resolve(run, wanted, sources)
         if method is None:
             return None

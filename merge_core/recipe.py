@@ -37,6 +37,12 @@ from merge_core.sizes import Bytes
 
 MAX_RECIPE_BYTES = 256 * 1024
 MAX_DEPTH = 32
+_OTHER_TOOLS = {
+    "experts": "a mixture of experts (mergekit-moe)",
+    "genome": "an evolutionary search (mergekit-evolve)",
+    "layer_slices": "a recipe of bakllama",
+}
+_FORKS = {"core_space": "a proposal for mergekit", "emr": "a fork of mergekit", "lrp": "a fork of mergekit"}
 MAX_DOCUMENTS = 64
 MIN_MEMORY = 512 * 2**20
 _SHORTEST_TEMPLATE = 20
@@ -251,7 +257,7 @@ def _object(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
 
 def _tokenizer_source(written: Any) -> Any:
     """`union`, `base` or a model, which older recipes write as `model:REF`."""
-    if written in ("union", "base") or isinstance(written, ModelRef):
+    if written in (None, "union", "base") or isinstance(written, ModelRef):
         return written
     return _reference(written.removeprefix("model:") if isinstance(written, str) else written)
 
@@ -415,6 +421,7 @@ class Recipe(_Keys):
     unknown_keys: Literal["error", "warn"] = "error"
 
     _warnings: list[str] = []
+    _ignored: list[Problem] = []
     _stages: tuple[Recipe, ...] = ()
     _pointer: str = "#"
 
@@ -441,6 +448,12 @@ class Recipe(_Keys):
         """Keys that were ignored, one sentence each (only under `unknown_keys: warn`), and stages that nothing uses."""
         return tuple(self._warnings)
 
+    @property
+    def ignored(self) -> tuple[Problem, ...]:
+        """The keys that nobody knows, of all documents (only under `unknown_keys: warn`)."""
+        documents = (*self.stages, self)
+        return tuple(document.located(problem) for document in documents for problem in document._ignored)
+
     def located(self, problem: Problem) -> Problem:
         """A problem of this document, its pointer as seen from the whole recipe."""
         if problem.pointer is None:
@@ -450,7 +463,8 @@ class Recipe(_Keys):
     @classmethod
     def from_text(cls, text: str | bytes) -> Self:
         """Read YAML or JSON, of one document or several. Raises `RecipeError`."""
-        return cls.from_data(_load(text))
+        documents = load_documents(text)
+        return cls.from_data(documents if len(documents) > 1 else next(iter(documents), None))
 
     @classmethod
     def from_data(cls, data: Any) -> Self:
@@ -464,10 +478,10 @@ class Recipe(_Keys):
             raise RecipeError("a recipe is a mapping with merge_method and models, slices or modules")
         if problem := _not_plain(data, "#", MAX_DEPTH):
             raise RecipeError.of([problem])
-        if "merge_method" not in data and {"experts", "gate_mode"} & set(data):
-            raise RecipeError("this is a mixture-of-experts recipe (mergekit-moe), which is not a merge of weights")
-        if "merge_method" not in data and {"genome", "tasks"} <= set(data):
-            raise RecipeError("this is an evolutionary search (mergekit-evolve), not a merge recipe")
+        if not {"models", "slices", "modules"} & set(data):
+            for key, what in _OTHER_TOOLS.items():
+                if key in data:
+                    raise RecipeError.of([Problem(f"{what} is not supported: it is no merge of weights", f"#/{key}")])
         data = {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
         try:
             recipe = cls.model_validate(data)
@@ -479,6 +493,7 @@ class Recipe(_Keys):
             if recipe.unknown_keys == "error":
                 problems += unknown
             else:
+                recipe._ignored = unknown
                 recipe._warnings = [f"{problem}; ignored" for problem in unknown]
         if problems:
             raise RecipeError.of(problems)
@@ -576,9 +591,10 @@ class Recipe(_Keys):
             if part is not self and (part.models is None) == (part.slices is None):
                 yield Problem("give exactly one of models and slices", pointer)
         if self.merge_method not in METHODS:
-            yield Problem(
-                f"there is no method {self.merge_method[:60]!r}{_suggest(self.merge_method, METHODS)}", "#/merge_method"
-            )
+            detail = f"there is no method {self.merge_method[:60]!r}{_suggest(self.merge_method, METHODS)}"
+            if fork := _FORKS.get(self.merge_method):
+                detail = f"{self.merge_method} is a method of {fork}, which is not supported"
+            yield Problem(detail, "#/merge_method")
             return
         if self.scope is not None and self.scope not in self.method.scopes:
             scopes = ", ".join(self.method.scopes)
@@ -699,7 +715,8 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _load(text: str | bytes) -> Any:
+def load_documents(text: str | bytes) -> list[Any]:
+    """The YAML or JSON documents of a text, those without content left out. Raises `RecipeError`."""
     if len(text) > MAX_RECIPE_BYTES:
         raise RecipeError(f"the recipe has {len(text):,} bytes; at most {MAX_RECIPE_BYTES:,} are read")
     try:
@@ -712,8 +729,7 @@ def _load(text: str | bytes) -> Any:
     except Exception as error:
         # PyYAML's constructors raise whatever they stumble over: ValueError, KeyError, AttributeError, …
         raise RecipeError(f"the recipe is not valid YAML: {str(error)[:200]}") from None
-    documents = [document for document in documents if document is not None]
-    return documents if len(documents) > 1 else next(iter(documents), None)
+    return [document for document in documents if document is not None]
 
 
 def _not_plain(data: Any, pointer: str, depth: int) -> Problem | None:

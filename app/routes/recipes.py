@@ -7,9 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from fastapi.concurrency import run_in_threadpool
 
-from app.deps import RECIPE_BODY, RecipeDep, SettingsDep
+from app.deps import CARD_BODY, RECIPE_BODY, CardDep, RecipeDep, SettingsDep
 from app.planning import plan_for_service
-from app.schemas import Validation
+from app.schemas import IgnoredKey, Imported, Validation
+from merge_core.published import read_published
 
 router = APIRouter(prefix="/v1", tags=["recipes"])
 
@@ -26,3 +27,15 @@ async def validate_recipe(
         return Validation(plan=plan_for_service(recipe, settings).to_dict(steps=steps), recipe=recipe.to_data())
 
     return await run_in_threadpool(look)
+
+
+@router.post("/recipes:import", openapi_extra=CARD_BODY)
+async def import_recipe(card: CardDep) -> Imported:
+    """Read a published recipe, or a model card with one in it: what it means here, and which keys have no effect."""
+    published = await run_in_threadpool(read_published, card)
+    return Imported(
+        recipe=published.recipe.to_data(),
+        yaml=published.recipe.to_yaml(),
+        found_in=published.found_in,
+        ignored=[IgnoredKey(pointer=each.pointer, what=each.what) for each in published.ignored],
+    )

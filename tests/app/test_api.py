@@ -96,6 +96,18 @@ PROBLEMS: list[tuple[dict[str, Any], int, str, str]] = [
 ]
 
 
+def test_a_published_recipe_is_told_what_has_no_effect(client: TestClient) -> None:
+    card = "# Card\n```yaml\nmerge_method: linear\nmodels: [{model: a, weight: 1}]\nparameters: {weight: 1}\n```\n"
+
+    answer = client.post("/v1/recipes:import", content=card)
+
+    assert answer.status_code == 200 and answer.json()["found_in"] == "model card"
+    assert [each["pointer"] for each in answer.json()["ignored"]] == ["#/models/0/weight"]
+    assert answer.json()["recipe"] == Recipe.from_text(answer.json()["yaml"]).to_data()
+    refused = client.post("/v1/recipes:import", content="experts: []")
+    assert refused.status_code == 422 and "mixture of experts" in refused.json()["detail"]
+
+
 @pytest.mark.parametrize("path", ["/v1/merges", "/v1/recipes:validate"])
 @pytest.mark.parametrize(
     ("recipe", "status", "code", "pointer"), PROBLEMS, ids=[f"{code}{pointer}" for _, _, code, pointer in PROBLEMS]

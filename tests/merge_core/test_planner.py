@@ -394,3 +394,9 @@ def test_recipe_problems_come_before_model_problems(models: Path) -> None:
     _without(models, "m1", "model.norm.weight")
     with pytest.raises(RecipeError, match="has no weight"):
         planned(models, method_recipe("ties", parameters={}))
+
+
+def test_a_base_alone_is_copied_where_nothing_is_added_to_it(models: Path) -> None:
+    plan = planned(models, method_recipe("task_arithmetic", models=[{"model": "base"}]))
+    assert all(step.method is None for step in plan.steps)
+    assert any("only the base takes part" in warning for warning in plan.warnings)

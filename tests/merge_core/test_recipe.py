@@ -162,7 +162,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("1: a\n", "is not a text"),
         ('"\\ud800": a\n', "is not"),
         ("seed: 1" + "0" * 30 + "\n", "number too large"),
-        ("experts: []\nbase_model: x\ngate_mode: hidden\n", "mixture-of-experts"),
+        ("experts: []\nbase_model: x\ngate_mode: hidden\n", "mixture of experts"),
         ("genome: {}\ntasks: []\n", "evolutionary"),
     ],
 )
