@@ -161,6 +161,8 @@ class Execution:
         stages = steps[0].method.stages("model")[measured["stages"] :]
         for stage in self.blocks.measure_all(pool, steps, stages, known, finished):
             self._enter(f"measuring: {stage.name}")
+        for warning in steps[0].method.warnings(known):
+            self.warn(warning)
         return known
 
     def _measure_tensor(self, pool: ThreadPoolExecutor, step: Step, known: Known) -> Known:

@@ -298,6 +298,10 @@ class MergeMethod(BaseModel, ABC):
         """Whether the recipe must name that file for that model, given the parameters; if not, it is not read."""
         return self.statistics[statistic].required
 
+    def warnings(self, known: Known) -> Sequence[str]:
+        """What the user should know of what the whole model's statistics came to."""
+        return ()
+
     @property
     def is_fused(self) -> bool:
         """Whether measuring and merging go through `kernels` alone, whose compiled form needs no workspace."""

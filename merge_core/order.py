@@ -29,8 +29,10 @@ from merge_core.statistics import Counters, Counts, Largest, Statistic
 
 Scored = Callable[[Block, Known], Scores]
 Places = Callable[[int, int], Sequence[int]]
-_BRACKET = 8
+_BRACKET = 4
 """Values of the high digits that a bracket holds at most."""
+_VAGUE = 16
+"""Where the sample leaves more of them open, the bracket would likely miss."""
 _MANY = 2**22
 """Elements of a tensor from which on fewer of them are sampled."""
 _FEWEST_SAMPLES = 2**14
@@ -98,8 +100,12 @@ class Sampled(_Order):
         if entries < _FEWEST_SAMPLES:
             return
         guess = [self._brackets(histogram, entries) for histogram in histograms]
-        if all(high - low <= _BRACKET for its in guess for low, high, _ in its):
-            known[self._guess()] = guess
+        if all(high - low <= _VAGUE for its in guess for low, high, _ in its):
+            half = _BRACKET // 2
+            known[self._guess()] = [
+                [[max(low, middle - half), min(high, middle + half), middle] for low, high, middle in its]
+                for its in guess
+            ]
 
     def _brackets(self, histogram: Counters, entries: int) -> list[list[int]]:
         many = 2**40
@@ -121,6 +127,7 @@ class Bracketed(_Order):
 
     places: Places
     name: ClassVar[str] = "order"
+    space: ClassVar[int] = 3 * _BRACKET * DIGITS * 8
 
     @property
     def expected(self) -> bool:

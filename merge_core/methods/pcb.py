@@ -72,6 +72,13 @@ class Pcb(MergeMethod):
     def stages(self, scope: Scope) -> Sequence[Stage]:
         return [*order("magnitudes", _magnitudes, self._clamped_places), *order("scores", self._scores, self._floor)]
 
+    def warnings(self, known: Known) -> Sequence[str]:
+        return [
+            f"model {number} takes no part in the merge: its task vector is zero, or all of it that is not was clamped"
+            for number, (_, high) in enumerate(known["magnitudes"]["values"], start=1)
+            if not high > 0
+        ]
+
     def merge(self, block: Block, known: Known) -> Tensor:
         scores = self._scores(block, known)
         weights = spread(self.weight, len(block.stored))

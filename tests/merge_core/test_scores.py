@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -34,11 +36,13 @@ from merge_core.kernels.scores import (
     values,
 )
 from merge_core.kernels.vectors import Rows, TaskVectors
+from merge_core.merge import merge
 from merge_core.method import Block, Known, Scope
 from merge_core.methods.arcee_fusion import ArceeFusion
 from merge_core.methods.pcb import Pcb, Variant
 from merge_core.methods.sce import Sce
 from merge_core.order import order
+from merge_core.recipe import Recipe
 from merge_core.statistics import Grains
 from tests.conftest import FORMS, kernels_in
 from tests.merge_core.test_kernels import in_both_forms, rounded, task_vectors
@@ -66,7 +70,7 @@ def scores(draw: st.DrawFn) -> Scores:
     return Scores(vectors, kind, tuple(draw(st.booleans()) for _ in range(models)), lows, highs)
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(scores())
 def test_both_forms_count_the_same(made: Scores) -> None:
     elements, rows = made.vectors.elements, len(made)
@@ -100,7 +104,7 @@ def test_both_forms_count_the_same(made: Scores) -> None:
         in_both_forms(lambda: equal_scores(made, float(values(made)[0, 0])))
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(scores(), st.lists(st.floats(-2, 2, width=32), min_size=4, max_size=4), st.integers(0, 40), st.integers(0, 4000))
 def test_both_forms_merge_the_same(made: Scores, weights: list[float], ties: int, start: int) -> None:
     out = made.vectors.out
@@ -120,7 +124,7 @@ def test_both_forms_merge_the_same(made: Scores, weights: list[float], ties: int
         in_both_forms(lambda: rounded(compete(made, floors, tops, numbers, 0.7), out))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     st.integers(1, 40),
     st.sampled_from([1, 2, 3, 9, 64, 1000, 1024, 1500, 3000]),
@@ -157,7 +161,7 @@ def test_keys_have_the_order_of_their_values(numbers: list[float]) -> None:
     assert [value_of(int(key)) for key in found.sort().values] == sorted(numbers)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.integers(1, 300), st.integers(0, 99), st.integers(1, 60), st.integers(1, 9), st.booleans())
 def test_the_value_at_any_place_is_exact(entries: int, seed: int, size: int, length: int, ties: bool) -> None:
     deltas = torch.randn(3, entries, generator=torch.Generator().manual_seed(seed))
@@ -257,6 +261,18 @@ def test_pcb_goes_on_where_the_paper_divides_by_zero(form: str, variant: Variant
         torch.testing.assert_close(mean, torch.cat([deltas, even]).mean(0))
         tiny = run(method, "tensor", deltas[:, :1])
         torch.testing.assert_close(tiny, deltas[:, :1].mean(0))
+
+
+def test_pcb_says_which_model_takes_no_part(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "base", models / "same")
+    entries = [{"model": str(models / name)} for name in ("m0", "same", "m1")]
+    recipe = {"merge_method": "pcb", "base_model": str(models / "base"), "models": entries}
+
+    artifact = merge(Recipe.from_data(recipe), tmp_path / "out")
+
+    assert [warning for warning in artifact.warnings if "no part" in warning] == [
+        "model 2 takes no part in the merge: its task vector is zero, or all of it that is not was clamped"
+    ]
 
 
 @pytest.mark.parametrize("form", FORMS)
