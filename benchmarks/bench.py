@@ -66,6 +66,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "iso_c": {"merge_method": "iso_c", **ON_BASE, **WHOLE_MATRICES},
     "iso_cts": {"merge_method": "iso_cts", **ON_BASE, **WHOLE_MATRICES},
     "tsv_m": {"merge_method": "tsv_m", **ON_BASE, **WHOLE_MATRICES},
+    "low_rank": {"merge_method": "low_rank", **ON_BASE, **WHOLE_MATRICES, "parameters": {"rank": 64}},
     "pcb whole model": {"merge_method": "pcb", **ON_BASE},
     "graft": {"merge_method": "graft", **ON_BASE, "parameters": {"sparsity": 0.1}},
     "arcee_fusion": {"merge_method": "arcee_fusion", **ON_BASE},
@@ -90,7 +91,7 @@ NOT_IN_MERGEKIT = {
     *("widen", "pcb whole model", "graft", "wise_ft", "expo", "geometric_median"),
     *("darex", "half_reset"),
     *("breadcrumbs per row", "magnitude_prune", "magmax"),
-    *("iso_c", "iso_cts", "tsv_m"),
+    *("iso_c", "iso_cts", "tsv_m", "low_rank"),
 }
 ROUNDS_OF = {"large": 3, "small": 1}
 FOR_TORCH = "0.1"

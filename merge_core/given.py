@@ -125,5 +125,7 @@ def _unlike(given: Given, info: TensorInfo, shape: tuple[int, ...]) -> str:
         return "" if fits else f"a list of 1 to {GRAIN_ELEMENTS:,} numbers"
     if given.shape == "columns" and len(shape) < 2:
         return "left out, because it has no columns"
-    expected = shape if given.shape == "same" else shape[1:]
+    if given.shape == "square" and len(shape) != 2:
+        return "left out, because it is no matrix"
+    expected = {"same": shape, "columns": shape[1:], "square": 2 * shape[1:]}[given.shape]
     return "" if info.shape == expected else str(list(expected))

@@ -29,8 +29,6 @@ from merge_core.method import Block, ExactOn, Extent, MergeMethod
 
 SMALLEST = 1e-6
 """Singular values below this share of the largest count as zero."""
-LEFT_TO_AVERAGE = "text_projection"
-"""Tensors with this in their names the papers' code averages although they are matrices."""
 
 Pieces = Callable[[], Iterable[tuple[slice, Tensor]]]
 """A matrix with its long side first, read from the beginning: runs of the long side, `[run, short]`, float64."""
@@ -40,6 +38,8 @@ class MatrixMethod(MergeMethod):
     """Base of the methods that decompose matrices and average all other tensors."""
 
     exact_on: ClassVar[ExactOn] = "this machine"
+    averaged: ClassVar[tuple[str, ...]] = ("text_projection",)
+    """Tensors with these in their names the papers' code averages although they are matrices."""
 
     lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the merged task vector")
     decompose: bool = Field(
@@ -63,7 +63,9 @@ class MatrixMethod(MergeMethod):
         return 1 + square + max(6 * square, 4 * square + lying)
 
     def is_decomposed(self, block: Block) -> bool:
-        return self.decompose and len(block.origin.shape) == 2 and LEFT_TO_AVERAGE not in block.tensor
+        if not self.decompose or len(block.origin.shape) != 2:
+            return False
+        return not any(part in block.tensor for part in self.averaged)
 
     def average(self, block: Block) -> Tensor:
         """θ₀ + λ/n Σᵢ δᵢ."""

@@ -48,13 +48,13 @@ PerModelShare = Annotated[tuple[Share, ...], PerModelMarker()]
 class Given:
     """Numbers that somebody measured and a method takes from a file, under the merged tensors' names.
 
-    `shape`: "same" as the merged tensor, read row by row with it; "columns" (one number for each of a row) and "vector"
-    (a list of any length) are small and read whole. `per_model`: each model may have its own. A recipe must name a
-    `required` one; a `partial` one may lack tensors.
+    `shape`: "same" as the merged tensor, read row by row with it; "columns" (one number for each of a row), "square"
+    (of a matrix, one for each two columns) and "vector" (a list of any length) are read whole. `per_model`: each model
+    may have its own. A recipe must name a `required` one; a `partial` one may lack tensors.
     """
 
     description: str
-    shape: Literal["same", "columns", "vector"] = "same"
+    shape: Literal["same", "columns", "square", "vector"] = "same"
     per_model: bool = False
     required: bool = True
     partial: bool = False

@@ -166,19 +166,6 @@ class _Tree:
         return root
 
 
-@dataclass
-class Gathered:
-    """Numbers of each row of one tensor, `[..., rows]`, float64: those of its own grains, 0 for the others.
-
-    In one array from the beginning: one per block would lie between blocks in the heap, and it could not shrink.
-    """
-
-    values: Sums
-
-    def add(self, other: Self) -> None:
-        self.values += other.values
-
-
 def grain_sums(values: Tensor, grain_elements: int) -> Sums:
     """Sum each grain of a flat run of whole grains: `[sums, elements]` → `[grains, sums]`, float64.
 

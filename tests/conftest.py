@@ -106,6 +106,10 @@ def models(tmp_path: Path) -> Path:
     return folder
 
 
+def _square(samples: Tensor) -> Tensor:
+    return samples.T.float() @ samples.float() / len(samples)
+
+
 def numbers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Numbers about every tensor, by shape."""
     generator = torch.Generator().manual_seed(7)
@@ -117,6 +121,7 @@ def numbers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return {
         "same": {name: some(*tensor.shape) for name, tensor in floats.items()},
         "columns": {name: some(*tensor.shape[1:]) for name, tensor in floats.items() if tensor.ndim > 1},
+        "square": {name: _square(some(5, tensor.shape[1])) for name, tensor in floats.items() if tensor.ndim == 2},
         "vector": {name: some(3) for name in floats},
     }
 

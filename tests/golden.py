@@ -353,6 +353,22 @@ def _magnitude_prune(case: Case) -> Run:
     )
 
 
+def _eora(case: Case) -> Run:
+    scratch, data = Path(case["scratch"]), load_file(_folder(case) / case["inputs"]["data"])
+    for name in ("weight", "compressed", "activation_cov"):
+        save_file({"approx": data[name]}, scratch / f"{name}.safetensors")
+    return Run(
+        {
+            "merge_method": "eora",
+            "base_model": str(scratch / "compressed.safetensors"),
+            "models": [{"model": str(scratch / "weight.safetensors")}],
+            "parameters": {"rank": case["params"]["rank"]},
+            "statistics": {"covariance": str(scratch / "activation_cov.safetensors")},
+        },
+        outcome=lambda merged: {"approx": merged["approx"] - data["compressed"]},
+    )
+
+
 def _density_of_mask_rate(case: Case, rate: float) -> float:
     """MergeLM keeps |δ| ≥ its int(N · rate)-th smallest, TIES int(N · density) + 1 entries: the density that means the
     same.
@@ -382,6 +398,7 @@ ADAPTERS: dict[str, Callable[[Case], Run]] = {
     "ties": _ties,
     "dare": _dare,
     "widen": _widen,
+    "eora": _eora,
     "pcb": _pcb,
     "graft": _graft,
     "diff_transfer": _transfer,

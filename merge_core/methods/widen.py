@@ -21,7 +21,7 @@ from torch import Tensor
 
 from merge_core.kernels.plain import total
 from merge_core.method import Block, Known, MergeMethod, Scope, Stage
-from merge_core.statistics import Gathered, GrainSums, Statistic, grain_sums
+from merge_core.statistics import GrainSums, RowValues, Statistic, grain_sums
 from merge_core.weights import is_embedding
 
 Floats = NDArray[np.floating[Any]]
@@ -103,10 +103,9 @@ class Columns(Stage):
         pairs = [(base, base), *((model, model) for model in models), *((model, base) for model in models)]
         if _is_lookup(block):
             sums = torch.stack([_over_rows((one * other).T) for one, other in pairs])
-            first = block.first_grain * block.grains.size
-            if "columns" not in found:
-                found["columns"] = Gathered(np.zeros((len(pairs), block.grains.rows)))
-            cast(Gathered, found["columns"]).values[:, first : first + sums.shape[1]] = sums.cpu().numpy()
+            columns = cast(RowValues, found.setdefault("columns", RowValues()))
+            start = block.first_grain * block.grains.size
+            columns.put(block.tensor, block.grains.rows, start, sums.T.cpu().numpy())
             return
         per_pair = [
             torch.stack([_over_rows(grain) for grain in torch.split(one * other, block.grains.size)])
@@ -120,7 +119,10 @@ class Columns(Stage):
             known["means"] = [size / count for size in sizes]
             return
         columns = found["columns"]
-        sums = columns.values if isinstance(columns, Gathered) else cast(GrainSums, columns).total()
+        if isinstance(columns, RowValues):
+            (sums,) = (rows.T for rows in columns.rows.values())
+        else:
+            sums = cast(GrainSums, columns).total()
         base, models, products = sums[0], sums[1 : len(sums) // 2 + 1], sums[len(sums) // 2 + 1 :]
         lengths = np.sqrt(models), np.sqrt(base)
         both = lengths[0] * lengths[1]

@@ -15,6 +15,7 @@ from merge_core.matrices import SMALLEST
 from merge_core.method import Block, MergeMethod
 from merge_core.methods.iso_c import IsoC
 from merge_core.methods.iso_cts import IsoCts
+from merge_core.methods.low_rank import Eora, LowRank
 from merge_core.methods.tsv_m import TsvM
 
 Oracle = Callable[[Tensor], Tensor]
@@ -166,10 +167,13 @@ def test_nan_that_is_let_through_is_not_hidden(method: MergeMethod, oracle: Orac
 def test_holds_what_it_says(
     method: MergeMethod, oracle: Oracle, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest sum of live tensors, counted by torch itself, is what the plan reckons with."""
     deltas = deltas_of(shape, 3)
-    block = Block.of(deltas, torch.zeros(shape))
-    block.out = torch.empty(shape)
+    holds_what_it_says(method, Block.of(deltas, torch.zeros(shape)), deltas[0], monkeypatch)
+
+
+def holds_what_it_says(method: MergeMethod, block: Block, delta: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest sum of live tensors, counted by torch itself, is what the plan reckons with."""
+    block.out = torch.empty(delta.shape)
     monkeypatch.setattr(matrices, "RUN_ELEMENTS", 3000)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         method.merge(block, {})
@@ -178,6 +182,47 @@ def test_holds_what_it_says(
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    held = method.held(shape)
+    held = method.held(delta.shape)
     assert held is not None
-    assert peak <= held * deltas[0].nbytes + 48 * 3000 + 100_000
+    assert peak <= held * delta.nbytes + 48 * 3000 + 100_000
+
+
+@pytest.mark.parametrize("rank", [1, 3, 50])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_low_rank_is_the_truncated_decomposition(shape: tuple[int, int], rank: int) -> None:
+    (delta,) = deltas_of(shape, 1).double()
+    u, s, v = svd(delta)
+    expected = u[:, :rank] @ torch.diag(s[:rank]) @ v[:, :rank].T
+    torch.testing.assert_close(merged(LowRank(rank=rank), delta[None].float()).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 50])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("samples", [100, 4])
+def test_eora_is_the_papers_formula(
+    shape: tuple[int, int], rank: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer samples than columns the paper's S cannot well be divided by."""
+    (delta,) = deltas_of(shape, 1).double()
+    inputs = torch.randn(samples, shape[1], generator=torch.Generator().manual_seed(5))
+    covariance = inputs.T @ inputs / samples
+    block = Block.of(delta[None], torch.zeros(shape), covariance=[covariance])
+    monkeypatch.setattr(matrices, "RUN_ELEMENTS", 40)
+
+    ours = Eora(rank=rank).merge(block, {}).double()
+
+    squares, axes = torch.linalg.eigh(covariance.double())
+    root = axes * torch.where(squares < 0, squares[squares > 0].min(), squares).sqrt()
+    u, s, v = svd(delta @ root)
+    if samples > shape[1]:
+        expected = u[:, :rank] @ torch.diag(s[:rank]) @ v[:, :rank].T @ torch.linalg.inv(root)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, u[:, :rank] @ u[:, :rank].T @ delta, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (900, 300), (300, 900)], ids=str)
+@pytest.mark.parametrize("method", [LowRank(rank=20), Eora(rank=20)], ids=lambda method: method.name)
+def test_low_rank_holds_what_it_says(method: LowRank, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    (delta,) = deltas_of(shape, 1)
+    block = Block.of([delta], torch.zeros(shape), covariance=[torch.eye(shape[1])])
+    holds_what_it_says(method, block, delta, monkeypatch)

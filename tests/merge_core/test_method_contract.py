@@ -49,10 +49,11 @@ def given(method: MergeMethod, models: Tensor, base: Tensor | None) -> dict[str,
     """Whatever else the method takes: a base of each model's own, and numbers of the shapes it declares."""
     generator = torch.Generator().manual_seed(9)
     shape = models.shape[1:]
-    shapes = {"same": shape, "columns": shape[1:], "vector": (5,)}
+    there = {"same", "vector", *(["columns"] if len(shape) > 1 else []), *(["square"] if len(shape) == 2 else [])}
+    shapes = {"same": shape, "columns": shape[1:], "square": 2 * shape[1:], "vector": (5,)}
     numbers: dict[str, list[Tensor | None]] = {
         name: [
-            torch.rand(shapes[each.shape], generator=generator) if each.shape != "columns" or len(shape) > 1 else None
+            torch.rand(shapes[each.shape], generator=generator) if each.shape in there else None
             for _ in (models if each.per_model else [0])
         ]
         for name, each in method.statistics.items()
