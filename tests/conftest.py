@@ -144,6 +144,7 @@ def _recipe_of(method: type[MergeMethod]) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "wise_ft-plain": {"merge_method": "wise_ft", "base_model": "base"},
     "graft-given": {
         "merge_method": "graft",
         "base_model": "base",

@@ -118,10 +118,12 @@ def _task_arithmetic(case: Case) -> Run:
 
 
 def _wise_ft(case: Case) -> Run:
-    if "fisher" in case["inputs"]:
-        raise Skip("a recipe cannot name importance files beside models")
     recipe = {"merge_method": "wise_ft", "base_model": case["inputs"]["base"], "models": _models(case)}
-    return Run(recipe | {"parameters": {"alpha": case["params"]["alpha"]}})
+    parameters = {"alpha": case["params"]["alpha"]}
+    if fisher := case["inputs"].get("fisher"):
+        recipe |= {"statistics": dict(zip(("base_fisher", "fisher"), fisher, strict=True))}
+        parameters |= {"by_fisher": True, "fisher_floor": case["params"]["fisher_floor"]}
+    return Run(recipe | {"parameters": parameters})
 
 
 def _model_stock(case: Case) -> Run:
