@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from torch import Tensor
 
 from merge_core import matrices
 from merge_core.matrices import SMALLEST
+from merge_core.merge import merge
 from merge_core.method import Block, MergeMethod
 from merge_core.methods.iso_c import IsoC
 from merge_core.methods.iso_cts import IsoCts
 from merge_core.methods.low_rank import Eora, LowRank
 from merge_core.methods.tsv_m import TsvM
+from merge_core.recipe import Recipe
+from tests.conftest import method_recipe
 
 Oracle = Callable[[Tensor], Tensor]
 
@@ -226,3 +231,11 @@ def test_low_rank_holds_what_it_says(method: LowRank, shape: tuple[int, int], mo
     (delta,) = deltas_of(shape, 1)
     block = Block.of([delta], torch.zeros(shape), covariance=[torch.eye(shape[1])])
     holds_what_it_says(method, block, delta, monkeypatch)
+
+
+@pytest.mark.parametrize(("title", "promise"), [("tsv_m", "this machine"), ("linear", "any machine")])
+def test_the_lock_says_where_its_bytes_can_be_made_again(
+    models: Path, tmp_path: Path, title: str, promise: str
+) -> None:
+    merge(Recipe.from_data(method_recipe(title)), tmp_path / "out", roots=[models])
+    assert json.loads((tmp_path / "out" / "merge.lock.json").read_text())["exact_on"] == promise
