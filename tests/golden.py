@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from merge_core.coefficients.greedy_soup import greedy_soup
 from merge_core.merge import merge
 from merge_core.method import Randomness
 from merge_core.methods import METHODS
@@ -422,6 +423,8 @@ def run_case(folder: Path, case: Case, scratch: Path) -> str:
         raise Skip("informative only, says its note")
     if case["method"] in WHOLE_RECIPES:
         return _run_whole_recipe(folder, case, scratch)
+    if case["method"] == "greedy_soup":
+        return _greedy_soup(folder, case, scratch)
     if case["method"] not in ADAPTERS:
         raise Skip(f"no method {case['method']} here yet")
     run = ADAPTERS[case["method"]](case)
@@ -438,6 +441,30 @@ def run_case(folder: Path, case: Case, scratch: Path) -> str:
         case["tolerance"],
         integers,
     )
+
+
+def _greedy_soup(folder: Path, case: Case, scratch: Path) -> str:
+    """A soup of models chosen by a score, which here is the nearness to a target: every candidate is merged."""
+    paths = [str(folder / path) for path in case["inputs"]["models"]]
+    target = load_file(folder / case["inputs"]["target"])
+
+    def soup(chosen: Sequence[int]) -> dict[str, Tensor]:
+        out = scratch / "-".join(map(str, chosen))
+        if not out.exists():
+            models = [{"model": paths[number]} for number in chosen]
+            merge(Recipe.from_data({"merge_method": "linear", "models": models, "parameters": {"weight": 1}}), out)
+        return load_file(out / "model.safetensors")
+
+    def score(chosen: Sequence[int]) -> float:
+        merged = soup(chosen)
+        far = torch.cat([(merged[name] - target[name]).flatten() for name in sorted(target)])
+        return -float((far * far).mean())
+
+    found = greedy_soup(len(paths), score)
+    for what in ("order", "ingredients"):
+        if [f"model_{number}" for number in getattr(found, what)] != case["expected"][what]:
+            return f"{what}: {getattr(found, what)}, expected {case['expected'][what]}"
+    return _compare(soup(found.ingredients), load_file(folder / case["output"]), case["tolerance"], {})
 
 
 def _run_whole_recipe(folder: Path, case: Case, scratch: Path) -> str:
