@@ -127,7 +127,10 @@ class Bracketed(_Order):
 
     places: Places
     name: ClassVar[str] = "order"
-    space: ClassVar[int] = 3 * _BRACKET * DIGITS * 8
+
+    @property
+    def space(self) -> int:
+        return 3 * _BRACKET * DIGITS * 8
 
     @property
     def expected(self) -> bool:
