@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from merge_core import kernels, random
-from merge_core.kernels.vectors import Rows, TaskVectors
+from merge_core.kernels.vectors import Marks, Rows, TaskVectors
 from merge_core.statistics import Grains, GrainSums, Statistic, Sums
 
 Known = dict[str, Any]
@@ -69,6 +69,7 @@ class Randomness:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.marks = Marks()
 
     def key(self, tensor: str, model: int) -> int | None:
         """The key of a tensor's random stream for one model; None where numbers come from elsewhere."""

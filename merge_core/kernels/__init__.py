@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Literal
@@ -98,7 +98,9 @@ def combine(
     target = _target(sources, vectors.working, vectors.out) if _has_compiled_form(vectors) else None
     if target is None:
         return plain.combine(vectors, vote, majority, average, weights, scale)
-    with _operands(vectors) as operands:
+    draws = None if vectors.rank_rates is None else vectors.draws
+    marks = None if draws is None else draws.marks.take(_marked(vectors))
+    with _operands(vectors, marks, has_marks=marks is not None) as operands:
         _compiled().combine(
             operands,
             _VOTES[vote],
@@ -235,9 +237,14 @@ def absolute_sums(vectors: TaskVectors) -> Sums:
     """Σ|δ| of the plain task vectors, then of what is left of them: `[grains, 2 · models]`, float64."""
     if not _is_served(vectors, by_rank=True):
         return plain.absolute_sums(vectors)
-    found = np.empty((math.ceil(vectors.elements / vectors.grain), 2 * len(vectors)), np.float64)
-    with _operands(vectors) as operands:
+    grains = math.ceil(vectors.elements / vectors.grain)
+    found = np.empty((grains, 2 * len(vectors)), np.float64)
+    draws = None if vectors.rank_rates is None else vectors.draws
+    marks = None if draws is None else draws.marks.space(grains, len(vectors), -(-vectors.grain // 8))
+    with _operands(vectors, marks) as operands:
         _compiled().absolute_sums(operands, found)
+    if draws is not None and marks is not None:
+        draws.marks.put(_marked(vectors), marks)
     return found
 
 
@@ -345,6 +352,11 @@ def _has_compiled_form(vectors: TaskVectors) -> bool:
     return not _is_drawn(vectors) or (vectors.draws is not None and vectors.draws.key(vectors.tensor, 0) is not None)
 
 
+def _marked(vectors: TaskVectors) -> Hashable:
+    """By what the marks of a block are known."""
+    return vectors.rank_rates, vectors.tensor, vectors.start, vectors.elements
+
+
 def _is_drawn(vectors: TaskVectors) -> bool:
     ranks = vectors.rank_rates
     return vectors.drop_rates is not None or (ranks is not None and ranks.is_drawn)
@@ -395,7 +407,9 @@ _threads = _Space()
 
 
 @contextmanager
-def _operands(vectors: TaskVectors) -> Iterator[Any]:
+def _operands(
+    vectors: TaskVectors, marks: NDArray[np.uint8] | None = None, *, has_marks: bool = False
+) -> Iterator[Any]:
     count = len(vectors)
     drops = vectors.drop_rates or (0.0,) * count
     ranks = vectors.rank_rates
@@ -415,8 +429,10 @@ def _operands(vectors: TaskVectors) -> Iterator[Any]:
             start=vectors.start,
             keys=np.array(keys, np.uint64),
             drop_below=np.array(below, np.int64),
-            rank_below=np.zeros((count, 0), np.int64) if ranks is None else ranks.below,
+            rank_below=np.zeros((count, 0), np.int32) if ranks is None else ranks.below,
             rank_stride=1 if ranks is None else ranks.stride,
+            marks=np.empty((0, 0, 0), np.uint8) if marks is None else marks,
+            has_marks=has_marks,
             divisors=np.array(vectors.divisors or (1.0,) * count, np.float32),
             thresholds=np.array(vectors.thresholds or (_NEVER,) * count, np.float32),
             ceilings=np.array(vectors.ceilings or (_NEVER,) * count, np.float32),

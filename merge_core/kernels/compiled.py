@@ -53,8 +53,10 @@ class Operands(NamedTuple):
     start: int  # the first element's index in its tensor
     keys: Array  # uint64, of the random stream
     drop_below: Array  # int64 in units of 2⁻²⁴; −1: nothing is dropped
-    rank_below: Array  # int64, [models, width], the same by place in a row; width 0: nothing is dropped by rank
+    rank_below: Array  # int32, [models, width], the same by place in a row; width 0: nothing is dropped by rank
     rank_stride: int
+    marks: Array  # uint8, [grains, models, bytes], a bit per element: what is kept by rank; empty if not remembered
+    has_marks: bool  # whether they are found already, or to be found
     divisors: Array  # float32
     thresholds: Array  # float32; negative: nothing is trimmed
     ceilings: Array  # float32; negative: nothing is cut off
@@ -392,16 +394,18 @@ def _sort(values: Array, sorting: Sorting) -> int:
     digit = np.uint32((bits + passes - 1) // passes)
     mask, size = np.uint32((np.uint32(1) << digit) - np.uint32(1)), 1 << np.int64(digit)
     lowest, second, third = sorting.counts[0, :size], sorting.counts[1, :size], sorting.counts[2, :size]
-    for number in range(passes):
-        sorting.counts[number, :size] = 0
+    sorting.counts[:, :size] = 0
     for j in range(count):
-        key = np.uint32((largest - keys[j]) >> shift) if keys[j] else last
-        keys[j] = key
-        lowest[key & mask] += np.uint32(1)
-        if passes > 1:
-            second[(key >> digit) & mask] += np.uint32(1)
-        if passes > 2:
-            third[key >> np.uint32(digit + digit)] += np.uint32(1)
+        keys[j] = np.uint32((largest - keys[j]) >> shift) if keys[j] else last
+    if passes < 3:
+        for j in range(count):
+            lowest[keys[j] & mask] += np.uint32(1)
+            second[(keys[j] >> digit) & mask] += np.uint32(1)
+    else:
+        for j in range(count):
+            lowest[keys[j] & mask] += np.uint32(1)
+            second[(keys[j] >> digit) & mask] += np.uint32(1)
+            third[keys[j] >> np.uint32(digit + digit)] += np.uint32(1)
     for number in range(passes):
         before = np.uint32(0)
         counts = sorting.counts[number, :size]
@@ -506,7 +510,13 @@ def _open(given: Operands, first: int, count: int, addresses: Array, tiles: Tile
     if not _window(given.places, first, count, addresses):
         return False
     width, lanes = given.rank_below.shape[1], 1 if given.rank_stride == 1 else TOGETHER
-    if width:
+    number = first // given.grain
+    if width and given.has_marks:
+        for model in range(len(given.keys)):
+            marks, keep = given.marks[number, model], tiles.ranked[model]
+            for j in range(count):
+                keep[j] = (marks[j >> 3] >> np.uint8(j & 7)) & np.uint8(1)
+    elif width:
         sorting = Sorting(
             np.empty(max(width, 2 * TOGETHER), np.float32)[: width if lanes == 1 else 2 * TOGETHER],
             np.empty((lanes, width), np.float32),
@@ -517,7 +527,15 @@ def _open(given: Operands, first: int, count: int, addresses: Array, tiles: Tile
             np.empty((3, 1 << DIGIT), np.uint32),
         )
         for model in range(len(given.keys)):
-            _keep_by_rank(given, model, first, count, addresses, sorting, tiles.ranked[model, :count])
+            keep = tiles.ranked[model]
+            _keep_by_rank(given, model, first, count, addresses, sorting, keep[:count])
+            if given.marks.size:
+                marks = given.marks[number, model]
+                for byte in range((count + 7) // 8):
+                    bits = np.uint8(0)
+                    for j in range(8 * byte, min(8 * byte + 8, count)):
+                        bits |= np.uint8(keep[j] << np.uint8(j & 7))
+                    marks[byte] = bits
     return True
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, Self
@@ -53,8 +54,39 @@ class Rows:
         return self.load()[rows] if self.read is None else self.read(rows)
 
 
+class Marks:
+    """Which elements of a block are kept, from the pass that found it out to the one that needs it again.
+
+    A bit per element and model, in so much `room` in bytes; what finds no room is found out again.
+    """
+
+    def __init__(self, room: int = 6 * 2**20) -> None:
+        self._room = room
+        self._kept: dict[Hashable, NDArray[np.uint8]] = {}
+        self._lock = threading.Lock()
+
+    def space(self, *shape: int) -> NDArray[np.uint8] | None:
+        """An array to `put`; None where there is no room for it."""
+        return np.empty(shape, np.uint8) if math.prod(shape) <= self._room else None
+
+    def put(self, key: Hashable, marks: NDArray[np.uint8]) -> None:
+        with self._lock:
+            if key not in self._kept and marks.nbytes <= self._room:
+                self._kept[key] = marks
+                self._room -= marks.nbytes
+
+    def take(self, key: Hashable) -> NDArray[np.uint8] | None:
+        """The marks put there, once."""
+        with self._lock:
+            marks = self._kept.pop(key, None)
+            self._room += 0 if marks is None else marks.nbytes
+            return marks
+
+
 class Draws(Protocol):
-    """Where random numbers come from."""
+    """Where random numbers come from; `marks` is where what was drawn may be remembered."""
+
+    marks: Marks
 
     def uniform(self, tensor: str, model: int, start: int, count: int, device: torch.device) -> Tensor:
         """`[count]`, float32, in [0, 1), for the element indices from `start`."""
@@ -84,9 +116,9 @@ class RankRates:
         return bool(((self.rates > 0) & (self.rates < 1)).any())
 
     @cached_property
-    def below(self) -> NDArray[np.int64]:
+    def below(self) -> NDArray[np.int32]:
         """The least random number that is not dropped, as a multiple of 2⁻²⁴."""
-        return np.ceil(self.rates.astype(np.float64) * 2**24).astype(np.int64)
+        return np.ceil(self.rates.astype(np.float64) * 2**24).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,7 @@ def test_places_in_rows(
     in_both_forms(lambda: kernels.combine(vectors, scale=1.0).nan_to_num(7.0))
     in_both_forms(lambda: kernels.combine(vectors.times((0.5, 2.0)), scale=1.0, vote="plus").nan_to_num(7.0))
     in_both_forms(lambda: np.nan_to_num(kernels.absolute_sums(vectors)))
+    in_both_forms(lambda: kernels.combine(vectors, scale=1.0).nan_to_num(7.0))  # from what was remembered
     if kind == "a band" and scale:
         first, last = width // 3, width // 2 + 1
         deltas = kernels.values(replace(vectors, rank_rates=None))[0].movedim(1, 2).reshape(-1, width)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from merge_core import kernels
 from merge_core.errors import WeightsmithError
-from merge_core.kernels.vectors import Rows, TaskVectors
+from merge_core.kernels.vectors import Marks, Rows, TaskVectors
 from merge_core.merge import merge
 from merge_core.methods.della import drop_rates
 from merge_core.recipe import Recipe
@@ -143,3 +144,15 @@ def test_magmax_takes_the_first_of_equal_changes(tmp_path: Path) -> None:
     one, other = torch.tensor([1.0, -2.0, 0.0, 3.0]), torch.tensor([-1.0, 1.0, -0.5, -4.0])
     got = merged(tmp_path, "magmax", one, other, **{"lambda": 1})
     assert got.tolist() == [1.0, -2.0, -0.5, -4.0]
+
+
+def test_marks_are_given_once_and_never_take_more_than_their_room() -> None:
+    marks = Marks(room=10)
+    assert marks.space(11) is None
+    eight = marks.space(2, 4)
+    assert eight is not None
+    marks.put("a", eight)
+    assert marks.space(3) is None
+    marks.put("b", np.zeros(3, np.uint8))
+    assert marks.take("b") is None and marks.take("a") is eight and marks.take("a") is None
+    assert marks.space(10) is not None
