@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,7 +163,8 @@ class Blocks:
         totals = parts[0]
         for part in parts[1:]:
             add_up(totals, part)
-        stage.finish(totals, known)
+        with np.errstate(all="ignore"):
+            stage.finish(totals, known)
 
     def prepare(self, pool: Executor | None, step: Step) -> None:
         """Let the sources find out what they need to know before rows of theirs are computed by many threads."""
@@ -317,11 +319,14 @@ class _Space(threading.local):
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Whatever is begun inside is done at the end."""
+        """Whatever is begun inside is done at the end. NumPy says nothing of NaN: results are checked, or it is let
+        through.
+        """
         if self._stream is None:
-            yield
+            with np.errstate(all="ignore"):
+                yield
             return
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), np.errstate(all="ignore"):
             try:
                 yield
             finally:

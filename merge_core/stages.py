@@ -63,16 +63,18 @@ def largest(vectors: Ranked, keep: Keep, scope: Scope, *, cut_ties: bool, cut_of
 
 def trimmed(vectors: TaskVectors, block: Block, known: Known) -> TaskVectors:
     """The task vectors with 0 for whatever is not among the largest, or among those that are cut off."""
-    models, thresholds = len(vectors), _thresholds(known)
+    models, reached = len(vectors), thresholds(known)
     ties = tuple(_ties_here(cut, block) for cut in known["cut"]) if "cut" in known else None
-    left = vectors.trimmed(thresholds[:models], None if ties is None else ties[:models])
-    if len(thresholds) == models:
+    left = vectors.trimmed(reached[:models], None if ties is None else ties[:models])
+    if len(reached) == models:
         return left
-    return left.cut_off(thresholds[models:], None if ties is None else ties[models:])
+    return left.cut_off(reached[models:], None if ties is None else ties[models:])
 
 
-def _thresholds(known: Known) -> Numbers:
-    """The k-th largest magnitudes of the models, after them those of what is cut off; none reaches NaN."""
+def thresholds(known: Known) -> Numbers:
+    """The k-th largest magnitudes of the models, after them those of what is cut off; NaN, which none reaches, where
+    nothing is kept.
+    """
     return tuple(math.nan if threshold is None else threshold for threshold in known["threshold"])
 
 
@@ -268,7 +270,7 @@ class TiesPerTensor(_AfterAll):
         return "cut" not in known and _is_cut(known)
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        _count_ties(found, block, kernels.ties(self.vectors(block), _thresholds(known)), "model")
+        _count_ties(found, block, kernels.ties(self.vectors(block), thresholds(known)), "model")
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         known["cut"] = _first_cut(_per_tensor(found), known)
@@ -291,7 +293,7 @@ class TiesPerGrain(_AfterAll):
         return "cut" not in known or any(cut is not None and cut[0] == tensor for cut in known["cut"])
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        _count_ties(found, block, kernels.ties(self.vectors(block), _thresholds(known)), "tensor")
+        _count_ties(found, block, kernels.ties(self.vectors(block), thresholds(known)), "tensor")
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         known["cut"] = _cut_in(_per_tensor(found), known)

@@ -153,8 +153,10 @@ class _RowSums(Stage):
                 rows.put(block.tensor, block.grains.rows, first, delta.double().cpu().numpy())
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
-        models = range(len(found))
-        known["q"] = [self._of_model(model, cast(RowValues, found[str(model)])) for model in models]
+        known["q"] = [
+            self._of_model(model, cast(RowValues, found[str(model)])) if self.method.is_analytic(model) else None
+            for model in range(len(found))
+        ]
 
     def _of_model(self, model: int, rows: RowValues) -> dict[str, Any]:
         drop_rate = self.method.drop_rate_of(model)

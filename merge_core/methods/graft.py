@@ -15,7 +15,7 @@ from torch import Tensor
 from merge_core import kernels
 from merge_core.kernels.vectors import KEEP_NO_TIES
 from merge_core.method import Block, Given, Known, MergeMethod, Scope, Share, Stage
-from merge_core.stages import largest, task_vectors
+from merge_core.stages import largest, task_vectors, thresholds
 
 
 class Graft(MergeMethod):
@@ -62,4 +62,4 @@ class Graft(MergeMethod):
     def merge(self, block: Block, known: Known) -> Tensor:
         if self.entries == "given":
             return torch.where(block.numbers("mask") != 0, block.models[0], block.base)
-        return kernels.combine(block.task_vectors.trimmed(tuple(known["threshold"]), (KEEP_NO_TIES,)), scale=1.0)
+        return kernels.combine(block.task_vectors.trimmed(thresholds(known), (KEEP_NO_TIES,)), scale=1.0)

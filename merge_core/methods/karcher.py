@@ -24,9 +24,9 @@ class Karcher(MergeMethod):
     """Average directions along the sphere instead of through it; every model counts the same.
 
     A base, if one is named, is one of the models, as in mergekit. Models that are zero have no direction and count for
-    the mean length only; one that is opposite to the mean gives no direction to go. mergekit iterates in float32, which
-    differs by less than `tol`. Sines are those of the C library, so that the last bit of a coefficient may differ
-    between machines.
+    the mean length only; one that is opposite to the mean gives no direction to go. Where one has no finite
+    length (`allow_nonfinite`) there is no mean: all becomes NaN. mergekit iterates in float32, which differs by less
+    than `tol`. Sines are those of the C library, so that the last bit of a coefficient may differ between machines.
 
     >>> block = Block.of([[2.0, 0.0], [0.0, 4.0]])
     >>> Karcher().merge(block, {"gram": [[4.0, 0.0], [0.0, 16.0]]})
@@ -54,6 +54,8 @@ class Karcher(MergeMethod):
 
     def _coefficients(self, gram: Matrix) -> tuple[float, ...]:
         sizes = lengths(gram)
+        if not all(map(math.isfinite, sizes)):
+            return (math.nan,) * len(sizes)
         kept = [i for i, size in enumerate(sizes) if size > self.tol]
         if not kept:
             return (0.0,) * len(sizes)

@@ -45,7 +45,8 @@ class MultiSlerp(MergeMethod):
 
     @model_validator(mode="after")
     def _weights_have_a_sum(self) -> Self:
-        if self.normalize_weights and abs(sum(self.weight)) < ZERO_SUM * sum(abs(weight) for weight in self.weight):
+        size = sum(abs(weight) for weight in self.weight)
+        if self.normalize_weights and (size == 0 or abs(sum(self.weight)) < ZERO_SUM * size):
             raise ValueError(
                 "the weights sum to zero, which nothing can be divided by; change them, or set normalize_weights: false"
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -188,3 +190,16 @@ def assert_workspace_covers_what_is_held(chosen: MergeMethod, scope: Scope) -> N
     block = models[0].numel() * 4
     histograms = 2 * len(models) * (2**15 + 2**16) * 8
     assert peak <= (per_model * len(models) + fixed + 1) * block + histograms
+
+
+@every_method
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_are_merged_without_an_error(method: type[MergeMethod], scope: Scope, value: float) -> None:
+    """`allow_nonfinite` lets them through; what the other elements then are is the method's to say."""
+    for place in range(count_of(method)):
+        models, base = make(method, (6, 5))
+        models[place, 2, 3] = value
+        for origin in bases(method, base) if base is not None else [None]:
+            with np.errstate(all="ignore"):
+                merged = run(example(method, len(models)), scope, models, origin, Grains.of((6, 5)), 1)
+            assert merged.shape == (6, 5)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from merge_core.kernels.vectors import Rows
 from merge_core.method import Block, MergeMethod
+from merge_core.methods.darex import DarexQ
 from merge_core.methods.expo import ExPO
 from merge_core.methods.geometric_median import GeometricMedian
+from merge_core.methods.graft import Graft
 from merge_core.methods.karcher import Karcher
 from merge_core.methods.linear import Linear
 from merge_core.methods.model_stock import ModelStock
@@ -143,8 +145,9 @@ def test_multislerp_where_mergekit_fails() -> None:
     third = [[1.0, 0.0], [-0.5, 3**0.5 / 2], [-0.5, -(3**0.5) / 2]]
     assert_merges_to(MultiSlerp(weight=(1.0,) * 3), third, [0.0, 0.0])
     assert_merges_to(MultiSlerp(weight=(1.0,) * 3), [A, A, A], A, base=A)
-    with pytest.raises(ValidationError, match="the weights sum to zero"):
-        MultiSlerp(weight=(0.5, -0.5))
+    for weight in ((0.5, -0.5), (0.0, 0.0)):
+        with pytest.raises(ValidationError, match="the weights sum to zero"):
+            MultiSlerp(weight=weight)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +267,13 @@ def test_uniform_soup_negation_and_analogy() -> None:
     assert_merges_to(TaskArithmetic(weight=(-0.5,)), [a], [0.0, 1.0], base)
     assert_merges_to(TaskArithmetic(weight=(1.0, -1.0, 1.0)), [a, b, c], [2.0, 5.0], base)
     assert torch.equal(merged(TaskArithmetic(weight=(1.0, -1.0)), [a, a], base), torch.tensor(base)), "cancels exactly"
+
+
+def test_no_model_and_no_entry_has_to_take_part() -> None:
+    assert_merges_to(Graft(sparsity=0.1), [A], ZERO, ZERO)
+    models, base = contract.make(DarexQ, (5, 4))
+    chosen = DarexQ(drop_rate=(0.5, 0.0, 0.5), q=("analytic",))
+    assert base is not None and torch.isfinite(contract.run(chosen, "model", models, base, Grains.of((5, 4)), 1)).all()
 
 
 def test_one_method_serves_any_stored_format() -> None:
