@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test golden recipes bench bench-peer bench-scale bench-cuda lint lock serve clean
+.PHONY: help setup demo test golden recipes oracle bench bench-peer bench-scale bench-cuda lint lock serve clean
 PEER := .venv-peer
 
 help:  ## List the targets
@@ -31,10 +31,13 @@ golden: $(READY)  ## Run the golden cases in DIR
 recipes: $(READY)  ## Plan the published recipes in DIR on stub checkpoints
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.recipes $(DIR)
 
+oracle: $(READY)  ## Merge tiny models by mergekit (`make bench-peer`, or MERGEKIT=…/mergekit-yaml) and compare
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracle $(DIR)
+
 bench: $(READY)  ## Measure merges against cat + cp, plain torch and mergekit (SIZE=small: shorter; OUT=rows.json)
 	$(BIN)/python -m benchmarks.bench
 
-bench-peer:  ## Install mergekit in an environment of its own, for `make bench` to compare with
+bench-peer:  ## Install mergekit in an environment of its own, for `make bench` and `make oracle`
 	$(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/python -m pip install --quiet --constraint requirements.lock torch
 	$(PEER)/bin/python -m pip install --quiet mergekit==0.1.5
