@@ -394,7 +394,7 @@ class Limits(_Keys):
 class Recipe(_Keys):
     """A merge recipe. `Recipe.from_text` reads YAML or JSON, `Recipe.from_data` what was parsed already."""
 
-    merge_method: str
+    merge_method: str = Field(json_schema_extra={"enum": list(METHODS)})
     models: Annotated[list[ModelEntry] | None, _EMPTY_IS_NONE] = Field(None, max_length=64)
     slices: Annotated[list[Slice] | None, _EMPTY_IS_NONE] = Field(None, max_length=1000)
     modules: Annotated[dict[str, ModuleEntry] | None, _EMPTY_IS_NONE] = Field(
