@@ -26,7 +26,7 @@ from torch import Tensor
 
 from merge_core import tokenizers
 from merge_core.chat_templates import CHAT_TEMPLATES
-from merge_core.dtypes import DType
+from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.errors import CheckpointError, IncompatibleModels, Problem, RecipeError
 from merge_core.headers import Shard, TensorInfo, clip
 from merge_core.layers import stacks
@@ -42,7 +42,7 @@ _GENERATION = "generation_config.json"
 _PARSED = 5
 """Bytes of memory per byte of a tokenizer.json, to read and extend it."""
 _AT_ONCE = 64
-"""Rows of means that are computed together."""
+"""Rows that are computed together."""
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 
@@ -77,7 +77,7 @@ class Gathered(Weights):
     def __post_init__(self) -> None:
         self.path = self.inner.path
         self.tensors = {
-            name: replace(info, shape=(self.row_maps[name].size, *info.shape[1:])) if name in self.row_maps else info
+            name: self.row_maps[name].made if name in self.row_maps else info
             for name, info in self.inner.tensors.items()
         }
 
@@ -169,6 +169,7 @@ class RowMap:
         first = int(self.rows[0]) if self.size else 0
         is_run = bool((self.models == self.own).all() and (self.rows == np.arange(first, first + self.size)).all())
         self.first_of_run = first if is_run else None
+        self.made = replace(self.info, shape=(self.size, *self.info.shape[1:]), dtype=self._dtype())
 
     @property
     def size(self) -> int:
@@ -179,6 +180,14 @@ class RowMap:
         """The model's own tensor as it is stored."""
         return self.sources[self.own][1]
 
+    def _dtype(self) -> DType:
+        """As the model stores the tensor, unless means or rows in another format would have to be rounded to that."""
+        used = {self.own, *np.unique(self.models).tolist()}
+        stored = {info.dtype for model, (_, info) in self.sources.items() if model in used}
+        if self.info.dtype.kind != "float" or (len(stored) == 1 and used.isdisjoint((_MEAN, _PADDING))):
+            return self.info.dtype
+        return FLOAT64 if FLOAT64 in stored else FLOAT32
+
     def prepare(self) -> None:
         """Compute the one row that costs a pass over all."""
         if (self.models == _PADDING).any():
@@ -186,7 +195,7 @@ class RowMap:
 
     def gather(self, start: int, stop: int, buffer: Tensor) -> None:
         """Put rows `start` to `stop` into `buffer` (uint8), read by runs."""
-        size = Weights.row_bytes(self.info)
+        size = Weights.row_bytes(self.made)
         models, rows = self.models[start:stop], self.rows[start:stop]
         breaks = np.flatnonzero((models[1:] != models[:-1]) | (models[1:] >= 0) & (rows[1:] != rows[:-1] + 1)) + 1
         for first, last in itertools.pairwise([0, *breaks.tolist(), stop - start]):
@@ -205,16 +214,16 @@ class RowMap:
 
     def _read(self, model: int, row: int, count: int, space: Tensor) -> None:
         source, info = self.sources[model]
-        if info.dtype is self.info.dtype:
+        if info.dtype is self.made.dtype:
             source.rows(info, row, row + count, space)
             return
-        size = Weights.row_bytes(self.info)
-        for i in range(count):
-            self._put(source.rows(info, row + i, row + i + 1)[0], space[i * size : (i + 1) * size])
+        size = Weights.row_bytes(self.made)
+        for begin in range(0, count, _AT_ONCE):
+            end = min(begin + _AT_ONCE, count)
+            self._put(source.rows(info, row + begin, row + end), space[begin * size : end * size])
 
-    def _put(self, row: Tensor, space: Tensor) -> None:
-        dtype = self.info.dtype.torch
-        space.view(dtype).copy_(row.to(dtype).reshape(-1))
+    def _put(self, rows: Tensor, space: Tensor) -> None:
+        space.view(self.made.dtype.torch).copy_(rows.reshape(-1))
 
     def _mean_of_models(self, start: int, stop: int) -> Tensor:
         """The mean of some tokens' rows over the models that have them, in float64."""
@@ -242,11 +251,11 @@ class RowMap:
 
     def _in_float64(self, start: int, stop: int, width: int) -> Tensor:
         """Rows without rounding, those of padding as zeros."""
-        models, size = self.models[start:stop], Weights.row_bytes(self.info)
+        models, size = self.models[start:stop], Weights.row_bytes(self.made)
         buffer = torch.zeros((stop - start) * size, dtype=torch.uint8)
         for first, last in _runs(np.flatnonzero(models >= 0)):
             self.gather(start + first, start + last, buffer[first * size : last * size])
-        rows = buffer.view(self.info.dtype.torch).reshape(-1, width).to(torch.float64)
+        rows = buffer.view(self.made.dtype.torch).reshape(-1, width).to(torch.float64)
         for first, last in _runs(np.flatnonzero(models == _MEAN)):
             rows[first:last] = self._mean_of_models(start + first, start + last)
         return rows
