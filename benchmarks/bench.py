@@ -53,6 +53,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "geometric_median": {"merge_method": "geometric_median"},
     "dare_linear": {"merge_method": "dare_linear", **ON_BASE, "parameters": {"weight": 0.3, "density": 0.5}},
     "dare_ties": {"merge_method": "dare_ties", **ON_BASE, "parameters": {"weight": 0.3, "density": 0.5}},
+    "dare_linear unscaled": {
+        "merge_method": "dare_linear",
+        **ON_BASE,
+        "parameters": {"weight": 0.3, "density": 0.5, "rescale": False},
+    },
+    "dare_ties unscaled": {
+        "merge_method": "dare_ties",
+        **ON_BASE,
+        "parameters": {"weight": 0.3, "density": 0.5, "rescale": False},
+    },
     "darex": {"merge_method": "darex", **ON_BASE, "parameters": {"q": 0.2}},
     "half_reset": {"merge_method": "half_reset", **ON_BASE},
     "ties": {"merge_method": "ties", **ON_BASE, "parameters": {"weight": 1, "density": 0.2}},
