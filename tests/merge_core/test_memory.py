@@ -45,8 +45,8 @@ def write_models(folder: Path, shape: tuple[int, int]) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tensor of 96 MB: 768 MB where all four are held in float32."""
-    return write_models(tmp_path_factory.mktemp("large"), (48_000, 1000))
+    """A tensor of 48 MB: 384 MB where all four are held in float32."""
+    return write_models(tmp_path_factory.mktemp("large"), (24_000, 1000))
 
 
 def merge_alone(models: Path, out: Path, recipe: dict[str, Any] | list[dict[str, Any]], form: str = "compiled") -> None:
@@ -79,8 +79,8 @@ def test_whole_matrices_take_five_times_a_tensor_in_float32(tmp_path: Path, titl
 
 
 def test_so_it_does_with_adapters(large: Path, tmp_path: Path) -> None:
-    parts = {"lora_A.weight": torch.ones(32, 1000), "lora_B.weight": torch.ones(48_000, 32)}
-    parts |= {"lora_magnitude_vector": torch.ones(48_000)}
+    parts = {"lora_A.weight": torch.ones(32, 1000), "lora_B.weight": torch.ones(24_000, 32)}
+    parts |= {"lora_magnitude_vector": torch.ones(24_000)}
     tensors = {f"base_model.model.model.embed.{name}": tensor for name, tensor in parts.items()}
     for name in ("one", "two"):
         write_adapter(large / name, tensors, r=32)
