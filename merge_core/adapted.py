@@ -236,16 +236,19 @@ class _Fitting:
         if is_turned is None:
             is_turned = self.adapter.config.fan_in_fan_out
             if turned == {None, not is_turned}:
-                detail = f"{stored} is square, and {CONFIG_NAME} has fan_in_fan_out: {str(is_turned).lower()}"
+                detail = (
+                    f"is for {stored}, which is square, and {CONFIG_NAME} has fan_in_fan_out: {str(is_turned).lower()}"
+                )
                 self._refuse(f"{detail}, which the adapter's other weights contradict; correct it", factors.up)
         up, down = factors.up.shape[0], factors.down.shape[1:]
         shape = (*down, up) if is_turned else (up, *down)
         self._check_shape(info, factors.up, shape)
         if factors.magnitude is not None:
             if is_turned:
-                self._refuse(f"{stored} has DoRA norms over columns, which is not supported", factors.magnitude)
+                self._refuse(f"holds norms over columns of {stored} (DoRA), which is not supported", factors.magnitude)
             elif factors.magnitude.elements != info.rows:
-                self._refuse(f"{stored} has {info.rows} rows", factors.magnitude)
+                detail = f"has {factors.magnitude.elements} norms, but {stored} has {info.rows} rows"
+                self._refuse(detail, factors.magnitude)
         left, right = (factors.down, factors.up) if is_turned else (factors.up, factors.down)
         return _Change(factors.scale, left, right, bool(is_turned), factors.magnitude)
 

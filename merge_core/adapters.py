@@ -64,6 +64,7 @@ class AdapterConfig(BaseModel):
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False
+    use_dora: bool = False
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str | None = True
     base_model_name_or_path: str | None = None
@@ -209,6 +210,8 @@ class Adapter:
         alpha = self.config.lora_alpha if alpha is None else alpha
         scale = alpha / (math.sqrt(wanted) if self.config.use_rslora else wanted)
         magnitude, bias = parts.get("lora_magnitude_vector"), parts.get("lora_B.bias")
+        if self.config.use_dora and magnitude is None:
+            self._refuse(up, f"has no lora_magnitude_vector beside it, but {CONFIG_NAME} says use_dora: true")
         return Factors(down, up, scale, kind == "lora_embedding", magnitude, bias)
 
     def _refuse(self, info: TensorInfo, reason: str) -> NoReturn:

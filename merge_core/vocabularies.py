@@ -568,7 +568,7 @@ class _Union:
         numbers, rows = self.found[self.structure.donor]
         now = {int(row): int(number) for number, row in zip(numbers, rows, strict=True)}
         old = value if isinstance(value, list) else [value]
-        if found := [now[number] for number in old if number in now]:
+        if found := [now[number] for number in old if isinstance(number, int) and number in now]:
             return found if isinstance(value, list) else found[0]
         token = self.special.get(key.removesuffix("_id"))
         return None if token is None else self.ids[token]

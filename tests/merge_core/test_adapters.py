@@ -369,6 +369,7 @@ ODD_FILES: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         "several adapters",
     ),
     "twice": (OF_Q | {name.removeprefix(PREFIX): t for name, t in OF_Q.items()}, {}, "twice"),
+    "DoRA without norms": (THREE, {"use_dora": True}, "has no lora_magnitude_vector beside it"),
     "no part of LoRA": (OF_Q | {f"{PREFIX}{Q}.hada_w1_a": noise(4, 4)}, {}, "neither a factor"),
     "integers": ({name: t.int() for name, t in OF_Q.items()}, {}, "stored as int32"),
     "no matrices": ({name: t.flatten() for name, t in OF_Q.items()}, {}, "does not fit"),
@@ -392,13 +393,17 @@ MISFITS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "other shape": (factors(Q, 24, 32, 4), {}, r"shape \[24, 32\], but .* is \[24, 24\]"),
     "larger vocabulary": ({f"{PREFIX}lm_head.weight": noise(98, 24)}, {}, "vocabularies that an adapter enlarges"),
     "integers": ({f"{PREFIX}model.steps.weight": noise(3)}, {}, "matches nothing"),
-    "contradiction": (THREE, {"fan_in_fan_out": True}, "is square"),
+    "contradiction": (THREE, {"fan_in_fan_out": True}, "lora_B.weight is for .*, which is square"),
     "DoRA over columns": (
         EMBEDDING | {f"{PREFIX}model.embed_tokens.lora_magnitude_vector": noise(24)},
         {},
-        "DoRA norms over columns",
+        r"magnitude_vector holds norms over columns of model.embed_tokens",
     ),
-    "DoRA of other length": (OF_Q | {f"{PREFIX}{Q}.lora_magnitude_vector": noise(7)}, {}, "24 rows"),
+    "DoRA of other length": (
+        OF_Q | {f"{PREFIX}{Q}.lora_magnitude_vector": noise(7)},
+        {},
+        "has 7 norms, but .* has 24 rows",
+    ),
 }
 
 

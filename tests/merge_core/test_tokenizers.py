@@ -413,6 +413,16 @@ def test_special_tokens_keep_their_meaning_under_another_tokenizer(folder: Path)
     assert AutoTokenizer.from_pretrained(folder / "out0").eos_token_id == end
 
 
+def test_ids_that_are_no_numbers_mean_no_token(folder: Path) -> None:
+    config = json.loads((folder / "base" / "config.json").read_text())
+    odd = {"pad_token_id": {"id": 1}, "sep_token_id": [[1], "x"]}
+    (folder / "base" / "config.json").write_text(json.dumps(config | odd))
+    write_model(folder / "moved", bpe(LATIN[::-1]), seed=4)
+    merged(folder, recipe("base", "moved", base_model="base", tokenizer={"source": "moved"}))
+    written = json.loads((folder / "out0" / "config.json").read_text())
+    assert written["pad_token_id"] is None and written["sep_token_id"] is None
+
+
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hello"},
