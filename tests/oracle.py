@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -100,7 +101,8 @@ def shapes(rows: int = VOCABULARY) -> dict[str, tuple[int, ...]]:
 
 def write_models(folder: Path) -> None:
     """What the recipes name: `base`, `one`, `two`, `three` in bfloat16; the same with `32` in float32, where no two
-    changes in a tensor are of equal magnitude; those with `-tied` without head; `latin`, `chat` and `other` with
+    changes in a tensor are of equal magnitude; those with `-tied` without head; `same32` and `again32`, copies
+    of `base32` and `one32`; `latin`, `chat` and `other` with
     tokenizers; `adapter`, a LoRA.
     """
     for place, name in enumerate(("base", "one", "two", "three")):
@@ -119,6 +121,8 @@ def write_models(folder: Path) -> None:
         write_model(folder / name, rough)
         write_model(folder / f"{name}32", fine)
         write_model(folder / f"{name}-tied", {key: value for key, value in rough.items() if key != "lm_head.weight"})
+    shutil.copytree(folder / "base32", folder / "same32")
+    shutil.copytree(folder / "one32", folder / "again32")
     for seed, (name, tokens, added) in enumerate(VOCABULARIES):
         random = torch.Generator().manual_seed(20 + seed)
         size = len(tokens) + len(added)

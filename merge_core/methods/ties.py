@@ -21,7 +21,7 @@ from merge_core.trim_elect_merge import TrimElectMerge
 class Ties(MergeMethod):
     """mergekit's TIES: trimmed per tensor to exactly k entries, votes and average by weight, a tied vote is +.
 
-    k = max(1, int(density · entries)); of equal magnitudes the lowest index is kept first.
+    k = max(1, int(density · entries)), or 0 where the density is; of equal magnitudes the lowest index is kept first.
 
     >>> block = Block.of([[2.0, -1.0, 4.0], [2.0, 3.0, -1.0]], base=[0.0, 0.0, 0.0])
     >>> Ties(weight=(1.0, 1.0)).merge(block, {})
@@ -72,7 +72,7 @@ class Ties(MergeMethod):
 
     def _keep(self, model: int, entries: int) -> int:
         density = self.density[model % len(self.density)]
-        return max(1, int(density * entries)) if density < 1 else entries
+        return entries if density == 1 else max(1, int(density * entries)) if density else 0
 
     def _trimmed(self, block: Block, known: Known) -> TaskVectors:
         return trimmed(block.task_vectors, block, known) if self._trims else block.task_vectors

@@ -1,4 +1,4 @@
-"""What is special to the methods that rank magnitudes: Breadcrumbs, DELLA, magnitude pruning, MagMax."""
+"""What is special to the methods that rank magnitudes: TIES, Breadcrumbs, DELLA, magnitude pruning, MagMax."""
 
 from __future__ import annotations
 
@@ -156,3 +156,9 @@ def test_marks_are_given_once_and_never_take_more_than_their_room() -> None:
     marks.put("b", np.zeros(3, np.uint8))
     assert marks.take("b") is None and marks.take("a") is eight and marks.take("a") is None
     assert marks.space(10) is not None
+
+
+def test_a_density_of_zero_keeps_nothing_and_the_least_above_it_one_entry(tmp_path: Path) -> None:
+    for method in ("ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear"):
+        assert merged(tmp_path / method, method, LADDER, weight=1, density=0).count_nonzero() == 0
+    assert merged(tmp_path / "one", "ties", LADDER, weight=1, density=1e-6).tolist() == [0] * 9 + [10]
