@@ -17,7 +17,7 @@ from merge_core.errors import Problem, RecipeError
 from merge_core.recipe import Recipe, load_documents
 
 MAX_CARD_BYTES = 2 * 2**20
-_FENCE = re.compile(r"(`{3,}|~{3,})\s*(\w*)")
+_FENCE = re.compile(r"( *)(`{3,}|~{3,})\s*(\w*)")
 _RECIPE_KEYS = {"merge_method", "experts", "genome", "layer_slices"}
 _NO_EFFECT = {
     "residual_weight": "mergekit reads it and does nothing with it",
@@ -83,16 +83,16 @@ def _documents(text: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def _fenced(text: str) -> Iterator[tuple[str, str]]:
-    """The fenced blocks of a Markdown text: language and content."""
-    fence, language, lines = "", "", list[str]()
+    """The fenced blocks of a Markdown text, in lists too: language and content."""
+    fence, language, indent, lines = "", "", 0, list[str]()
     for line in text.splitlines():
         if not fence and (opening := _FENCE.match(line)):
-            fence, language, lines = opening[1], opening[2].lower(), []
+            indent, fence, language, lines = len(opening[1]), opening[2], opening[3].lower(), []
         elif fence and line.strip().startswith(fence) and not line.strip().strip(fence[0]):
             yield language, "\n".join(lines)
             fence = ""
         elif fence:
-            lines.append(line)
+            lines.append(line[min(indent, len(line) - len(line.lstrip(" "))) :])
 
 
 def _one_or_many(documents: Sequence[Mapping[str, Any]]) -> Any:

@@ -634,12 +634,12 @@ class Recipe(_Keys):
                     has = ", ".join(known)
                     yield Problem(
                         f"{meaning} has no parameter {name!r}{_suggest(name, known)} (it has {has})",
-                        f"{pointer}/{name}",
+                        f"{pointer}/{_escaped(name)}",
                     )
                 elif beside_model and not known[name]:
                     yield Problem(
                         f"{name} is for all models alike: put it under the recipe's or the slice's parameters",
-                        f"{pointer}/{name}",
+                        f"{pointer}/{_escaped(name)}",
                     )
 
     def _unknown_statistics(self) -> Iterator[Problem]:
@@ -649,10 +649,10 @@ class Recipe(_Keys):
             for name in statistics:
                 if name not in known:
                     detail = f"{self.merge_method} takes no statistics {name[:60]!r}{_suggest(name, known)} ({has})"
-                    yield Problem(detail, f"{pointer}/{name}")
+                    yield Problem(detail, f"{pointer}/{_escaped(name)}")
                 elif beside_model and not known[name].per_model:
                     detail = f"{name} is for all models alike: put it under the recipe's statistics"
-                    yield Problem(detail, f"{pointer}/{name}")
+                    yield Problem(detail, f"{pointer}/{_escaped(name)}")
         for pointer, taken in self.taken_models():
             if taken.base_model is not None and not self.method.own_bases:
                 detail = f"{self.merge_method} subtracts one base from all models: the recipe's base_model"
@@ -744,7 +744,7 @@ def _not_plain(data: Any, pointer: str, depth: int) -> Problem | None:
         for key, value in data.items():
             if not isinstance(key, str) or not _is_unicode(key):
                 return Problem(f"key {ascii(key)[:60]} is not a text", pointer)
-            if problem := _not_plain(value, f"{pointer}/{key}", depth - 1):
+            if problem := _not_plain(value, f"{pointer}/{_escaped(key)}", depth - 1):
                 return problem
         return None
     if isinstance(data, list | tuple):
@@ -798,7 +798,9 @@ def _escaped(key: str) -> str:
 def _unknown_keys(model: _Keys, pointer: str) -> Iterator[Problem]:
     """Keys that no part of the recipe knows, wherever they stand."""
     for name in model.model_extra or {}:
-        yield Problem(f"unknown key {name[:60]!r}{_suggest(name, type(model).model_fields)}", f"{pointer}/{name}")
+        yield Problem(
+            f"unknown key {name[:60]!r}{_suggest(name, type(model).model_fields)}", f"{pointer}/{_escaped(name)}"
+        )
     for name in type(model).model_fields:
         value = getattr(model, name)
         if isinstance(value, _Keys):
@@ -806,15 +808,11 @@ def _unknown_keys(model: _Keys, pointer: str) -> Iterator[Problem]:
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 if isinstance(item, _Keys):
-                    yield from _unknown_keys(item, f"{pointer}/{name}/{key}")
+                    yield from _unknown_keys(item, f"{pointer}/{name}/{_escaped(key)}")
         elif isinstance(value, Sequence) and not isinstance(value, str):
             for i, item in enumerate(value):
                 if isinstance(item, _Keys):
                     yield from _unknown_keys(item, f"{pointer}/{name}/{i}")
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                if isinstance(item, _Keys):
-                    yield from _unknown_keys(item, f"{pointer}/{name}/{_escaped(key)}")
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 
 import pytest
@@ -52,6 +53,22 @@ def test_a_recipe_is_found_in_a_model_card() -> None:
     published = read_published(card.encode())
 
     assert published.found_in == "model card" and published.recipe == Recipe.from_text(recipe)
+    in_a_list = "1. Made so:\n\n" + textwrap.indent(f"```yaml\n{recipe}```\n", "   ")
+    assert read_published(in_a_list).recipe == Recipe.from_text(recipe)
+
+
+@pytest.mark.parametrize(
+    ("more", "pointer"),
+    [
+        ("tokenizer: {source: union, tokens: {</s>: {source: a, x: 1}}}", "#/tokenizer/tokens/<~1s>/x"),
+        ("parameters: {a/b: 1}", "#/parameters/a~1b"),
+        ("statistics: {a/b: c}", "#/statistics/a~1b"),
+        ("a~/b: 1", "#/a~0~1b"),
+    ],
+)
+def test_keys_with_slashes_are_told_and_taken_out(more: str, pointer: str) -> None:
+    published = read_published(f"merge_method: iso_c\nbase_model: b\nmodels: [{{model: a}}]\n{more}")
+    assert [each.pointer for each in published.ignored] == [pointer]
 
 
 def test_several_documents_of_a_card_are_stages() -> None:
