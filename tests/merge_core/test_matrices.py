@@ -94,13 +94,16 @@ def test_agrees_with_the_paper(method: MergeMethod, oracle: Oracle, shape: tuple
 def test_agrees_with_the_paper_on_any_shape(
     method: MergeMethod, oracle: Oracle, rows: int, columns: int, models: int, seed: int
 ) -> None:
-    """Singular vectors are as unique as their values are apart: closer than that, the oracle is not one either."""
+    """Singular vectors are as unique as their values are apart: closer than that, the oracle is not one either, and not
+    in float32, in which the papers' code works and vectors are kept here.
+    """
     deltas = deltas_of((rows, columns), models, seed)
     if isinstance(method, TsvM) and min(rows, columns) < models:
         return
     expected = oracle(deltas.double())
-    nearby = oracle(deltas.double() * (1 + 1e-9 * deltas_of((rows, columns), models, seed + 1)))
-    tolerance = 1e-5 + 1e3 * float((expected - nearby).abs().max())
+    nearby = oracle(deltas.double() * (1 + 1e-9 * deltas_of((rows, columns), models, seed + 1).double()))
+    in_float32 = oracle(deltas).double()
+    tolerance = 1e-5 + 1e3 * float((expected - nearby).abs().max()) + 4 * float((expected - in_float32).abs().max())
     torch.testing.assert_close(merged(method, deltas).double(), expected, rtol=0, atol=tolerance)
 
 
