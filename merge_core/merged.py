@@ -58,6 +58,10 @@ def make_plan_in_stages(
     raise AssertionError("a recipe comes after its stages")
 
 
+_MOST_NUMBERS = 2**18
+"""Of what tensors' statistics come to; what was forgotten is measured again."""
+
+
 def leaves(models: Sequence[ModelRef], inputs: Sequence[Weights]) -> dict[ModelRef, Weights]:
     """The models that stages are made from in the end, and those that are none, each once."""
     found: dict[ModelRef, Weights] = {}
@@ -66,6 +70,13 @@ def leaves(models: Sequence[ModelRef], inputs: Sequence[Weights]) -> dict[ModelR
         below = leaves(stage.plan.models, stage.inputs) if isinstance(stage, MergedWeights) else {model: weights}
         found |= {ref: below[ref] for ref in below if ref not in found}
     return found
+
+
+def _numbers(known: Any) -> int:
+    """How many numbers there are in plain data."""
+    if isinstance(known, Mapping):
+        return sum(map(_numbers, known.values()))
+    return sum(map(_numbers, known)) if isinstance(known, list | tuple) else 1
 
 
 class MergedWeights(Weights):
@@ -87,8 +98,9 @@ class MergedWeights(Weights):
         self.shards = {name: weights.shards[file] for name, (weights, file) in self._files.items()}
         self.config = plan.edited_config(self.inputs[plan.donor].config)
         self._of_tensors: dict[str, Known] = {}
+        self._room = _MOST_NUMBERS
         self._of_model: Known | None = None
-        self._measuring = threading.Lock()
+        self._measuring, self._remembering = threading.Lock(), threading.Lock()
         self._blocks = Blocks(plan, self.inputs, Randomness(plan.recipe.seed), stage=name)
 
     def start(
@@ -138,12 +150,8 @@ class MergedWeights(Weights):
     def prepare(self, info: TensorInfo, pool: Executor | None) -> None:
         step = self._step(info)
         self._blocks.prepare(pool, step)
-        if self._is_measured(step):
-            return
-        if self.plan.scope == "model":
-            self._of_model = self._measure_model(pool)
-        else:
-            self._of_tensors[step.name] = self._blocks.measure_tensor(pool, step)
+        if self._remembered(step) is None:
+            self._measure(pool, step)
 
     def place(self, info: TensorInfo) -> None:
         return None
@@ -193,19 +201,33 @@ class MergedWeights(Weights):
     def _file(self, model: int, file: str) -> str:
         return file if isinstance(self.inputs[model], MergedWeights) else f"{self.plan.models[model]}/{file}"
 
-    def _is_measured(self, step: Step) -> bool:
-        if self.plan.scope == "model":
-            return self._of_model is not None
-        return step.method is None or step.name in self._of_tensors
-
     def _known(self, step: Step) -> Known:
         """What is known of a tensor; whoever comes unprepared measures it alone, while others wait."""
-        if not self._is_measured(step):
+        known = self._remembered(step)
+        if known is None:
             with self._measuring:
                 self.prepare(self.tensors[step.name], None)
+                known = self._remembered(step)
+                return self._measure(None, step) if known is None else known
+        return known
+
+    def _remembered(self, step: Step) -> Known | None:
         if self.plan.scope == "model":
-            return self._of_model or {}
-        return self._of_tensors.get(step.name, {})
+            return self._of_model
+        return {} if step.method is None else self._of_tensors.get(step.name)
+
+    def _measure(self, pool: Executor | None, step: Step) -> Known:
+        """Measure a tensor, and remember what it comes to as long as there is room: sums per column add up."""
+        if self.plan.scope == "model":
+            self._of_model = self._measure_model(pool)
+            return self._of_model
+        known = self._blocks.measure_tensor(pool, step)
+        with self._remembering:
+            self._room += _numbers(self._of_tensors.pop(step.name, {})) - _numbers(known)
+            self._of_tensors[step.name] = known
+            while self._room < 0 and len(self._of_tensors) > 1:
+                self._room += _numbers(self._of_tensors.pop(next(iter(self._of_tensors))))
+        return known
 
     def _measure_model(self, pool: Executor | None) -> Known:
         known: Known = {}

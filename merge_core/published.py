@@ -74,8 +74,8 @@ def _documents(text: str) -> tuple[list[dict[str, Any]], str]:
     if in_blocks:
         distinct = [found for i, found in enumerate(in_blocks) if found not in in_blocks[:i]]
         return [dict(found) for found in distinct], "model card"
-    if text.startswith("---") and re.search(r"^#+ ", text.partition("\n---")[2], re.M):
-        raise RecipeError("this looks like a model card, but no fenced block in it holds a merge_method")
+    if "```" in text or "~~~" in text or (text.startswith("---") and re.search(r"^#+ ", text, re.M)):
+        raise RecipeError("this looks like a model card, but no fenced block in it that ends holds a merge_method")
     loaded = load_documents(text)
     if not loaded or not all(isinstance(found, Mapping) for found in loaded):
         raise RecipeError("a recipe is a mapping with merge_method and models, slices or modules")

@@ -583,7 +583,14 @@ def in_equal_rows(recipe: Recipe, checkpoints: Mapping[ModelRef, Weights]) -> Ma
 
     Raises `IncompatibleModels` where padding would subtract rows that nothing is subtracted from.
     """
-    setting = recipe.parameters.get("vocabulary") if "vocabulary" in recipe.method.parameters() else None
+    if "vocabulary" not in recipe.method.parameters():
+        return checkpoints
+    for pointer, parameters, _ in recipe.parameter_blocks():
+        setting = parameters.get("vocabulary")
+        if setting is not None and (pointer != "#/parameters" or isinstance(setting.written, list)):
+            detail = "vocabulary is one word for the whole merge; write it under the recipe's own parameters"
+            raise RecipeError.of([Problem(detail, f"{pointer}/vocabulary")])
+    setting = recipe.parameters.get("vocabulary")
     policy = None if setting is None else setting.evaluate("", 0.0)
     if policy not in ("pad_zero", "truncate"):
         return checkpoints

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from merge_core import merged
 from merge_core.errors import IncompatibleModels, NonFinite, RecipeError
 from merge_core.merge import merge, plan_only
 from merge_core.recipe import Recipe
@@ -69,6 +70,16 @@ def test_any_method_reads_stages_of_stages(models: Path, tmp_path: Path, title: 
         ]
 
     assert digests[0] == digests[1] == digests[2] == written(recipe, models)
+
+
+@pytest.mark.parametrize("title", ["widen", "ties"])
+def test_what_was_forgotten_of_a_stage_is_measured_again(models: Path, tmp_path: Path, title: str) -> None:
+    documents = [method_recipe(title, name="one"), output(scope="model", merge_method="ties")]
+    recipe = Recipe.from_data(documents)
+    remembered = merge(recipe, tmp_path / "remembered", roots=[models]).tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merged, "_MOST_NUMBERS", 0)
+        assert merge(recipe, tmp_path / "forgotten", roots=[models]).tensors == remembered
 
 
 def test_what_stages_are_made_of_is_told(models: Path, tmp_path: Path) -> None:

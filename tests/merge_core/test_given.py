@@ -327,3 +327,5 @@ def test_rows_that_a_fine_tune_lost_are_not_subtracted(models: Path) -> None:
     _with_rows(models / "m0", mixed_tensors(1), 90)
     refused = refusal(models, TRANSFER | {"parameters": {"vocabulary": "pad_zero"}})
     assert isinstance(refused, IncompatibleModels) and "truncate" in str(refused)
+    by_name = {"vocabulary": [{"filter": "embed", "value": "pad_zero"}, {"value": "truncate"}]}
+    assert "one word for the whole merge" in str(refusal(models, TRANSFER | {"parameters": by_name}))
