@@ -19,6 +19,7 @@ from merge_core.method import MergeMethod
 from merge_core.methods import METHODS, find_method
 
 torch.set_num_threads(1)
+collect_ignore = ["mergekit_runs.py"]  # runs under mergekit's Python
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 

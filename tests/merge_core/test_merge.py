@@ -86,11 +86,11 @@ def tall(tmp_path: Path) -> Path:
 def test_blocks_and_threads_change_no_byte_of_a_large_tensor(tall: Path, tmp_path: Path, title: str) -> None:
     digests = [
         run(tall, tmp_path / f"{threads}-{elements}", title, threads=threads, block_elements=elements)
-        for threads, elements in [(1, 2**20), (2, 2**16), (2, 3 * 2**16)]
+        for threads, elements in [(1, 2**20), (2, 3 * 2**16)]
     ]
     with kernels_in("plain"):
         digests.append(run(tall, tmp_path / "plain", title, threads=2))
-    assert digests[0] == digests[1] == digests[2] == digests[3]
+    assert digests[0] == digests[1] == digests[2]
 
 
 def _oracle(title: str, base: Tensor, models: list[Tensor]) -> Tensor:
