@@ -16,22 +16,13 @@ from torch import Tensor
 
 from merge_core.errors import CheckpointError, CheckpointNotFound, PathNotAllowed, UnsafeFormat
 from merge_core.headers import Shard, TensorInfo, clip, is_usable_name, open_regular, read_header, read_json
+from merge_core.tokenizers import TOKENIZER_FILES
 from merge_core.weights import Companions, Weights
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 COMPANIONS = (
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TOKENIZER_FILES,
     "preprocessor_config.json",
     "processor_config.json",
 )

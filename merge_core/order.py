@@ -25,7 +25,7 @@ from merge_core.kernels.scores import (
     value_of,
 )
 from merge_core.method import Block, Known, Stage
-from merge_core.statistics import Counters, Counts, Largest, Statistic
+from merge_core.statistics import Counters, Counts, Largest, Statistic, counted
 
 Scored = Callable[[Block, Known], Scores]
 Places = Callable[[int, int], Sequence[int]]
@@ -65,10 +65,10 @@ class _Order(Stage):
     def _observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> tuple[Scores, tuple[Counters, ...]]:
         """The scores of a block, and where what is noted of all of them is counted."""
         scores = self.scored(block, known)
-        _counts(found, "entries", (1,)).values += block.elements
+        counted(found, "entries", (1,)).values += block.elements
         if "largest" not in found:
             found["largest"] = Largest(np.zeros(len(scores), np.int64))
-        return scores, (_counts(found, "nonzero", (len(scores),)).values, cast(Largest, found["largest"]).values)
+        return scores, (counted(found, "nonzero", (len(scores),)).values, cast(Largest, found["largest"]).values)
 
     def _guess(self) -> str:
         return f"{self.key}, guess"
@@ -92,7 +92,7 @@ class Sampled(_Order):
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
         scores = self.scored(block, known)
         every = 8 if block.grains.rows * block.grains.width < _MANY else 32
-        sampled_order(scores, every, _counts(found, "digits", (len(scores), DIGITS)).values)
+        sampled_order(scores, every, counted(found, "digits", (len(scores), DIGITS)).values)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         histograms = cast(Counts, found["digits"]).values
@@ -148,8 +148,8 @@ class Bracketed(_Order):
         bracket_order(
             scores,
             Brackets(lows, highs, candidates),
-            _counts(found, "digits", (*shape, width)).values,
-            _counts(found, "below", shape).values,
+            counted(found, "digits", (*shape, width)).values,
+            counted(found, "below", shape).values,
             *noted,
         )
 
@@ -183,7 +183,7 @@ class HighDigits(_Order):
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
         scores, noted = self._observe(block, known, found)
-        high_order(scores, _counts(found, "digits", (len(scores), DIGITS)).values, *noted)
+        high_order(scores, counted(found, "digits", (len(scores), DIGITS)).values, *noted)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         noted = _noted(found)
@@ -208,7 +208,7 @@ class LowDigits(_Order):
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
         scores = self.scored(block, known)
         buckets = [[bucket for bucket, _, _ in its] for its in known[self._guess()]["buckets"]]
-        low_order(scores, buckets, _counts(found, "digits", (len(scores), len(buckets[0]), DIGITS)).values)
+        low_order(scores, buckets, counted(found, "digits", (len(scores), len(buckets[0]), DIGITS)).values)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         guess = known.pop(self._guess())
@@ -220,12 +220,6 @@ class LowDigits(_Order):
                 rows.append((value_of((bucket << 16) + digit), below + less, equal))
             _tell(told, rows)
         known[self.key] = guess["noted"] | told
-
-
-def _counts(found: dict[str, Statistic], name: str, shape: tuple[int, ...]) -> Counts:
-    if name not in found:
-        found[name] = Counts(np.zeros(shape, np.int64))
-    return cast(Counts, found[name])
 
 
 def _noted(found: Mapping[str, Statistic]) -> dict[str, Any]:

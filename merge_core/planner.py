@@ -136,8 +136,8 @@ class _Planner:
                     f"the base {run.base} is not among the sources of this slice, so its layers are not known; add it"
                 )
                 self.findings.recipe_problems.append(Problem(detail, f"{run.pointer}/sources"))
+            where = f"{run.pointer}/{'sources' if '/slices/' in run.pointer else 'models'}"
             if self._adds_nothing(run):
-                where = f"{run.pointer}/{'sources' if self.recipe.slices else 'models'}"
                 self.findings.warnings.append(f"{where}: only the base takes part, so its tensors are copied")
                 continue
             if not fewest <= len(others) <= (most or len(others)):
@@ -145,9 +145,7 @@ class _Planner:
                 beside = " besides the base" if self.method.base != "model" and run.base else ""
                 models = "models" if fewest > 1 else "model"
                 detail = f"{self.recipe.merge_method} takes {wants} {models}{beside}, not {len(others)}"
-                self.findings.recipe_problems.append(
-                    Problem(detail, f"{run.pointer}/{'sources' if '/slices/' in run.pointer else 'models'}")
-                )
+                self.findings.recipe_problems.append(Problem(detail, where))
         for model in self.models:
             weights = self.checkpoints[model]
             if weights.tensors and weights.config.get("quantization_config") and not self.method.copies:

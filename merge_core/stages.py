@@ -23,7 +23,7 @@ from merge_core import kernels
 from merge_core.kernels.plain import pairs
 from merge_core.kernels.vectors import KEEP_ALL_TIES, KEEP_NO_TIES, Numbers, TaskVectors
 from merge_core.method import Block, Known, Scope, Stage
-from merge_core.statistics import Counters, Counts, GrainSums, Statistic, grain_sums
+from merge_core.statistics import Counters, Counts, GrainSums, Statistic, counted, grain_sums
 
 Ranked = Callable[[Block], TaskVectors]
 Keep = Callable[[int, int], int]
@@ -124,7 +124,7 @@ class Sample(_AtOnce):
         return kernels.are_compiled()
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        counts = _counts(found, "digits", (len(block.stored), _HIGH_DIGITS))
+        counts = counted(found, "digits", (len(block.stored), _HIGH_DIGITS))
         every = 8 if block.grains.rows * block.grains.width < _MANY else 32
         kernels.sampled_digits(self.vectors(block), every, counts.values)
 
@@ -172,13 +172,13 @@ class Bracket(_AtOnce):
             lows,
             highs,
             candidates,
-            _counts(
+            counted(
                 found, "\0digits", (ranks, _LOW_DIGITS * max(high - low for low, high, _ in known["guess"]))
             ).values,
-            _counts(found, "\0above", (ranks,)).values,
+            counted(found, "\0above", (ranks,)).values,
             equal,
         )
-        _counts(found, "\0entries", (1,)).values += block.elements
+        counted(found, "\0entries", (1,)).values += block.elements
         _count_ties(found, block, equal, self.scope)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
@@ -223,7 +223,7 @@ class HighDigits(_AfterAll):
         return "threshold" not in known
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        counts = _counts(found, "digits", (len(block.stored), _HIGH_DIGITS))
+        counts = counted(found, "digits", (len(block.stored), _HIGH_DIGITS))
         kernels.high_digits(self.vectors(block), counts.values)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
@@ -245,7 +245,7 @@ class LowDigits(_AfterAll):
         return "threshold" not in known
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        counts = _counts(found, "digits", (len(known["bucket"]), _LOW_DIGITS))
+        counts = counted(found, "digits", (len(known["bucket"]), _LOW_DIGITS))
         kernels.low_digits(self.vectors(block), known["bucket"], counts.values)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
@@ -377,7 +377,7 @@ class Overlaps(Stage):
     name: ClassVar[str] = "overlaps"
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
-        _counts(found, "overlaps", (len(block.stored), 2)).values += kernels.overlaps(self.vectors(block, known))
+        counted(found, "overlaps", (len(block.stored), 2)).values += kernels.overlaps(self.vectors(block, known))
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         known["overlaps"] = cast(Counts, found["overlaps"]).values.tolist()
@@ -396,16 +396,10 @@ class SignVotes(Stage):
             above, below = kernels.votes(elected)
         else:
             above, below = int((elected > 0).sum()), int((elected < 0).sum())
-        _counts(found, "votes", (1,)).values += above - below
+        counted(found, "votes", (1,)).values += above - below
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         known["majority"] = int(np.sign(cast(Counts, found["votes"]).values[0]))
-
-
-def _counts(found: dict[str, Statistic], name: str, shape: tuple[int, ...]) -> Counts:
-    if name not in found:
-        found[name] = Counts(np.zeros(shape, np.int64))
-    return cast(Counts, found[name])
 
 
 def _is_cut(known: Known) -> bool:
@@ -415,9 +409,9 @@ def _is_cut(known: Known) -> bool:
 def _count_ties(found: dict[str, Statistic], block: Block, per_grain: Counters, scope: Scope) -> None:
     """Add a block's ties to those of its tensor: per grain, or together where there are many tensors."""
     if scope == "model":
-        _counts(found, block.tensor, (len(per_grain),)).values += per_grain.sum(axis=1)
+        counted(found, block.tensor, (len(per_grain),)).values += per_grain.sum(axis=1)
     else:
-        counts = _counts(found, block.tensor, (len(per_grain), block.grains.count)).values
+        counts = counted(found, block.tensor, (len(per_grain), block.grains.count)).values
         counts[:, block.first_grain : block.first_grain + per_grain.shape[1]] += per_grain
 
 

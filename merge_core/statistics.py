@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -69,6 +69,13 @@ class Counts:
 
     def add(self, other: Self) -> None:
         self.values += other.values
+
+
+def counted(found: dict[str, Statistic], name: str, shape: tuple[int, ...]) -> Counts:
+    """The counts of that name, zero at first."""
+    if name not in found:
+        found[name] = Counts(np.zeros(shape, np.int64))
+    return cast(Counts, found[name])
 
 
 @dataclass
