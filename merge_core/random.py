@@ -59,3 +59,9 @@ def _parts(key: int, stream: int, bits: int, start: int, count: int, device: tor
     shifts = bits * torch.arange(per_word, dtype=torch.int64, device=device)
     parts = (words.unsqueeze(2) >> shifts) & ((1 << bits) - 1)
     return parts.reshape(-1)[start - 4 * per_word * first :][:count]
+
+
+def permutation(key: int, count: int) -> Tensor:
+    """The numbers 0 to `count` in a random order: `[count]`, int64."""
+    first, second, *_ = philox(key, torch.arange(count, dtype=torch.int64), stream=2)
+    return torch.argsort(first << 31 ^ second, stable=True)
