@@ -95,23 +95,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
     """What a safetensors file holds, in storage order. Raises `CheckpointError` for a header that lies in any way."""
-    descriptor, found = open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or 8 + length > found.st_size:
-            raise CheckpointError(path, f"is cut short: {found.st_size:,} bytes do not hold its header")
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(path, f"has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
-        raw = file.read(length)
-    header = _parse_json(path, raw, "has a header that is not")
-    if not raw.startswith(b"{"):
-        raise CheckpointError(path, "has a header that is not a JSON object from its first byte")
+    raw, found = _read_header(path)
+    header = _parse_header(path, raw)
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise CheckpointError(path, f"names {len(header):,} tensors; at most {MAX_TENSORS:,} are read")
-    infos = sorted(_parse_entries(path, header, 8 + length), key=lambda info: (info.begin, info.nbytes))
-    at = 8 + length
+    infos = sorted(_parse_entries(path, header, 8 + len(raw)), key=lambda info: (info.begin, info.nbytes))
+    at = 8 + len(raw)
     for info in infos:
         if info.begin != at:
             lie = f"has a header that lies: {clip(info.name)} begins at {info.begin}, not {at}"
@@ -123,6 +113,33 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
         raise CheckpointError(path, wrong, tensor=infos[-1].name if infos else None)
     digest = hashlib.sha256(raw).hexdigest()
     return Shard(path, found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, digest), infos
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself: texts by name. Raises `CheckpointError`."""
+    metadata = _parse_header(path, _read_header(path)[0]).get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(path, "has metadata that are not texts by name")
+    return metadata
+
+
+def _read_header(path: Path) -> tuple[bytes, os.stat_result]:
+    descriptor, found = open_regular(path)
+    with os.fdopen(descriptor, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or 8 + length > found.st_size:
+            raise CheckpointError(path, f"is cut short: {found.st_size:,} bytes do not hold its header")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(path, f"has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
+        return file.read(length), found
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+    header = _parse_json(path, raw, "has a header that is not")
+    if not raw.startswith(b"{"):
+        raise CheckpointError(path, "has a header that is not a JSON object from its first byte")
+    return header
 
 
 def is_usable_name(name: str) -> bool:
