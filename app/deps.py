@@ -8,8 +8,9 @@ from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 
 from app.errors import HttpProblem
+from merge_core.documents import MAX_DOCUMENT_BYTES
 from merge_core.published import MAX_CARD_BYTES
-from merge_core.recipe import MAX_RECIPE_BYTES, Recipe
+from merge_core.recipe import Recipe
 from workers.jobs import Job
 from workers.queue import Queue
 from workers.settings import Settings
@@ -39,7 +40,7 @@ async def _recipe(request: Request) -> Recipe:
             "Unsupported media type",
             f"send a recipe as application/json or application/yaml, not {kind}",
         )
-    return await run_in_threadpool(Recipe.from_text, await _body(request, MAX_RECIPE_BYTES))
+    return await run_in_threadpool(Recipe.from_text, await _body(request, MAX_DOCUMENT_BYTES))
 
 
 async def _card(request: Request) -> bytes:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from merge_core import __version__
 from merge_core.adapters import CONFIG_NAME, MAX_RANK, PREFIX, WEIGHTS_NAME, Adapter, AdapterConfig, Factors
+from merge_core.documents import canonical_json
 from merge_core.dtypes import FLOAT32, FLOAT64, OUTPUT, DType
 from merge_core.errors import Problem
 from merge_core.headers import TensorInfo
@@ -31,7 +32,8 @@ from merge_core.methods.linear import Linear
 from merge_core.methods.task_arithmetic import TaskArithmetic
 from merge_core.parameters import Resolver
 from merge_core.plan import Plan, Source, Step
-from merge_core.recipe import ModelRef, Recipe, canonical_json
+from merge_core.recipe import Recipe
+from merge_core.references import ModelRef
 from merge_core.runs import Findings, Input, Run, Wanted, digest_of
 from merge_core.weights import Companions, Weights
 

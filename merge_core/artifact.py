@@ -25,7 +25,7 @@ from merge_core.files import WrittenFile, write_text
 from merge_core.merged import leaves
 from merge_core.method import ExactOn
 from merge_core.plan import Plan
-from merge_core.recipe import ModelRef
+from merge_core.references import ModelRef
 from merge_core.weights import Weights
 
 LOCK_NAME = "merge.lock.json"

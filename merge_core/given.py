@@ -12,7 +12,8 @@ from merge_core.errors import Problem
 from merge_core.headers import TensorInfo
 from merge_core.method import OWN_BASE, Given, MergeMethod
 from merge_core.plan import Source
-from merge_core.recipe import ModelRef, Recipe
+from merge_core.recipe import Recipe
+from merge_core.references import ModelRef
 from merge_core.runs import Findings, Input, Wanted
 from merge_core.statistics import GRAIN_ELEMENTS
 from merge_core.weights import Weights

@@ -37,7 +37,8 @@ from merge_core.merged import MergedWeights, make_plan_in_stages
 from merge_core.method import Randomness
 from merge_core.plan import Plan
 from merge_core.progress import Progress, Report
-from merge_core.recipe import ModelRef, Recipe, referenced_models
+from merge_core.recipe import Recipe, referenced_models
+from merge_core.references import ModelRef
 from merge_core.shards import JOURNAL, ShardWriter, unfinished
 from merge_core.sources import Sources
 from merge_core.weights import Weights

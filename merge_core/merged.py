@@ -24,7 +24,8 @@ from merge_core.method import Known, Randomness
 from merge_core.plan import MemoryPlan, Plan, Step
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
-from merge_core.recipe import ModelRef, Recipe, referenced_models
+from merge_core.recipe import Recipe, referenced_models
+from merge_core.references import ModelRef
 from merge_core.vocabularies import Gathered, in_equal_rows, in_one_vocabulary
 from merge_core.weights import Companions, Weights
 

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from merge_core.errors import Problem
 from merge_core.method import MergeMethod
 from merge_core.plan import Source
-from merge_core.recipe import Recipe, Setting
+from merge_core.recipe import Recipe
 from merge_core.runs import Findings, Input, Run, Wanted
+from merge_core.settings import Setting
 
 
 @dataclass

@@ -14,12 +14,14 @@ from functools import cached_property
 from typing import Any
 
 from merge_core import __version__, kernels
+from merge_core.documents import canonical_json
 from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.headers import TensorInfo
 from merge_core.kernels.vectors import RUN_ELEMENTS
 from merge_core.layout import ShardLayout
 from merge_core.method import MergeMethod, Scope
-from merge_core.recipe import ModelRef, Recipe, canonical_json
+from merge_core.recipe import Recipe
+from merge_core.references import ModelRef
 from merge_core.statistics import Grains
 from merge_core.weights import Companions
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from merge_core import __version__
 from merge_core.adapter_sums import Placed, plan_sum
+from merge_core.documents import canonical_json
 from merge_core.dtypes import OUTPUT, DType
 from merge_core.errors import Problem
 from merge_core.given import GivenFinder
@@ -20,7 +21,8 @@ from merge_core.memory import BLOCK_ELEMENTS, plan_memory
 from merge_core.method import Scope
 from merge_core.parameters import Resolver
 from merge_core.plan import Plan, Source, Step
-from merge_core.recipe import ModelRef, Recipe, canonical_json
+from merge_core.recipe import Recipe
+from merge_core.references import ModelRef
 from merge_core.runs import Findings, Input, Run, Structure, Wanted, digest_of
 from merge_core.weights import Weights, is_embedding
 

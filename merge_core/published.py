@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merge_core.documents import load_documents
 from merge_core.errors import Problem, RecipeError
-from merge_core.recipe import Recipe, load_documents
+from merge_core.recipe import Recipe
 
 MAX_CARD_BYTES = 2 * 2**20
 _FENCE = re.compile(r"( *)(`{3,}|~{3,})\s*(\w*)")

@@ -11,21 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from merge_core.documents import canonical_json
 from merge_core.errors import IncompatibleModels, Problem, RecipeError, WeightsmithError
 from merge_core.headers import TensorInfo
+from merge_core.keys import ModuleEntry, Slice, SliceSource
 from merge_core.layers import by_layer, in_stack, place_of, stacks
 from merge_core.modules import Module, Role, find_modules, names_of_modules, role_of
 from merge_core.plan import ConfigEdit, TiedPair
-from merge_core.recipe import (
-    ModelRef,
-    ModuleEntry,
-    Parameters,
-    Recipe,
-    Slice,
-    SliceSource,
-    canonical_json,
-    referenced_models,
-)
+from merge_core.recipe import Recipe, referenced_models
+from merge_core.references import ModelRef
+from merge_core.settings import Parameters
 from merge_core.weights import Weights, is_embedding
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")

@@ -29,8 +29,10 @@ from merge_core.chat_templates import CHAT_TEMPLATES
 from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.errors import CheckpointError, IncompatibleModels, Problem, RecipeError
 from merge_core.headers import Shard, TensorInfo, clip
+from merge_core.keys import ModelToken, TokenizerKeys, ZeroRow
 from merge_core.layers import stacks
-from merge_core.recipe import ModelRef, ModelToken, Recipe, TokenizerKeys, ZeroRow, referenced_models
+from merge_core.recipe import Recipe, referenced_models
+from merge_core.references import ModelRef
 from merge_core.runs import Findings, Structure
 from merge_core.statistics import Grains
 from merge_core.tokenizers import NewToken, Tokenizer

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_core.errors import RecipeError
-from merge_core.recipe import ModelRef, Recipe, Setting
+from merge_core.recipe import Recipe
+from merge_core.references import ModelRef
+from merge_core.settings import Setting
 from merge_core.sizes import parse_bytes
 
 GOOD: dict[str, Any] = {

@@ -1,0 +1,176 @@
+"""Documents that are read strictly: YAML or JSON, plain data, and no key that nobody knows.
+
+A document's form is a pydantic model made of `Keys`: `read_as` makes one of parsed data, `unknown_keys` finds what the
+form does not have, and every problem is told with its JSON pointer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from merge_core.errors import Problem, RecipeError
+
+MAX_DOCUMENT_BYTES = 256 * 1024
+MAX_DEPTH = 32
+
+_Form = TypeVar("_Form", bound=BaseModel)
+
+
+class Keys(BaseModel):
+    """Keeps keys it does not know, so that all of them can be reported at once."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases (they can expand without end) and without duplicate keys."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise RecipeError("a YAML alias (*name) is not read; write the value out")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise RecipeError(f"nested deeper than {MAX_DEPTH} levels")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"line {key_node.start_mark.line + 1}: a key must be a plain text")
+            if key_node.value in seen:
+                raise RecipeError(f"line {key_node.start_mark.line + 1}: key {key_node.value[:60]!r} appears twice")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_documents(text: str | bytes, kind: str = "recipe") -> list[Any]:
+    """The YAML or JSON documents of a text, those without content left out. Raises `RecipeError`; `kind` is its word
+    for what was to be read.
+    """
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise RecipeError(f"the {kind} has {len(text):,} bytes; at most {MAX_DOCUMENT_BYTES:,} are read")
+    try:
+        documents = list(yaml.load_all(text, _Loader))
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise RecipeError(f"the {kind} is not valid YAML: {line}{error.problem}") from None
+    except RecipeError:
+        raise
+    except Exception as error:
+        # PyYAML's constructors raise whatever they stumble over: ValueError, KeyError, AttributeError, …
+        raise RecipeError(f"the {kind} is not valid YAML: {str(error)[:200]}") from None
+    return [document for document in documents if document is not None]
+
+
+def read_as(form: type[_Form], data: Mapping[str, Any], missing: Mapping[str, str] | None = None) -> _Form:
+    """Parsed YAML or JSON as one of the form; a key of the form that is null counts as not given.
+
+    `missing` says of a key at the top what to do where it is not there. Raises `RecipeError` naming all that is wrong.
+    """
+    if problem := _not_plain(data, "#", MAX_DEPTH):
+        raise RecipeError.of([problem])
+    given = {key: value for key, value in data.items() if value is not None or key not in form.model_fields}
+    try:
+        return form.model_validate(given)
+    except ValidationError as error:
+        problems = []
+        for found in error.errors():
+            pointer = "#/" + "/".join(escaped(str(part)) for part in found["loc"])
+            key = found["loc"][0] if found["type"] == "missing" and len(found["loc"]) == 1 else None
+            problems.append(Problem((missing or {}).get(str(key), _detail(found)), pointer))
+        raise RecipeError.of(problems) from None
+
+
+def validated(form: type[_Form], written: Any) -> _Form:
+    """A part of a document, inside a validator of the whole. Raises ValueError of the first thing that is wrong."""
+    try:
+        return form.model_validate(written)
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(map(str, found["loc"]))
+        raise ValueError(f"{where}: {_detail(found)}" if where else _detail(found)) from None
+
+
+def _detail(found: ErrorDetails) -> str:
+    return str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
+
+
+def _not_plain(data: Any, pointer: str, depth: int) -> Problem | None:
+    """What in a document is neither text, number, truth, list nor mapping, and so could not be written down again."""
+    if depth == 0:
+        return Problem(f"nested deeper than {MAX_DEPTH} levels", pointer)
+    if isinstance(data, str):
+        return None if _is_unicode(data) else Problem("a text that is not valid Unicode", pointer)
+    if isinstance(data, int):
+        return None if abs(data) < 2**64 else Problem("a number too large to mean anything here", pointer)
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            if not isinstance(key, str) or not _is_unicode(key):
+                return Problem(f"key {ascii(key)[:60]} is not a text", pointer)
+            if problem := _not_plain(value, f"{pointer}/{escaped(key)}", depth - 1):
+                return problem
+        return None
+    if isinstance(data, list | tuple):
+        return next(
+            filter(None, (_not_plain(value, f"{pointer}/{i}", depth - 1) for i, value in enumerate(data))), None
+        )
+    if data is None or isinstance(data, float):
+        return None
+    return Problem(f"a {type(data).__name__} means nothing here; if it is meant as a text, put it in quotes", pointer)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def unknown_keys(model: Keys, pointer: str) -> Iterator[Problem]:
+    """Keys that no part of the document knows, wherever they stand."""
+    for name in model.model_extra or {}:
+        yield Problem(
+            f"unknown key {name[:60]!r}{suggestion(name, type(model).model_fields)}", f"{pointer}/{escaped(name)}"
+        )
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, Keys):
+            yield from unknown_keys(value, f"{pointer}/{name}")
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                if isinstance(item, Keys):
+                    yield from unknown_keys(item, f"{pointer}/{name}/{escaped(key)}")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            for i, item in enumerate(value):
+                if isinstance(item, Keys):
+                    yield from unknown_keys(item, f"{pointer}/{name}/{i}")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean …?` where a known name is close to this one, else nothing."""
+    close = difflib.get_close_matches(name[:60], list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def escaped(key: str) -> str:
+    """A key as a part of a JSON pointer."""
+    return key.replace("~", "~0").replace("/", "~1")
+
+
+def canonical_json(data: Any) -> str:
+    """One text for equal data: sorted keys, no spaces."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,129 @@
+"""What stands under a recipe's keys: models, slices and modules, the tokenizer, outputs and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from merge_core.documents import Keys, validated
+from merge_core.references import ModelRef
+from merge_core.settings import Parameters
+from merge_core.sizes import Bytes
+
+MIN_MEMORY = 512 * 2**20
+
+DTypeName = Annotated[
+    Literal["float64", "float32", "float16", "bfloat16"],
+    BeforeValidator(lambda written: written.removeprefix("torch.") if isinstance(written, str) else written),
+]
+Statistics = Annotated[dict[str, ModelRef], BeforeValidator(lambda written: {} if written is None else written)]
+EMPTY_IS_NONE = BeforeValidator(lambda written: None if written in ([], {}) else written)
+
+
+class TakenModel(Keys):
+    """A model that takes part, and what stands beside it."""
+
+    model: ModelRef
+    parameters: Parameters = Field({})
+    base_model: ModelRef | None = Field(None, description="what this model was tuned from, where the method asks it")
+    statistics: Statistics = Field({}, description="files of numbers about this model: name → safetensors")
+
+
+class ModelEntry(TakenModel):
+    """One of `models`."""
+
+
+class SliceSource(TakenModel):
+    """One of a slice's `sources`: layers `layer_range[0]` to `layer_range[1]` (exclusive) of a model."""
+
+    layer_range: tuple[int, int]
+
+
+class Slice(Keys):
+    """One run of output layers, made from equally many layers of each source."""
+
+    sources: list[SliceSource] = Field(min_length=1, max_length=64)
+    base_model: ModelRef | None = None
+    parameters: Parameters = Field({})
+    residual_weight: float | None = Field(None, description="read for mergekit's sake; has no effect")
+
+
+class ModelToken(Keys):
+    """A row of a model's embeddings: that of one of its tokens, by text or by number."""
+
+    kind: Literal["model_token"]
+    model: ModelRef
+    token: str | None = None
+    token_id: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("give exactly one of token and token_id")
+        return self
+
+
+class ZeroRow(Keys):
+    """A row of zeros."""
+
+    kind: Literal["zero"]
+
+
+def _tokenizer_source(written: Any) -> Any:
+    """`union`, `base` or a model, which older recipes write as `model:REF`."""
+    if written in ("union", "base") or isinstance(written, ModelRef):
+        return written
+    return validated(ModelRef, written.removeprefix("model:") if isinstance(written, str) else written)
+
+
+def _row_source(written: Any) -> Any:
+    if isinstance(written, ModelToken | ZeroRow):
+        return written
+    if isinstance(written, Mapping) and "kind" in written:
+        kinds: dict[Any, type[ModelToken | ZeroRow]] = {"model_token": ModelToken, "zero": ZeroRow}
+        if written["kind"] not in kinds:
+            raise ValueError(f"kind is model_token or zero, not {str(written['kind'])[:60]!r}")
+        return validated(kinds[written["kind"]], written)
+    return validated(ModelRef, written)
+
+
+class TokenKeys(Keys):
+    """Where a token's row comes from in models that do not have it, or with `force` in all of them."""
+
+    source: Annotated[ModelToken | ZeroRow | ModelRef, BeforeValidator(_row_source)]
+    force: bool = False
+
+
+TokenizerSource = Annotated[Literal["union", "base"] | ModelRef, BeforeValidator(_tokenizer_source)]
+
+
+class TokenizerKeys(Keys):
+    """The output's tokenizer: `union` of all models' tokens, the `base` model's, or that of a model."""
+
+    source: TokenizerSource = "union"
+    tokens: dict[str, TokenKeys] = Field({}, max_length=100_000)
+    pad_to_multiple_of: int | None = Field(None, ge=1, le=2**20, description="rows of the embeddings; of mean rows")
+    keep_padding: bool = Field(False, description="keep the base's rows beyond its tokenizer")
+
+
+class ModuleEntry(Keys):
+    """One of `modules`: how one part of the model is made."""
+
+    models: Annotated[list[ModelEntry] | None, EMPTY_IS_NONE] = Field(None, max_length=64)
+    slices: Annotated[list[Slice] | None, EMPTY_IS_NONE] = Field(None, max_length=1000)
+    parameters: Parameters = Field({})
+
+
+class Outputs(Keys):
+    """How the result is stored. `max_shard_size`: the most bytes of tensors in one file."""
+
+    max_shard_size: Bytes = Field(5 * 10**9, ge=1)
+
+
+class Limits(Keys):
+    """What the merge may use; never changes a byte of the result."""
+
+    memory: Bytes = Field(2**30, ge=MIN_MEMORY, description="bytes of memory for the whole process")
+    threads: int | None = Field(None, ge=1, le=1024)
