@@ -203,11 +203,11 @@ def submit(recipe: Path, url: str, wait: bool, download: Path | None) -> None:
             click.echo(job["id"])
             if wait or download:
                 with _progress_bar() as report:
-                    job = client.wait(job["id"], report)
+                    job = client.wait(job, report)
                 for warning in job["warnings"]:
                     click.echo(f"warning: {warning}", err=True)
             if download:
-                client.download(job["id"], download)
+                client.download(job, download)
                 click.echo(str(download))
 
 

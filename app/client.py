@@ -45,20 +45,20 @@ class Client:
     ) -> None:
         self._http.close()
 
-    def submit(self, recipe: bytes) -> dict[str, Any]:
-        """POST a recipe (YAML or JSON); the job."""
-        return self._call("POST", "/v1/merges", content=recipe, headers={"Content-Type": "application/yaml"})
+    def submit(self, document: bytes, kind: str = "merges") -> dict[str, Any]:
+        """POST a document (YAML or JSON) to the jobs of this kind, such as a recipe to `merges`; the job."""
+        return self._call("POST", f"/v1/{kind}", content=document, headers={"Content-Type": "application/yaml"})
 
-    def wait(self, job_id: str, report: Callable[[Progress], None] = lambda progress: None) -> dict[str, Any]:
+    def wait(self, job: dict[str, Any], report: Callable[[Progress], None] = lambda progress: None) -> dict[str, Any]:
         """Poll until the job has ended. Raises `ServiceError` unless it succeeded."""
         while True:
-            job = self._call("GET", f"/v1/merges/{job_id}", retries=RETRIES)
+            job = self._call("GET", job["urls"]["self"], retries=RETRIES)
             done = job["progress"]
             report(
                 Progress(
                     phase=job["phase"] or job["status"],
                     tensors_done=done.get("tensors_done", 0),
-                    tensors_total=job["plan"]["tensors"],
+                    tensors_total=done.get("tensors_total", 0),
                     bytes_read=done.get("bytes_read", 0),
                     bytes_read_total=done.get("bytes_read_total", 0),
                     bytes_written=done.get("bytes_written", 0),
@@ -69,13 +69,13 @@ class Client:
                 return job
             if job["status"] in ("failed", "canceled"):
                 why = (job["error"] or {}).get("detail", "")
-                raise ServiceError(f"{job_id} {job['status']}{f': {why}' if why else ''}")
+                raise ServiceError(f"{job['id']} {job['status']}{f': {why}' if why else ''}")
             time.sleep(POLL_SECONDS)
 
-    def download(self, job_id: str, folder: Path) -> list[Path]:
+    def download(self, job: dict[str, Any], folder: Path) -> list[Path]:
         """Every file of a finished job, each appearing only once its sha256 is right."""
         folder.mkdir(parents=True, exist_ok=True)
-        return [self._fetch(file, folder) for file in self._call("GET", f"/v1/merges/{job_id}/files")["data"]]
+        return [self._fetch(file, folder) for file in self._call("GET", job["urls"]["files"])["data"]]
 
     def _fetch(self, file: dict[str, Any], folder: Path) -> Path:
         target = folder / Path(file["path"]).name

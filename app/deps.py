@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request
 from fastapi.concurrency import run_in_threadpool
 
 from app.errors import HttpProblem
 from merge_core.documents import MAX_DOCUMENT_BYTES
 from merge_core.published import MAX_CARD_BYTES
 from merge_core.recipe import Recipe
-from workers.jobs import Job
+from workers.jobs import Job, JobKind
+from workers.kinds import WORK, Document
 from workers.queue import Queue
 from workers.settings import Settings
 
@@ -30,17 +32,26 @@ def _queue(request: Request) -> Queue:
     return found
 
 
-async def _recipe(request: Request) -> Recipe:
-    """The body as a recipe: JSON, which is YAML too, or YAML."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind not in ("application/json", *YAML_TYPES):
-        raise HttpProblem(
-            415,
-            "unsupported-media-type",
-            "Unsupported media type",
-            f"send a recipe as application/json or application/yaml, not {kind}",
-        )
-    return await run_in_threadpool(Recipe.from_text, await _body(request, MAX_DOCUMENT_BYTES))
+SettingsDep = Annotated[Settings, Depends(_settings)]
+QueueDep = Annotated[Queue, Depends(_queue)]
+
+
+def document_of(kind: JobKind) -> Callable[[Request], Awaitable[Any]]:
+    """Reads the body as a document of this kind: JSON, which is YAML too, or YAML."""
+    document = WORK[kind]().document
+
+    async def read(request: Request) -> Document:
+        media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if media_type not in ("application/json", *YAML_TYPES):
+            raise HttpProblem(
+                415,
+                "unsupported-media-type",
+                "Unsupported media type",
+                f"send a {document.__name__.lower()} as application/json or application/yaml, not {media_type}",
+            )
+        return await run_in_threadpool(document.from_text, await _body(request, MAX_DOCUMENT_BYTES))
+
+    return read
 
 
 async def _card(request: Request) -> bytes:
@@ -58,31 +69,39 @@ async def _body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def _job(merge_id: str, queue: Annotated[Queue, Depends(_queue)]) -> Job:
-    job = queue.store.get(merge_id)
-    if job is None:
-        raise HttpProblem(404, "not-found", "Not found", f"there is no merge {merge_id[:60]!r}")
-    return job
+def job_of(kind: JobKind) -> Callable[..., Job]:
+    """Finds the job of this kind that the path names."""
+
+    def find(job_id: Annotated[str, Path(max_length=32)], queue: QueueDep) -> Job:
+        job = queue.store.get(job_id)
+        if job is None or job.kind != kind:
+            raise HttpProblem(404, "not-found", "Not found", f"there is no {kind} {job_id[:60]!r}")
+        return job
+
+    return find
 
 
-SettingsDep = Annotated[Settings, Depends(_settings)]
-QueueDep = Annotated[Queue, Depends(_queue)]
-RecipeDep = Annotated[Recipe, Depends(_recipe)]
-CardDep = Annotated[bytes, Depends(_card)]
-JobDep = Annotated[Job, Depends(_job)]
-_RECIPE = {"$ref": "#/components/schemas/Recipe"}
-RECIPE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"anyOf": [_RECIPE, {"type": "array", "items": _RECIPE, "minItems": 1}]}},
-            "application/yaml": {
-                "schema": {"type": "string", "description": "a mergekit recipe, of one document or several"}
+def document_body(kind: JobKind) -> dict[str, Any]:
+    """What the OpenAPI document says of a document's body, which is read by hand because it may be YAML."""
+    work = WORK[kind]()
+    name = work.document.__name__
+    schema: dict[str, Any] = {"$ref": f"#/components/schemas/{name}"}
+    if work.in_stages:
+        schema = {"anyOf": [schema, {"type": "array", "items": schema, "minItems": 1}]}
+    written = f"the same as {name} in YAML" + (", of one document or several" if work.in_stages else "")
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": schema},
+                "application/yaml": {"schema": {"type": "string", "description": written}},
             },
-        },
+        }
     }
-}
-"""What the OpenAPI document says of a recipe's body, which is read by hand because it may be YAML."""
+
+
+RecipeDep = Annotated[Recipe, Depends(document_of(JobKind.MERGE))]
+CardDep = Annotated[bytes, Depends(_card)]
 CARD_BODY = {
     "requestBody": {
         "required": True,
@@ -92,4 +111,4 @@ CARD_BODY = {
         },
     }
 }
-"""What it says of a published recipe's body."""
+"""What the OpenAPI document says of a published recipe's body."""

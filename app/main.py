@@ -8,11 +8,13 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from app import errors
-from app.routes import files, health, merges, methods, recipes
+from app.routes import health, methods, recipes
+from app.routes.files import files_router
+from app.routes.jobs import jobs_router
 from merge_core import __version__
-from merge_core.recipe import Recipe
 from workers.celery_app import make_celery
 from workers.jobs import JobStore
+from workers.kinds import WORK
 from workers.queue import Queue
 from workers.settings import Settings
 
@@ -41,14 +43,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     errors.install(app)
-    for module in (merges, files, recipes, methods, health):
+    for kind in WORK:
+        app.include_router(jobs_router(kind))
+        app.include_router(files_router(kind))
+    for module in (recipes, methods, health):
         app.include_router(module.router)
-    _document_recipes(app)
+    _describe_documents(app)
     return app
 
 
-def _document_recipes(app: FastAPI) -> None:
-    """Describe recipes in the OpenAPI document: routes read them by hand, because they may be YAML."""
-    schema = app.openapi()
-    recipe = Recipe.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema["components"]["schemas"] |= {**recipe.pop("$defs", {}), "Recipe": recipe}
+def _describe_documents(app: FastAPI) -> None:
+    """Describe recipes and their like in the OpenAPI document: routes read them by hand, because they may be YAML."""
+    schemas = app.openapi()["components"]["schemas"]
+    for work in WORK.values():
+        document = work().document
+        schema = document.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= {**schema.pop("$defs", {}), document.__name__: schema}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from merge_core.errors import Problem, RecipeError
-from merge_core.merge import plan_only
-from merge_core.plan import Plan
-from merge_core.recipe import Recipe
 from merge_core.shards import check_space
+from workers.jobs import JobKind
+from workers.kinds import WORK, Document, Plan
 from workers.settings import Settings
 
 
-def plan_for_service(recipe: Recipe, settings: Settings) -> Plan:
+def plan_for_service(kind: JobKind, document: Document, settings: Settings) -> Plan:
     """Raises `WeightsmithError` for everything that headers can tell."""
-    if recipe.limits.memory > settings.max_memory:
-        detail = f"this service gives a merge at most {settings.max_memory / 2**20:,.0f} MiB"
+    limits = document.limits
+    if limits.memory > settings.max_memory:
+        article = "an" if kind is JobKind.ALIGNMENT else "a"
+        detail = f"this service gives {article} {kind} at most {settings.max_memory / 2**20:,.0f} MiB"
         raise RecipeError.of([Problem(detail, "#/limits/memory")])
-    plan = plan_only(recipe, roots=settings.roots, threads=recipe.limits.threads or settings.threads)
-    check_space(plan, settings.artifacts)
+    plan = WORK[kind]().plan(document, roots=settings.roots, threads=limits.threads or settings.threads)
+    check_space(plan.output_bytes, settings.artifacts)
     return plan

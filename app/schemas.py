@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field
 
 from merge_core.method import Given
-from workers.jobs import Job, JobState, RecipeData
+from workers.jobs import Job, JobKind, JobState, RecipeData
 
 
 class Urls(BaseModel):
@@ -20,7 +20,7 @@ class Urls(BaseModel):
 
 
 class JobRead(BaseModel):
-    """One merge. Times are RFC 3339, UTC."""
+    """One job. Times are RFC 3339, UTC."""
 
     id: str
     status: JobState
@@ -31,7 +31,7 @@ class JobRead(BaseModel):
     attempt: int
     error: dict[str, Any] | None = Field(description="the problem that a failed job ended in")
     warnings: list[str]
-    recipe: RecipeData
+    recipe: RecipeData = Field(description="the document that was sent, tidied")
     plan: dict[str, Any]
     created_at: datetime
     started_at: datetime | None
@@ -41,7 +41,7 @@ class JobRead(BaseModel):
     @classmethod
     def of(cls, job: Job) -> Self:
         """The job as its resource."""
-        path = f"/v1/merges/{job.id}"
+        path = f"/v1/{JobKind(job.kind).plural}/{job.id}"
         return cls(
             id=job.id,
             status=JobState(job.state),
@@ -72,7 +72,7 @@ class ProblemRead(BaseModel):
 
 
 class JobPage(BaseModel):
-    """Merges, newest first; `next` is the `after` of the following page."""
+    """Jobs, newest first; `next` is the `after` of the following page."""
 
     data: list[JobRead]
     has_more: bool
@@ -80,7 +80,7 @@ class JobPage(BaseModel):
 
 
 class FileRead(BaseModel):
-    """One file of a finished merge."""
+    """One file of a finished job."""
 
     path: str
     size: int
@@ -89,7 +89,7 @@ class FileRead(BaseModel):
 
 
 class FileList(BaseModel):
-    """The files of a finished merge."""
+    """The files of a finished job."""
 
     data: list[FileRead]
 

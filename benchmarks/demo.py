@@ -109,8 +109,8 @@ def run(url: str, title: str, recipe: Mapping[str, Any], downloads: Path) -> Pat
         def follow(progress: MergeProgress) -> None:
             bar.update(shown, total=progress.tensors_total, completed=progress.tensors_done)
 
-        client.wait(job["id"], follow)
-        client.download(job["id"], downloads / job["id"])
+        client.wait(job, follow)
+        client.download(job, downloads / job["id"])
     return downloads / job["id"]
 
 

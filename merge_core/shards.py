@@ -101,7 +101,7 @@ class ShardWriter:
         self._journal.note(name, value)
 
     def __enter__(self) -> Self:
-        check_space(self.plan, self.folder)
+        check_space(self.plan.output_bytes, self.folder)
         try:
             self._journal.open()
             if self._journal.is_new:
@@ -272,15 +272,15 @@ def _seal(text: str) -> str:
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
-def check_space(plan: Plan, folder: Path) -> None:
-    """Raise `InsufficientStorage` if the output cannot fit beside what is in `folder` already."""
+def check_space(size: int, folder: Path) -> None:
+    """Raise `InsufficientStorage` if so many bytes of output cannot fit beside what is in `folder` already."""
     existing = nearest_existing(folder)
     allocated = (
         sum(file.stat().st_blocks * 512 for file in folder.iterdir() if file.is_file()) if folder.is_dir() else 0
     )
-    free, needed = shutil.disk_usage(existing).free + allocated, plan.output_bytes + SPARE_BYTES
-    if free < needed:
+    free = shutil.disk_usage(existing).free + allocated
+    if free < size + SPARE_BYTES:
         raise InsufficientStorage(
-            f"the output needs {plan.output_bytes / 1e9:,.2f} GB, but {existing} has {free / 1e9:,.2f} GB free; "
+            f"the output needs {size / 1e9:,.2f} GB, but {existing} has {free / 1e9:,.2f} GB free; "
             "free some space or choose another place"
         )

@@ -27,16 +27,37 @@ from sqlalchemy import (
     create_engine,
     event,
     func,
+    inspect,
     make_url,
     select,
+    text,
     update,
 )
+from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from workers.settings import Settings
 
 RecipeData = dict[str, Any] | list[dict[str, Any]]
-"""A recipe as it was sent: one document, or the list of several."""
+"""A recipe, or a document of another kind, as it was sent: one document, or the list of several."""
+
+
+class JobKind(StrEnum):
+    """What a job makes. `workers.kinds` says of each how."""
+
+    MERGE = "merge"
+    ALIGNMENT = "alignment"
+    PATCH = "patch"
+
+    @property
+    def prefix(self) -> str:
+        """What the ids of such jobs begin with."""
+        return {JobKind.MERGE: "mrg_", JobKind.ALIGNMENT: "aln_", JobKind.PATCH: "pat_"}[self]
+
+    @property
+    def plural(self) -> str:
+        """Many of them, as the service's paths say it."""
+        return "patches" if self is JobKind.PATCH else f"{self}s"
 
 
 class JobState(StrEnum):
@@ -69,12 +90,13 @@ class Base(DeclarativeBase):
 
 
 class Job(Base):
-    """One merge that somebody asked for. Times are seconds since 1970, UTC."""
+    """One thing that somebody asked for; `recipe` is the document that says it. Times are seconds since 1970, UTC."""
 
     __tablename__ = "jobs"
     __table_args__ = (Index("jobs_by_state", "state", "id"),)
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16), default=JobKind.MERGE, server_default=JobKind.MERGE)
     state: Mapped[str] = mapped_column(String(16), default=JobState.QUEUED)
     phase: Mapped[str] = mapped_column(String(100), default="")
     recipe: Mapped[RecipeData] = mapped_column(JSON)
@@ -101,6 +123,7 @@ class Lease:
     job_id: str
     owner: str
     attempt: int
+    kind: JobKind
     recipe: RecipeData
 
 
@@ -116,10 +139,10 @@ class IllegalMove(Exception):
         super().__init__(f"{job_id} is {state}; it cannot become {wanted}")
 
 
-def new_job_id() -> str:
-    """`mrg_` and a ULID: 48 bits of milliseconds, 80 random bits, so that ids sort by age."""
+def new_job_id(kind: JobKind) -> str:
+    """The kind's prefix and a ULID: 48 bits of milliseconds, 80 random bits, so that ids sort by age."""
     number = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10))
-    return "mrg_" + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+    return kind.prefix + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 def open_engine(url: str | URL, patience: float) -> Engine:
@@ -138,6 +161,20 @@ def open_engine(url: str | URL, patience: float) -> Engine:
     return engine
 
 
+def _add_kind(engine: Engine) -> None:
+    """Give a database from before there were kinds of jobs their column: all that it has are merges."""
+    if "kind" in {column["name"] for column in inspect(engine).get_columns("jobs")}:
+        return
+    column = f"kind VARCHAR(16) NOT NULL DEFAULT '{JobKind.MERGE}'"
+    try:
+        with engine.begin() as connection:
+            connection.execute(text(f"ALTER TABLE jobs ADD COLUMN {column}"))
+    except (OperationalError, ProgrammingError):
+        # Unless another process, which started at the same time, was quicker.
+        if "kind" not in {column["name"] for column in inspect(engine).get_columns("jobs")}:
+            raise
+
+
 class JobStore:
     """Every change to a job, each one statement or one transaction."""
 
@@ -146,6 +183,7 @@ class JobStore:
         self.settings = settings
         self.engine = open_engine(settings.database, patience)
         Base.metadata.create_all(self.engine)
+        _add_kind(self.engine)
 
     def close(self) -> None:
         self.engine.dispose()
@@ -155,11 +193,19 @@ class JobStore:
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
-    def add(self, recipe: RecipeData, plan: Mapping[str, Any], warnings: Sequence[str] = ()) -> Job:
+    def add(
+        self,
+        recipe: RecipeData,
+        plan: Mapping[str, Any],
+        warnings: Sequence[str] = (),
+        *,
+        kind: JobKind = JobKind.MERGE,
+    ) -> Job:
         """Put a new job in the queue's table; `queue.submit` also announces it."""
         now = time.time()
         job = Job(
-            id=new_job_id(),
+            id=new_job_id(kind),
+            kind=kind,
             recipe=recipe,
             plan=dict(plan),
             warnings=list(warnings),
@@ -174,9 +220,16 @@ class JobStore:
         with self._session() as session:
             return session.get(Job, job_id)
 
-    def page(self, *, state: JobState | None = None, limit: int = 50, before: str | None = None) -> Sequence[Job]:
-        """Jobs, newest first, older than the id `before`."""
-        query = select(Job).order_by(Job.id.desc()).limit(limit)
+    def page(
+        self,
+        *,
+        kind: JobKind = JobKind.MERGE,
+        state: JobState | None = None,
+        limit: int = 50,
+        before: str | None = None,
+    ) -> Sequence[Job]:
+        """Jobs of a kind, newest first, older than the id `before`."""
+        query = select(Job).where(Job.kind == kind).order_by(Job.id.desc()).limit(limit)
         if state:
             query = query.where(Job.state == state)
         if before:
@@ -198,11 +251,11 @@ class JobStore:
                 lease_until=now + self.settings.lease_seconds,
                 started_at=func.coalesce(Job.started_at, now),
             )
-            .returning(Job.attempt, Job.recipe)
+            .returning(Job.attempt, Job.kind, Job.recipe)
         )
         with self._session() as session:
             row = session.execute(taken).one_or_none()
-        return Lease(job_id, owner, row.attempt, row.recipe) if row else None
+        return Lease(job_id, owner, row.attempt, JobKind(row.kind), row.recipe) if row else None
 
     def heartbeat(self, lease: Lease, *, phase: str, progress: Mapping[str, Any]) -> JobState:
         """Renew the lease and store the progress; the job's state, `canceling` if somebody wants it stopped. Raises

@@ -11,10 +11,10 @@ from typing import Any
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from workers.jobs import FINISHED, Job, JobState, JobStore, RecipeData
+from workers.jobs import FINISHED, Job, JobKind, JobState, JobStore, RecipeData
 from workers.settings import Settings
 
-RUN_MERGE = "weightsmith.run_merge"
+RUN_JOB = "weightsmith.run_job"
 log = logging.getLogger(__name__)
 
 
@@ -24,9 +24,16 @@ class Queue:
     def __init__(self, store: JobStore, celery_app: Celery) -> None:
         self.store, self.celery_app = store, celery_app
 
-    def submit(self, recipe: RecipeData, plan: Mapping[str, Any], warnings: Sequence[str] = ()) -> Job:
+    def submit(
+        self,
+        recipe: RecipeData,
+        plan: Mapping[str, Any],
+        warnings: Sequence[str] = (),
+        *,
+        kind: JobKind = JobKind.MERGE,
+    ) -> Job:
         """Make a job and announce it. With no broker it waits in the database until the reaper can announce it."""
-        job = self.store.add(recipe, plan, warnings)
+        job = self.store.add(recipe, plan, warnings, kind=kind)
         self._announce(job.id)
         return job
 
@@ -65,7 +72,7 @@ class Queue:
     def _announce(self, job_id: str) -> bool:
         sent = True
         try:
-            self.celery_app.send_task(RUN_MERGE, args=[job_id], retry=False)
+            self.celery_app.send_task(RUN_JOB, args=[job_id], retry=False)
         except (OperationalError, OSError) as error:
             log.warning("no broker for %s now, it will be announced later: %s", job_id, error)
             sent = False

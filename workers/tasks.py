@@ -18,8 +18,9 @@ from merge_core.errors import Canceled, WeightsmithError
 from merge_core.imports import without_collections
 from workers.celery_app import celery_app
 from workers.jobs import JobState, JobStore, Lease, LeaseLost
+from workers.kinds import WORK
 from workers.problems import problem
-from workers.queue import RUN_MERGE, artifact_folder, partial_folder, partial_folders, remove_partial
+from workers.queue import RUN_JOB, artifact_folder, partial_folder, partial_folders, remove_partial
 from workers.settings import WORKER_VARIABLE, Settings
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ INTERNAL_ERROR = {
 log = logging.getLogger(__name__)
 
 
-@celery_app.task(name=RUN_MERGE)
-def run_merge(job_id: str) -> None:
+@celery_app.task(name=RUN_JOB)
+def run_job(job_id: str) -> None:
     """Run a job if it is free; a message for a job that is taken or finished does nothing."""
     settings = Settings()
     store = JobStore(settings)
@@ -51,7 +52,7 @@ def run_merge(job_id: str) -> None:
 def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
     with Keeper(store, lease) as keeper:
         try:
-            artifact = _merge(settings, lease, keeper)
+            artifact = _run(settings, lease, keeper)
         except LeaseLost:
             log.warning("%s passed to another worker", lease.job_id)
             shutil.rmtree(partial_folder(settings, lease.job_id, lease.attempt), ignore_errors=True)
@@ -75,25 +76,26 @@ def _end(settings: Settings, keeper: Keeper, move: Callable[[Lease], None]) -> N
         remove_partial(settings, keeper.lease.job_id)
 
 
-def _merge(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
+def _run(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
     # Here and not above: torch must be imported in the child that uses it, and only once the lease is kept alive.
     with without_collections():
-        from merge_core.merge import adopt, merge
-        from merge_core.recipe import Recipe
+        from merge_core.merge import adopt
+
+        work = WORK[lease.kind]()
 
     out = artifact_folder(settings, lease.job_id)
     partial_output = _take_over(settings, lease, keeper)
     if out.exists():
         # An earlier attempt died between finishing the artifact and saying so.
         return adopt(out)
-    recipe = Recipe.from_data(lease.recipe)
-    return merge(
-        recipe,
+    document = work.document.from_data(lease.recipe)
+    return work.run(
+        document,
         out,
         roots=settings.roots,
         partial=partial_output,
-        memory=min(recipe.limits.memory, settings.max_memory),
-        threads=recipe.limits.threads or settings.threads,
+        memory=min(document.limits.memory, settings.max_memory),
+        threads=document.limits.threads or settings.threads,
         cache=settings.cache,
         device=settings.device,
         report=keeper.report,
@@ -145,7 +147,7 @@ class Keeper:
         self._progress = progress
 
     def stop(self) -> bool:
-        """Whether to give the merge up; raises `LeaseLost` where it is another's by now."""
+        """Whether to give the job up; raises `LeaseLost` where it is another's by now."""
         if self._lost:
             raise LeaseLost(self.lease.job_id)
         return self._state is JobState.CANCELING

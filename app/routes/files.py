@@ -1,21 +1,21 @@
-"""The files of a finished merge: whole, in part, or not at all if the caller has them."""
+"""The files of a finished job: whole, in part, or not at all if the caller has them."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: the routes' annotations name dependencies of the function they are made in.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
-from app.deps import JobDep, SettingsDep
+from app.deps import SettingsDep, job_of
 from app.errors import HttpProblem
 from app.schemas import FileList, FileRead
-from workers.jobs import Job, JobState
+from workers.jobs import Job, JobKind, JobState
 from workers.queue import artifact_folder
-
-router = APIRouter(prefix="/v1/merges/{merge_id}/files", tags=["files"])
+from workers.settings import Settings
 
 
 class _Download(FileResponse):
@@ -34,21 +34,33 @@ class _Download(FileResponse):
         await super().__call__({**scope, "headers": kept}, receive, send)
 
 
-@router.get("")
-def list_files(job: JobDep) -> FileList:
-    """Every file with its size and sha256."""
-    _require_success(job)
-    return FileList(data=[FileRead(**file, url=f"/v1/merges/{job.id}/files/{file['path']}") for file in job.files])
+def files_router(kind: JobKind) -> APIRouter:
+    """The routes of the files of a kind's jobs."""
+    router = APIRouter(prefix=f"/v1/{kind.plural}/{{job_id}}/files", tags=["files"])
+
+    @router.get("", name=f"list_{kind}_files")
+    def list_files(job: Annotated[Job, Depends(job_of(kind))]) -> FileList:
+        """Every file with its size and sha256."""
+        _require_success(job)
+        where = f"/v1/{kind.plural}/{job.id}/files"
+        return FileList(data=[FileRead(**file, url=f"{where}/{file['path']}") for file in job.files])
+
+    @router.head("/{path:path}", response_class=FileResponse, include_in_schema=False)
+    @router.get("/{path:path}", name=f"download_{kind}_file", response_class=FileResponse)
+    def download_file(
+        path: str, job: Annotated[Job, Depends(job_of(kind))], settings: SettingsDep, request: Request
+    ) -> Response:
+        """One file. Its ETag is its sha256; `Range` and `If-Range` give a part, `If-None-Match` spares a repetition."""
+        _require_success(job)
+        return _download(path, job, settings, request)
+
+    return router
 
 
-@router.head("/{path:path}", response_class=FileResponse, include_in_schema=False)
-@router.get("/{path:path}", response_class=FileResponse)
-def download_file(path: str, job: JobDep, settings: SettingsDep, request: Request) -> Response:
-    """One file. Its ETag is its sha256; `Range` and `If-Range` give a part, `If-None-Match` spares a repetition."""
-    _require_success(job)
+def _download(path: str, job: Job, settings: Settings, request: Request) -> Response:
     file = next((file for file in job.files if file["path"] == path), None)
     if file is None:
-        raise HttpProblem(404, "not-found", "Not found", f"merge {job.id} has no file {path[:200]!r}")
+        raise HttpProblem(404, "not-found", "Not found", f"{job.kind} {job.id} has no file {path[:200]!r}")
     etag = f'"{file["sha256"]}"'
     headers = {
         "ETag": etag,
@@ -74,7 +86,7 @@ def _require_success(job: Job) -> None:
             409,
             "invalid-state",
             "The job is not in a state for that",
-            f"merge {job.id} is {job.state}; it has no files yet",
+            f"{job.kind} {job.id} is {job.state}; it has no files yet",
         )
 
 

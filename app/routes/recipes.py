@@ -7,15 +7,16 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from fastapi.concurrency import run_in_threadpool
 
-from app.deps import CARD_BODY, RECIPE_BODY, CardDep, RecipeDep, SettingsDep
+from app.deps import CARD_BODY, CardDep, RecipeDep, SettingsDep, document_body
 from app.planning import plan_for_service
 from app.schemas import IgnoredKey, Imported, Validation
 from merge_core.published import read_published
+from workers.jobs import JobKind
 
 router = APIRouter(prefix="/v1", tags=["recipes"])
 
 
-@router.post("/recipes:validate", openapi_extra=RECIPE_BODY)
+@router.post("/recipes:validate", openapi_extra=document_body(JobKind.MERGE))
 async def validate_recipe(
     recipe: RecipeDep,
     settings: SettingsDep,
@@ -24,7 +25,8 @@ async def validate_recipe(
     """The plan of a recipe: what would be read, written and needed. No weight is read."""
 
     def look() -> Validation:
-        return Validation(plan=plan_for_service(recipe, settings).to_dict(steps=steps), recipe=recipe.to_data())
+        plan = plan_for_service(JobKind.MERGE, recipe, settings)
+        return Validation(plan=plan.to_dict(steps=steps), recipe=recipe.to_data())
 
     return await run_in_threadpool(look)
 

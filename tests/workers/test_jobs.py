@@ -11,9 +11,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sqlalchemy import text
 
 from workers.celery_app import make_celery
-from workers.jobs import FINISHED, MOVES, IllegalMove, Job, JobState, JobStore, Lease, LeaseLost, new_job_id
+from workers.jobs import FINISHED, MOVES, IllegalMove, Job, JobKind, JobState, JobStore, Lease, LeaseLost, new_job_id
 from workers.queue import Queue
 from workers.settings import Settings
 
@@ -40,7 +41,7 @@ def claimed(store: JobStore, job: Job, owner: str = "w/1") -> Lease:
 def test_ids_sort_by_age() -> None:
     ids = []
     for _ in range(5):
-        ids.append(new_job_id())
+        ids.append(new_job_id(JobKind.MERGE))
         time.sleep(0.002)
     assert ids == sorted(ids) and len({len(i) for i in ids}) == 1 and ids[0].startswith("mrg_")
 
@@ -196,6 +197,26 @@ def test_pages(store: JobStore) -> None:
     assert [job.id for job in store.page(limit=2)] == ids[:2]
     assert [job.id for job in store.page(limit=2, before=ids[1])] == ids[2:4]
     assert store.page(state=JobState.RUNNING) == []
+
+
+def test_jobs_of_each_kind_are_lists_of_their_own(store: JobStore) -> None:
+    jobs = {kind: store.add({"of": kind}, {}, kind=kind) for kind in JobKind}
+    assert [job.id[:4] for job in jobs.values()] == ["mrg_", "aln_", "pat_"]
+    for kind, job in jobs.items():
+        assert [found.id for found in store.page(kind=kind)] == [job.id]
+        assert claimed(store, job).kind is kind
+
+
+def test_a_database_from_before_the_kinds_has_merges_only(tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path / "data")
+    store = JobStore(settings)
+    job = store.add({}, {})
+    with store.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE jobs DROP COLUMN kind"))
+    store.close()
+    store = JobStore(settings)
+    assert [found.id for found in store.page()] == [job.id] and claimed(store, job).kind is JobKind.MERGE
+    store.close()
 
 
 class Lives(RuleBasedStateMachine):

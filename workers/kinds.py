@@ -1,0 +1,102 @@
+"""What jobs of each kind do with their documents: how one is read, planned and run.
+
+To add a kind, name it in `JobKind` and give it an entry in `WORK`: its routes, its place in the queue and its worker
+follow. What makes an entry is called where its modules are needed, because they import torch, which must not happen
+before a worker forks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from workers.jobs import JobKind, RecipeData
+
+if TYPE_CHECKING:
+    from merge_core.artifact import Artifact
+    from merge_core.keys import Limits
+    from merge_core.progress import Report
+
+
+class Document(Protocol):
+    """What was asked for, validated."""
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @classmethod
+    def from_text(cls, text: str | bytes) -> Self:
+        """Read YAML or JSON. Raises `RecipeError`."""
+
+    @classmethod
+    def from_data(cls, data: Any) -> Self:
+        """Read what `to_data` gave. Raises `RecipeError`."""
+
+    def to_data(self) -> RecipeData: ...
+
+    @classmethod
+    def model_json_schema(cls, *, ref_template: str) -> dict[str, Any]: ...
+
+
+class Plan(Protocol):
+    """What will be done, made from headers."""
+
+    @property
+    def warnings(self) -> Sequence[str]: ...
+
+    @property
+    def output_bytes(self) -> int: ...
+
+    def to_dict(self, *, steps: bool = False) -> dict[str, Any]: ...
+
+
+class MakePlan(Protocol):
+    """Reads headers, no weights. Raises `WeightsmithError` for everything they can tell."""
+
+    def __call__(
+        self, document: Any, /, *, roots: Sequence[Path] | None, memory: int | None = None, threads: int | None
+    ) -> Plan: ...
+
+
+class Run(Protocol):
+    """Makes the folder `out`, whole or not at all; see `merge_core.merge.merge`."""
+
+    def __call__(
+        self,
+        document: Any,
+        out: Path,
+        /,
+        *,
+        roots: Sequence[Path] | None,
+        partial: Path | None,
+        memory: int | None,
+        threads: int | None,
+        cache: Path | None,
+        device: str,
+        report: Report,
+        stop: Callable[[], bool],
+    ) -> Artifact: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one kind. `in_stages`: whether several documents may make one job."""
+
+    document: type[Document]
+    plan: MakePlan
+    run: Run
+    in_stages: bool = False
+
+
+def _merge() -> Work:
+    from merge_core.merge import merge, plan_only
+    from merge_core.recipe import Recipe
+
+    return Work(Recipe, plan_only, merge, in_stages=True)
+
+
+WORK: Mapping[JobKind, Callable[[], Work]] = {
+    JobKind.MERGE: _merge,
+}
