@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,6 +137,22 @@ def write_text(path: Path, text: str) -> WrittenFile:
             os.fsync(file.fileno())
     except OSError as error:
         raise disk_error(error, path.parent, len(data)) from None
+    return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def write_whole(path: Path, data: bytes) -> WrittenFile:
+    """Write a file that is there with all its bytes or not at all, durably."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4()}")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path.parent, len(data)) from None
+    fsync_folder(path.parent)
     return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 

@@ -168,3 +168,53 @@ class Weights(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Derived(Weights):
+    """Weights made of others, `inner`, and like those in all that is not said otherwise."""
+
+    def __init__(self, inner: Weights) -> None:
+        self.inner = inner
+        self.path, self.tensors, self.shards = inner.path, inner.tensors, inner.shards
+        self.config, self.notes, self.planning_bytes = inner.config, inner.notes, inner.planning_bytes
+
+    def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
+        return self.inner.rows(info, start, stop, space)
+
+    def place(self, info: TensorInfo) -> tuple[int, int] | None:
+        return self.inner.place(info)
+
+    def ranges(self, info: TensorInfo) -> Iterator[tuple[str, int, int]]:
+        return self.inner.ranges(info)
+
+    def temporary(self, info: TensorInfo) -> float:
+        return self.inner.temporary(info)
+
+    def format(self, info: TensorInfo) -> DType:
+        return self.inner.format(info)
+
+    @property
+    def settings(self) -> Mapping[str, Path]:
+        return self.inner.settings
+
+    @property
+    def companions(self) -> Companions:
+        return self.inner.companions
+
+    def descriptor(self, file: str) -> int:
+        return self.inner.descriptor(file)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def prepare(self, info: TensorInfo, pool: Executor | None) -> None:
+        self.inner.prepare(info, pool)
+
+    def thread_bytes(self, info: TensorInfo) -> int:
+        return self.inner.thread_bytes(info)
+
+    def always_read(self) -> Iterable[str]:
+        return self.inner.always_read()
+
+    def is_whole(self, info: TensorInfo) -> bool:
+        return self.inner.is_whole(info)

@@ -168,23 +168,24 @@ class PermutationSpec:
             case _:
                 pass
 
-    def check(self, tensors: Mapping[str, Sequence[int]]) -> None:
+    def check(self, tensors: Mapping[str, Sequence[int]] | None = None) -> None:
         """Raise `IncompatibleModels` unless the spec says of all these tensors (name → shape), and of no other, what
-        happens to each of their axes, in the right sizes and so that it can be undone.
+        happens to each of their axes, in the right sizes and so that it can be undone. None: whatever tensors it names.
         """
+        known = dict.fromkeys(self.axes) if tensors is None else tensors
         problems = [
             Problem(f"the alignment does not say what happens to {clip(name)} {list(shape)}", tensor=name)
-            for name, shape in tensors.items()
+            for name, shape in (tensors or {}).items()
             if name not in self.axes
         ]
         problems += [
             Problem(f"the alignment names {clip(name)}, which is not there", tensor=name)
             for name in [*self.axes, *sorted(self.unmeasured - self.axes.keys())]
-            if name not in tensors
+            if name not in known
         ]
         contexts: dict[str, tuple[_Context, str]] = {}
         for name, axes in self.axes.items():
-            problems += [Problem(what, tensor=name) for what in self._wrong(name, axes, tensors.get(name), contexts)]
+            problems += [Problem(what, tensor=name) for what in self._wrong(name, axes, known.get(name), contexts)]
         if problems:
             raise IncompatibleModels.of(problems)
 

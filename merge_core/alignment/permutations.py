@@ -1,0 +1,252 @@
+"""Permutations that were found: a small file that can be stored, read, undone, chained, and applied row by row."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save
+from torch import Tensor
+
+from merge_core.alignment.spec import Indexed, Indices, PermutationSpec
+from merge_core.checkpoint import Checkpoint
+from merge_core.errors import CheckpointError, IncompatibleModels, Problem, RecipeError
+from merge_core.files import WrittenFile, write_whole
+from merge_core.headers import TensorInfo, clip, is_usable_name, read_metadata
+from merge_core.weights import Derived, Weights
+
+FORMAT, VERSION = "weightsmith-permutations", "1"
+_SEPARATOR = "::"
+_MOST_BYTES = 2**30
+_PIECE = 2**18
+_GAP = 2**14
+"""Bytes that are read in passing rather than skipped: another read costs as much."""
+_SORTING_BYTES = 40
+"""Memory per row for finding out which rows are read together."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Permutations:
+    """The permutations of one or more models of one spec, by the models' names; `provenance` is plain data about how
+    they were found.
+    """
+
+    spec: PermutationSpec
+    models: Mapping[str, Indexed]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def identity(cls, spec: PermutationSpec, models: Sequence[str]) -> Self:
+        """Those that change nothing."""
+        return cls(spec, {model: spec.identity() for model in models})
+
+    def inverse(self) -> Permutations:
+        """Those that undo these."""
+        undone = {model: self.spec.inverse(indexed) for model, indexed in self.models.items()}
+        return Permutations(self.spec, undone, {"inverse_of": dict(self.provenance)})
+
+    def then(self, second: Permutations) -> Permutations:
+        """Those that do these first and then the second ones, of the same spec and models.
+
+        Raises `IncompatibleModels`.
+        """
+        if second.spec != self.spec or second.models.keys() != self.models.keys():
+            detail = "permutations can only be chained with others of the same spec and the same models"
+            raise IncompatibleModels(detail, [Problem(detail)])
+        chained = {model: self.spec.then(self.models[model], second.models[model]) for model in self.models}
+        return Permutations(self.spec, chained, {"first": dict(self.provenance), "then": dict(second.provenance)})
+
+    def moved(self, model: str) -> dict[str, int]:
+        """How many elements of each permutation of a model change their place."""
+        return {name: int((index != np.arange(len(index))).sum()) for name, index in self.models[model].items()}
+
+    def save(self, path: Path) -> WrittenFile:
+        """Write them as one safetensors file, whole or not at all. Raises `StorageFailed`, `InsufficientStorage`."""
+        vectors = {
+            f"{number}{_SEPARATOR}{name}": np.ascontiguousarray(index, dtype=np.int32)
+            for number, indexed in enumerate(self.models.values())
+            for name, index in indexed.items()
+        }
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "spec": json.dumps(self.spec.to_data()),
+            "models": json.dumps(list(self.models)),
+            "provenance": json.dumps(self.provenance),
+        }
+        return write_whole(path, save(vectors, metadata))
+
+    @classmethod
+    def open(cls, path: str | Path, *, roots: Sequence[Path] | None = None) -> Self:
+        """Read what `save` wrote. Raises `CheckpointError` for a file that lies in any way."""
+        with Checkpoint.open(path, roots=roots) as stored:
+            (shard,) = stored.shards.values()
+            file = shard.path
+            metadata = read_metadata(file)
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(file, "holds no permutations")
+            if metadata.get("version") != VERSION:
+                said = clip(metadata.get("version"))
+                raise CheckpointError(file, f"holds permutations of version {said}; this program reads {VERSION}")
+            if shard.size > _MOST_BYTES:
+                raise CheckpointError(file, f"has {shard.size:,} bytes of permutations; at most {_MOST_BYTES:,}")
+            models, provenance = (_json(file, metadata, key) for key in ("models", "provenance"))
+            if not isinstance(models, list) or not all(
+                isinstance(name, str) and is_usable_name(name) for name in models
+            ):
+                raise CheckpointError(file, "has no list of model names")
+            if len(set(models)) < len(models):
+                raise CheckpointError(file, "names a model twice")
+            if not isinstance(provenance, dict):
+                raise CheckpointError(file, "has a provenance that is no JSON object")
+            try:
+                spec = PermutationSpec.from_data(_json(file, metadata, "spec"))
+                spec.check()
+            except (RecipeError, IncompatibleModels) as error:
+                raise CheckpointError(file, f"has a spec that is wrong: {clip(error.problems[0].detail)}") from None
+            wanted = {
+                f"{number}{_SEPARATOR}{name}": size
+                for number in range(len(models))
+                for name, size in spec.permutations.items()
+            }
+            if odd := sorted(wanted.keys() ^ stored.tensors.keys()):
+                what = "lacks" if odd[0] in wanted else "holds"
+                raise CheckpointError(file, f"{what} {clip(odd[0])}, unlike its spec says", tensor=odd[0])
+            vectors = {name: _vector(stored, name, size) for name, size in wanted.items()}
+        found = {
+            model: {name: vectors[f"{number}{_SEPARATOR}{name}"] for name in spec.permutations}
+            for number, model in enumerate(models)
+        }
+        return cls(spec, found, provenance)
+
+
+def _json(file: Path, metadata: Mapping[str, str], key: str) -> Any:
+    try:
+        return json.loads(metadata.get(key, ""))
+    except (ValueError, RecursionError):
+        raise CheckpointError(file, f"has metadata {key!r} that is no JSON") from None
+
+
+def _vector(stored: Checkpoint, name: str, size: int) -> Indices:
+    """One index vector, checked to name every element once."""
+    info = stored.tensors[name]
+    if info.dtype.name != "I32" or info.shape != (size,):
+        what = f"stores {clip(name)} as {info.dtype} {list(info.shape)}; expected int32 [{size}]"
+        raise CheckpointError(stored.path, what, tensor=name)
+    index = stored.rows(info, 0, size).numpy().astype(np.int64)
+    if size and (index.min() < 0 or index.max() >= size or (np.bincount(index, minlength=size) != 1).any()):
+        raise CheckpointError(stored.path, f"stores {clip(name)}, which is no permutation", tensor=name)
+    return index
+
+
+class Permuted(Derived):
+    """A model with its neurons in another order. Names, shapes and formats stay.
+
+    It can be planned before the permutations are known: then every axis that a permutation stands on counts as moved.
+    Rows can be read after `arrange`. Raises `IncompatibleModels` if the spec does not fit the model.
+    """
+
+    def __init__(self, inner: Weights, spec: PermutationSpec, indexed: Indexed | None = None) -> None:
+        super().__init__(inner)
+        spec.check({name: info.shape for name, info in inner.tensors.items()})
+        self.spec, self._indexed = spec, indexed
+        self._indices = functools.lru_cache(maxsize=64)(self._find_indices)
+
+    def arrange(self, indexed: Indexed) -> None:
+        """Take these permutations."""
+        self._indexed = indexed
+        self._indices.cache_clear()
+
+    def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
+        if not self._is_moved(info):
+            return self.inner.rows(info, start, stop, space)
+        first, *others = self._indices(info.name)
+        out = torch.empty(self.row_bytes(info) * (stop - start), dtype=torch.uint8) if space is None else space
+        found = self._gathered(info, first, start, stop, out)
+        shape = (stop - start, *info.shape[1:])
+        if any(index is not None for index in others) and found.numel():
+            rows = found.view(_INTEGERS[info.dtype.itemsize]).reshape(shape)
+            for axis, index in enumerate(others, 1):
+                if index is not None:
+                    rows = rows.index_select(axis, torch.from_numpy(index))
+            found = out[: found.numel()]
+            found.copy_(rows.reshape(-1).view(torch.uint8))
+        return found.view(info.dtype.torch).reshape(shape)
+
+    def place(self, info: TensorInfo) -> tuple[int, int] | None:
+        return None if self._is_moved(info) else self.inner.place(info)
+
+    def temporary(self, info: TensorInfo) -> float:
+        first, *others = self.spec.axes[info.name] or (None,)
+        copies = min(2, sum(axis is not None for axis in others)) * info.dtype.itemsize
+        if first is not None:
+            copies += info.dtype.itemsize * self.inner.is_whole(info)
+            copies += math.ceil(_SORTING_BYTES * info.rows / max(1, info.elements))
+        return self.inner.temporary(info) + copies
+
+    def thread_bytes(self, info: TensorInfo) -> int:
+        first, *_ = self.spec.axes[info.name] or (None,)
+        pieces = 0 if first is None else 2 * max(_PIECE, self.row_bytes(info))
+        return self.inner.thread_bytes(info) + pieces
+
+    def _is_moved(self, info: TensorInfo) -> bool:
+        """Whether rows or columns of a tensor lie elsewhere than in the model, as far as is known."""
+        if self._indexed is None:
+            return any(axis is not None for axis in self.spec.axes[info.name])
+        return any(index is not None for index in self._indices(info.name))
+
+    def _find_indices(self, tensor: str) -> tuple[Indices | None, ...]:
+        assert self._indexed is not None, "the permutations are not known yet"
+        return self.spec.indices(tensor, self._indexed)
+
+    def _gathered(self, info: TensorInfo, index: Indices | None, start: int, stop: int, out: Tensor) -> Tensor:
+        """The bytes of rows `start` to `stop` of the permuted tensor, its columns as they were: in `out`."""
+        size = self.row_bytes(info)
+        out = out[: size * (stop - start)]
+        if size == 0 or stop == start:
+            return out
+        if index is None:
+            return _bytes(self.inner.rows(info, start, stop, out))
+        sources = index[start:stop]
+        rows = out.view(-1, size)
+        if self.inner.is_whole(info):
+            whole = _bytes(self.inner.rows(info, 0, info.rows)).view(-1, size)
+            torch.index_select(whole, 0, torch.from_numpy(sources), out=rows)
+            return out
+        order = np.argsort(sources, kind="stable")
+        for places in _reads(sources[order], order, size):
+            first, last = int(sources[places[0]]), int(sources[places[-1]]) + 1
+            if bool((np.diff(places) == 1).all()) and last - first == len(places):
+                begin = int(places[0])
+                target = out[begin * size : (begin + len(places)) * size]
+                read = _bytes(self.inner.rows(info, first, last, target))
+                if read.data_ptr() != target.data_ptr():
+                    target.copy_(read)
+            else:
+                read = _bytes(self.inner.rows(info, first, last)).view(-1, size)
+                rows[torch.from_numpy(places)] = read[torch.from_numpy(sources[places] - first)]
+        return out
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    return rows.reshape(-1).view(torch.uint8)
+
+
+def _reads(ascending: Indices, order: Indices, size: int) -> list[NDArray[np.int64]]:
+    """Where rows go, by the reads that get them: rows that lie close to one another are read together, in pieces."""
+    gap, most = max(1, _GAP // size), max(1, _PIECE // size)
+    breaks = np.flatnonzero(np.diff(ascending) > gap) + 1
+    found = []
+    for run, places in zip(np.split(ascending, breaks), np.split(order, breaks), strict=True):
+        pieces = (run - run[0]) // most
+        found += np.split(places, np.flatnonzero(np.diff(pieces)) + 1)
+    return found
