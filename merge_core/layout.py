@@ -42,9 +42,15 @@ class ShardLayout:
 
 
 def lay_out(
-    tensors: Sequence[Slot], max_shard_size: int, metadata: Mapping[str, str], *, stem: str = "model"
+    tensors: Sequence[Slot],
+    max_shard_size: int,
+    metadata: Mapping[str, str],
+    *,
+    stem: str = "model",
+    alignment: int = DATA_ALIGNMENT,
 ) -> tuple[ShardLayout, ...]:
     """Cut the tensors, in their order, into files of at most `max_shard_size` bytes of data (one tensor is never cut).
+    The first of each begins at a multiple of `alignment`.
 
     Inside a file wider number formats come first, so that every tensor stays aligned for readers that map the file.
     """
@@ -56,7 +62,7 @@ def lay_out(
             filled = 0
         groups[-1].append(tensor)
         filled += tensor.nbytes
-    return tuple(_shard(_file_name(stem, i, len(groups)), group, metadata) for i, group in enumerate(groups))
+    return tuple(_shard(_file_name(stem, i, len(groups)), group, metadata, alignment) for i, group in enumerate(groups))
 
 
 def index_json(shards: Sequence[ShardLayout]) -> str:
@@ -72,7 +78,7 @@ def _file_name(stem: str, index: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _shard(file: str, tensors: Sequence[Slot], metadata: Mapping[str, str]) -> ShardLayout:
+def _shard(file: str, tensors: Sequence[Slot], metadata: Mapping[str, str], alignment: int) -> ShardLayout:
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
@@ -84,7 +90,7 @@ def _shard(file: str, tensors: Sequence[Slot], metadata: Mapping[str, str]) -> S
         }
         at += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
+    text += b" " * (-(len(text) + 8) % alignment)
     header = len(text).to_bytes(8, "little") + text
     begin = len(header)
     slots = []

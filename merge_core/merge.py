@@ -32,14 +32,17 @@ from merge_core.errors import (
 )
 from merge_core.execute import Execution, share_one_heap
 from merge_core.files import disk_error, fsync_folder, nearest_existing
+from merge_core.journal import JOURNAL
 from merge_core.memory import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge_core.merged import MergedWeights, make_plan_in_stages
 from merge_core.method import Randomness
+from merge_core.patches.delta import Delta, find_delta
+from merge_core.patches.patched import Patch, Patched
 from merge_core.plan import Plan
 from merge_core.progress import Progress, Report
 from merge_core.recipe import Recipe, referenced_models
 from merge_core.references import ModelRef
-from merge_core.shards import JOURNAL, ShardWriter, unfinished
+from merge_core.shards import ShardWriter, unfinished
 from merge_core.sources import Sources
 from merge_core.weights import Weights
 
@@ -210,7 +213,7 @@ def _planned(
 
 
 def _open(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, weights: bool) -> Weights:
-    """A model, with its adapter on it where it names one, or an adapter alone."""
+    """A model, with the adapter or delta on it where it names one, or an adapter alone."""
     for path, revision in ((ref.path, ref.revision), (ref.adapter, ref.adapter_revision)):
         if revision:
             detail = f"{path}@{revision}: a local folder has no revisions; leave @{revision} away"
@@ -221,11 +224,17 @@ def _open(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, weights:
             detail = f"{ref.path} is an adapter, not a model that {ref.adapter} could be put on"
             raise RecipeError.of([Problem(detail, pointer)])
         return Placed(Adapter.open(where, roots=roots))
+    if find_delta(where, roots):
+        detail = f"{ref.path} is a delta, not a model; write the model it is for before it: base+{ref.path}"
+        raise RecipeError.of([Problem(detail, pointer)])
     base = Checkpoint.open(where, roots=roots, weights=weights)
     if ref.adapter is None:
         return base
+    added = locate(ref.adapter, roots)
     try:
-        return Adapted(base, Adapter.open(locate(ref.adapter, roots), roots=roots), ref.adapter)
+        if find_delta(added, roots):
+            return Patched(base, [Patch(Delta.open(added, roots=roots), ref.adapter)])
+        return Adapted(base, Adapter.open(added, roots=roots), ref.adapter)
     except IncompatibleModels as error:
         raise IncompatibleModels.of(replace(problem, pointer=pointer) for problem in error.problems) from None
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections import deque
@@ -26,11 +25,11 @@ from blake3 import blake3
 from torch import Tensor
 
 from merge_core.errors import InsufficientStorage, OutputExists, WeightsmithError
-from merge_core.files import PagedFile, WrittenFile, disk_error, nearest_existing, write_text
+from merge_core.files import PagedFile, WrittenFile, nearest_existing, write_text
+from merge_core.journal import JOURNAL, Journal
 from merge_core.layout import INDEX_NAME, ShardLayout, Slot, index_json
 from merge_core.plan import Plan
 
-JOURNAL = "journal.jsonl"
 SPARE_BYTES = 64 * 2**20
 _READ = 2**22
 
@@ -82,7 +81,7 @@ class ShardWriter:
         self.plan, self.folder = plan, folder
         self.digests: dict[str, str] = {}
         self.resumed = 0
-        self._journal = _Journal(folder / JOURNAL, plan.digest)
+        self._journal = Journal(folder / JOURNAL, plan.digest)
         self._files: dict[str, _ShardFile] = {}
         self._shard_of = {slot.name: shard for shard in plan.shards for slot in shard.slots}
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
@@ -213,63 +212,6 @@ class _ShardFile:
         self.data = PagedFile(folder / shard.file, shard.size)
         self.sha256 = hashlib.sha256(shard.header)
         self.pending: deque[Future[None]] = deque()
-
-
-class _Journal:
-    """Lines of JSON, appended as things are finished; only a journal of the same plan counts."""
-
-    def __init__(self, path: Path, plan_digest: str) -> None:
-        self.path, self.plan_digest = path, plan_digest
-        self.tensors: dict[str, str] = {}
-        self.notes: dict[str, Any] = {}
-        self.is_new = True
-        self._descriptor: int | None = None
-
-    def open(self) -> None:
-        lines = self._read()
-        self.is_new = not lines or lines[0].get("plan") != self.plan_digest
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        if self.is_new:
-            os.ftruncate(self._descriptor, 0)
-            self._append({"plan": self.plan_digest})
-            return
-        for line in lines[1:]:
-            if "tensor" in line:
-                self.tensors[line["tensor"]] = line["blake3"]
-            elif "note" in line:
-                self.notes[line["note"]] = line["value"]
-
-    def tensor(self, name: str, digest: str) -> None:
-        self._append({"tensor": name, "blake3": digest})
-
-    def note(self, name: str, value: Any) -> None:
-        self.notes[name] = value
-        self._append({"note": name, "value": value})
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        assert self._descriptor is not None
-        text = json.dumps(line)
-        try:
-            # A line begins with its newline, so that one cut short by a kill spoils nothing that follows.
-            os.write(self._descriptor, f"\n{_seal(text)} {text}".encode())
-        except OSError as error:
-            raise disk_error(error, self.path.parent, len(text)) from None
-
-    def _read(self) -> list[dict[str, Any]]:
-        """The lines that are as they were written; one that was torn or changed counts as never written."""
-        if not self.path.is_file():
-            return []
-        sealed = [line.partition(" ") for line in self.path.read_text(errors="replace").split("\n")]
-        return [json.loads(text) for seal, _, text in sealed if text and seal == _seal(text)]
-
-
-def _seal(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
 def check_space(size: int, folder: Path) -> None:

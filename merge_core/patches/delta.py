@@ -29,9 +29,10 @@ DELTA_NAME = "delta.safetensors"
 """What a delta is called in a folder."""
 
 
-def find_delta(path: Path) -> Path | None:
-    """The file of the delta that a path names, itself or in a folder; None if it names none."""
+def find_delta(path: Path, roots: Sequence[Path] | None = None) -> Path | None:
+    """The file of the delta that a path names, itself or in a folder; None if it names none that may be read."""
     try:
+        check_below(path, roots)
         file = path / DELTA_NAME if path.is_dir() else path
         if file.suffix != ".safetensors" or not file.is_file():
             return None
@@ -44,11 +45,14 @@ class Delta:
     """A delta, opened from its header.
 
     Attributes: `path`; `tensors`, name → `DeltaTensor`, in storage order; `removed`, names of the base's tensors that
-    go; `provenance`, what it was made from; `file`, its parts.
+    go; `provenance`, what it was made from; `file`, its parts; `model`, config and tokenizer files that lie beside it,
+    None where there are none.
     """
 
-    def __init__(self, path: Path, file: Checkpoint, metadata: Mapping[str, str]) -> None:
-        self.path, self.file = path, file
+    def __init__(
+        self, path: Path, file: Checkpoint, metadata: Mapping[str, str], model: Checkpoint | None = None
+    ) -> None:
+        self.path, self.file, self.model = path, file, model
         if metadata.get("format") != FORMAT:
             self._refuse("is no delta: its metadata does not say so")
         if metadata.get("version") != VERSION:
@@ -77,7 +81,8 @@ class Delta:
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(clip(str(path)), f"cannot be read: {clip(str(error))}") from None
         stored = Checkpoint.open(file, roots=roots)
-        return cls(file, stored, read_metadata(file))
+        beside = Checkpoint.open(where, roots=roots, weights=False) if where.is_dir() else None
+        return cls(file, stored, read_metadata(file), beside if beside is not None and beside.config else None)
 
     def rows(self, name: str, base: Tensor, start: int, stop: int) -> Tensor:
         """δ of some rows, float32 (float64 where a part of it is stored so), given those of the base; 0 of a tensor

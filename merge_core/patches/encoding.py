@@ -223,14 +223,17 @@ class Difference:
         return max(1, BLOCK_ELEMENTS // max(1, grains.size * grains.width)) * grains.size
 
     @property
+    def block_elements(self) -> int:
+        return min(self.block_rows, self.grains.rows) * self.grains.width
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of memory for a block of both, and what is made of them."""
-        elements = min(self.block_rows, max(1, self.grains.rows)) * max(1, self.grains.width)
         base = 0 if self.base_info is None else self.base_info.dtype.itemsize + self.base.temporary(self.base_info)
         each = 2 * self.info.dtype.itemsize + self.tuned.temporary(self.info) + base + 2 * self.working.itemsize + 2
         beside = self.tuned.thread_bytes(self.info)
         beside += 0 if self.base_info is None else self.base.thread_bytes(self.base_info)
-        return math.ceil(elements * each) + beside
+        return math.ceil(self.block_elements * each) + beside
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Start and stop row, the base's rows and the tuned ones, front to back."""

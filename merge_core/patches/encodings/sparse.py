@@ -153,7 +153,7 @@ class Sparse(Encoding):
         return difference.info.nbytes + -(-difference.info.elements // 8)
 
     def work_bytes(self, difference: Difference) -> int:
-        return difference.block_bytes + 10 * max(_RUN, difference.block_rows * difference.grains.width)
+        return difference.block_bytes + 10 * max(8 * _RUN, difference.block_elements)
 
     def encode(self, difference: Difference, parts: Parts) -> Mapping[str, Any] | None:
         if not difference.is_same_kind:

@@ -1,0 +1,262 @@
+"""A model with deltas on it, computed row by row as the rows are read; no patched copy is stored.
+
+    W'[a:b] = W[a:b] + Σ strength · δ[a:b]
+
+The sum comes in float32 (float64 where anything is stored so), unrounded. A tensor that one delta alone replaces, at
+strength 1, comes as that delta stores it, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from merge_core.dtypes import FLOAT32, FLOAT64, DType
+from merge_core.errors import IncompatibleModels, Problem
+from merge_core.headers import TensorInfo
+from merge_core.patches.delta import Delta
+from merge_core.patches.encoding import DeltaTensor, digest_of
+from merge_core.weights import Companions, Weights
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A delta to be added so many times; `name` is what messages call it."""
+
+    delta: Delta
+    name: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one patch does to one tensor."""
+
+    patch: int
+    tensor: DeltaTensor
+    strength: float
+
+
+class Patched(Weights):
+    """A model with deltas on it.
+
+    Whoever replaces values must be told the truth about what they were: the base's tensor is proved by its digest
+    before its rows are first used. What is added may be added to another base of the same shapes.
+    """
+
+    def __init__(self, base: Weights, patches: Sequence[Patch]) -> None:
+        """Raises `IncompatibleModels` naming every tensor that does not fit."""
+        self.base, self.patches, self.path = base, tuple(patches), base.path
+        self._problems: list[Problem] = []
+        self._notes: list[str] = list(base.notes)
+        self._parts: dict[str, list[_Part]] = {}
+        for number, patch in enumerate(self.patches):
+            self._add(number, patch)
+        if self._problems:
+            raise IncompatibleModels.of(self._problems)
+        removed = {name for patch in self.patches if patch.strength for name in patch.delta.removed}
+        self.tensors = {
+            name: self._changed(name)
+            for name in dict.fromkeys([*base.tensors, *self._parts])
+            if name not in removed or name in self._parts
+        }
+        self.notes = tuple(dict.fromkeys(self._notes))
+        self.shards = dict(base.shards)
+        for number, patch in enumerate(self.patches):
+            for file, shard in patch.delta.file.shards.items():
+                self.shards[_prefixed(number, file)] = shard
+        self._model = next((patch.delta.model for patch in self.patches[::-1] if patch.delta.model is not None), base)
+        self.config = self._model.config or base.config
+        self._proved: set[str] = set()
+        self._proving = threading.Lock()
+
+    # What each patch does.
+
+    def _add(self, number: int, patch: Patch) -> None:
+        if not math.isfinite(patch.strength):
+            self._refuse(patch, f"a strength of {patch.strength} is no number to multiply with")
+        if patch.strength == 0:
+            return
+        if patch.strength != 1 and patch.delta.removed:
+            self._refuse(patch, f"removes {patch.delta.removed[0]}, which it can only do whole: use a strength of 1")
+        for name, tensor in patch.delta.tensors.items():
+            if self._fits(patch, tensor, self.base.tensors.get(name)):
+                self._parts.setdefault(name, []).append(_Part(number, tensor, patch.strength))
+        for name, parts in self._parts.items():
+            entries = [part.tensor.entry for part in parts]
+            if len(parts) > 1 and any(not entry.base or entry.base.shape != entry.shape for entry in entries):
+                self._refuse(patch, f"changes {name}, which another delta adds or gives another shape", name)
+
+    def _fits(self, patch: Patch, tensor: DeltaTensor, info: TensorInfo | None) -> bool:
+        """Whether a patch changes a tensor of the base; what does not fit is a problem."""
+        entry = tensor.entry
+        name = entry.name
+        if entry.base is None:
+            if info is not None:
+                self._refuse(patch, f"adds {name}, which the base has: it was made from another base", name)
+            elif patch.strength != 1:
+                self._refuse(patch, f"adds {name}, which it can only do whole: use a strength of 1", name)
+            return info is None
+        if info is None:
+            self._refuse(patch, f"changes {name}, which the base has not", name)
+            return False
+        if info.shape != entry.base.shape:
+            made = f"was made from a {name} of {list(entry.base.shape)}"
+            self._refuse(patch, f"{made}, but that of the base is {list(info.shape)}", name)
+        elif tensor.replaces and info.dtype != entry.base.dtype:
+            made = f"was made from a {name} in {entry.base.dtype}, but that of the base is in {info.dtype}"
+            self._refuse(patch, f"{made}: it holds new values, not differences, and is for its own base alone", name)
+        elif not tensor.replaces and info.dtype.kind != "float":
+            self._refuse(patch, f"adds to {name}, which the base stores as {info.dtype}", name)
+        elif patch.strength != 1 and entry.shape != entry.base.shape:
+            self._refuse(patch, f"gives {name} another shape, which it can only do whole: use a strength of 1", name)
+        elif patch.strength != 1 and {entry.dtype.kind, entry.base.dtype.kind} != {"float"}:
+            self._notes.append(f"{name}: only a strength of 1 replaces what is no float; it stays as in the base")
+            return False
+        return True
+
+    def _changed(self, name: str) -> TensorInfo:
+        """How a tensor comes from here."""
+        parts = self._parts.get(name)
+        if parts is None:
+            return self.base.tensors[name]
+        entry = parts[0].tensor.entry
+        if self._is_replaced(name):
+            file = next(iter(entry.parts.values())).file
+            return TensorInfo(name, entry.dtype, entry.shape, _prefixed(parts[0].patch, file), 0)
+        formats = {self.base.tensors[name].dtype, *(part.tensor.working for part in parts)}
+        return replace(self.base.tensors[name], dtype=FLOAT64 if FLOAT64 in formats else FLOAT32)
+
+    def _is_replaced(self, name: str) -> bool:
+        """Whether a tensor comes as a delta stores it."""
+        parts = self._parts.get(name, [])
+        last = parts[-1:] if len(parts) == 1 else []
+        return any(part.tensor.replaces and part.strength == 1 for part in last)
+
+    def _refuse(self, patch: Patch, detail: str, tensor: str | None = None) -> None:
+        self._problems.append(Problem(f"{patch.name}: {detail}", tensor=tensor, file=patch.name))
+
+    # Rows.
+
+    def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
+        parts = self._parts.get(info.name)
+        stored = self.base.tensors.get(info.name)
+        if parts is None:
+            assert stored is not None
+            return self.base.rows(stored, start, stop, space)
+        self._prove(info.name)
+        base = self._base_rows(parts, stored, start, stop)
+        if self._is_replaced(info.name):
+            rows = parts[0].tensor.replaced(base, start, stop)
+        else:
+            assert base is not None
+            rows = base.to(info.dtype.torch, copy=True)
+            for part in parts:
+                change = part.tensor.change(base, start, stop).to(info.dtype.torch)
+                rows += change if part.strength == 1 else change * part.strength
+        if space is None:
+            return rows
+        out = space[: rows.nbytes].view(rows.dtype).reshape(rows.shape)
+        return out.copy_(rows)
+
+    def _base_rows(self, parts: Sequence[_Part], stored: TensorInfo | None, start: int, stop: int) -> Tensor | None:
+        """The base's rows, where they are needed and there."""
+        is_needed = stored is not None and any(part.tensor.entry.shape == stored.shape for part in parts)
+        return self.base.rows(stored, start, stop) if stored is not None and is_needed else None
+
+    def prepare(self, info: TensorInfo, pool: Executor | None) -> None:
+        if (stored := self.base.tensors.get(info.name)) is not None:
+            self.base.prepare(stored, pool)
+        self._prove(info.name)
+        for part in self._parts.get(info.name, ()):
+            part.tensor.prepare()
+
+    def _prove(self, name: str) -> None:
+        """Raise `IncompatibleModels` unless the base's tensor is the one that values of it are replaced in."""
+        wanted = [part for part in self._parts.get(name, ()) if part.tensor.replaces and part.tensor.entry.base]
+        if name in self._proved or not wanted:
+            return
+        with self._proving:
+            if name in self._proved:
+                return
+            digest = digest_of(self.base, self.base.tensors[name])
+            for part in wanted:
+                assert part.tensor.entry.base is not None
+                if part.tensor.entry.base.blake3 != digest:
+                    patch = self.patches[part.patch].name
+                    detail = (
+                        f"{patch}: {name} of the base is not the one that the delta was made from; it holds new "
+                        "values, not differences, and is for its own base alone"
+                    )
+                    raise IncompatibleModels(detail, [Problem(detail, tensor=name, file=patch)])
+            self._proved.add(name)
+
+    def place(self, info: TensorInfo) -> tuple[int, int] | None:
+        return None if info.name in self._parts else self.base.place(self.base.tensors[info.name])
+
+    def ranges(self, info: TensorInfo) -> Iterator[tuple[str, int, int]]:
+        if (stored := self.base.tensors.get(info.name)) is not None:
+            yield from self.base.ranges(stored)
+        for part in self._parts.get(info.name, ()):
+            for stored in part.tensor.entry.parts.values():
+                yield _prefixed(part.patch, stored.file), stored.begin, stored.begin + stored.nbytes
+
+    def temporary(self, info: TensorInfo) -> float:
+        stored = self.base.tensors.get(info.name)
+        below = 0.0 if stored is None else self.base.temporary(stored)
+        parts = self._parts.get(info.name)
+        if parts is None:
+            return below
+        below += 0 if stored is None else stored.dtype.itemsize
+        most = max(part.tensor.temporary + 2 * part.tensor.working.itemsize for part in parts)
+        return below + info.dtype.itemsize + most
+
+    def thread_bytes(self, info: TensorInfo) -> int:
+        stored = self.base.tensors.get(info.name)
+        below = 0 if stored is None else self.base.thread_bytes(stored)
+        return below + max((part.tensor.thread_bytes for part in self._parts.get(info.name, ())), default=0)
+
+    def is_whole(self, info: TensorInfo) -> bool:
+        stored = self.base.tensors.get(info.name)
+        return stored is not None and self.base.is_whole(stored)
+
+    def format(self, info: TensorInfo) -> DType:
+        if info.name not in self._parts or not self._is_replaced(info.name):
+            return self.base.format(self.base.tensors[info.name])
+        return info.dtype
+
+    # What lies beside.
+
+    @property
+    def companions(self) -> Companions:
+        return self._model.companions or self.base.companions
+
+    @property
+    def settings(self) -> Mapping[str, Path]:
+        return {**self.base.settings, **{f"delta/{name}": path for name, path in self._own_settings().items()}}
+
+    def _own_settings(self) -> Mapping[str, Path]:
+        return {} if self._model is self.base else self._model.settings
+
+    def descriptor(self, file: str) -> int:
+        for number, patch in enumerate(self.patches):
+            own = file.removeprefix(_prefixed(number, ""))
+            if own != file:
+                return patch.delta.file.descriptor(own)
+        return self.base.descriptor(file)
+
+    def close(self) -> None:
+        self.base.close()
+        for patch in self.patches:
+            patch.delta.close()
+
+
+def _prefixed(number: int, file: str) -> str:
+    """The name of a delta's file where it stands beside those of its base."""
+    return f"delta-{number + 1}/{file}"

@@ -1,0 +1,258 @@
+"""How a delta is written: the difference of each tensor is encoded into files of its own, which are then put together.
+
+How large each becomes only the values tell, so nothing can be laid out before. A journal records what is encoded;
+whoever continues proves it by its digest and goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from merge_core.dtypes import STORED, DType
+from merge_core.errors import IncompatibleModels, Problem
+from merge_core.files import WrittenFile, disk_error
+from merge_core.headers import MAX_HEADER_BYTES, MAX_NAME_LENGTH
+from merge_core.journal import Journal
+from merge_core.layout import ShardLayout, Slot, lay_out
+from merge_core.patches.delta import DELTA_NAME, FORMAT, VERSION
+from merge_core.patches.encoding import SEPARATOR, BaseTensor, Difference, Encoding, Parts, WrittenPart
+from merge_core.patches.encodings.dense import Dense
+from merge_core.patches.encodings.sparse import Sparse
+from merge_core.weights import Weights
+
+_PARTS = "parts"
+_ALIGNMENT = 8
+_ONE_FILE = 2**62
+_READ = 2**22
+_LONGEST_PART = 32
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tensor's difference, encoded: what is written about it, and its parts in files of their own."""
+
+    name: str
+    number: int
+    encoding: str
+    settings: Mapping[str, Any]
+    base: BaseTensor | None
+    parts: tuple[WrittenPart, ...]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is to be done: each tensor's difference and how it is stored, and the names that only the base has."""
+
+    pairs: tuple[tuple[Difference, Encoding], ...]
+    removed: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, base: Weights, tuned: Weights, encoding: Encoding, tick: Callable[[int], None] = lambda count: None
+    ) -> Extraction:
+        """Everything by which two models differ; what an encoding cannot store is stored without loss.
+
+        Raises `IncompatibleModels`.
+        """
+        pairs = []
+        for info in tuned.tensors.values():
+            if len(info.name) > MAX_NAME_LENGTH - _LONGEST_PART:
+                detail = f"{info.name[:60]}… is too long a name for a delta, by {_LONGEST_PART} characters at most"
+                raise IncompatibleModels.of([Problem(detail, tensor=info.name)])
+            difference = Difference(tuned, info, base, base.tensors.get(info.name), tick)
+            fitting = next(each for each in (encoding, Dense(), Sparse()) if each.takes(difference))
+            pairs.append((difference, fitting))
+        return cls(tuple(pairs), tuple(name for name in base.tensors if name not in tuned.tensors))
+
+    @property
+    def most_bytes(self) -> int:
+        """The most that the file can come to."""
+        about_each = 400 + 8 * max((len(difference.name) for difference, _ in self.pairs), default=0)
+        return sum(encoding.most_bytes(difference) + about_each for difference, encoding in self.pairs)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read once for all of them."""
+        return sum(
+            difference.info.nbytes + (difference.base_info.nbytes if difference.base_info else 0)
+            for difference, _ in self.pairs
+        )
+
+    def worst(self) -> tuple[int, Difference] | None:
+        """What takes the most memory, and how much."""
+        needs = [(encoding.work_bytes(difference), difference) for difference, encoding in self.pairs]
+        return max(needs, key=lambda need: need[0], default=None)
+
+
+def encode_all(
+    extraction: Extraction,
+    folder: Path,
+    journal: Journal,
+    *,
+    threads: int,
+    done: Callable[[Difference], None] = lambda difference: None,
+) -> list[Encoded]:
+    """Encode every tensor that differs into files below `folder`, going on where the journal ends."""
+    parts = folder / _PARTS
+    if journal.is_new:
+        shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir(exist_ok=True)
+    found: list[Encoded] = []
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+    pending: deque[tuple[Difference, Future[Encoded | None]]] = deque()
+
+    def collect() -> None:
+        difference, future = pending.popleft()
+        encoded = future.result()
+        journal.note(_noted(difference), None if encoded is None else _to_data(encoded))
+        if encoded is not None:
+            found.append(encoded)
+        done(difference)
+
+    try:
+        for number, (difference, encoding) in enumerate(extraction.pairs):
+            if (known := _noted(difference)) in journal.notes:
+                encoded = _from_data(journal.notes[known])
+                if encoded is None or _is_there(encoded, parts):
+                    job: Future[Encoded | None] = Future()
+                    job.set_result(encoded)
+                    pending.append((difference, job))
+                    continue
+            pending.append((difference, pool.submit(_encode, difference, encoding, parts, number)))
+            while len(pending) > 2 * threads:
+                collect()
+        while pending:
+            collect()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return found
+
+
+def _encode(difference: Difference, encoding: Encoding, folder: Path, number: int) -> Encoded | None:
+    difference.tuned.prepare(difference.info, None)
+    if difference.base_info is not None:
+        difference.base.prepare(difference.base_info, None)
+    parts = Parts(folder, number)
+    settings = encoding.encode(difference, parts)
+    if settings is None:
+        return None
+    return Encoded(difference.name, number, encoding.name, settings, difference.base_tensor(), tuple(parts.finish()))
+
+
+def assemble(
+    encoded: Sequence[Encoded],
+    extraction: Extraction,
+    folder: Path,
+    provenance: Mapping[str, Any],
+    *,
+    stop: Callable[[], None] = lambda: None,
+) -> tuple[WrittenFile, dict[str, str]]:
+    """Put the delta together from its parts, which are removed; the file, and the blake3 of each of its tensors."""
+    about = {difference.name: difference for difference, _ in extraction.pairs}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tensors": _json({each.name: _entry(each, about[each.name]) for each in encoded}),
+        "removed": _json(list(extraction.removed)),
+        "provenance": _json(provenance),
+    }
+    parts = {
+        f"{each.name}{SEPARATOR}{part.name}": (part, folder / _PARTS / f"{each.number:06d}.{part.name}")
+        for each in encoded
+        for part in each.parts
+    }
+    slots = [Slot(name, part.dtype, part.shape) for name, (part, _) in parts.items()]
+    (layout,) = lay_out(slots, _ONE_FILE, metadata, stem=Path(DELTA_NAME).stem, alignment=_ALIGNMENT)
+    written = write_file(layout, folder, {name: file for name, (_, file) in parts.items()}, stop)
+    shutil.rmtree(folder / _PARTS)
+    return written, {name: part.blake3 for name, (part, _) in parts.items()}
+
+
+def write_file(layout: ShardLayout, folder: Path, files: Mapping[str, Path], stop: Callable[[], None]) -> WrittenFile:
+    """A safetensors file of tensors that lie in files of their own. Raises `IncompatibleModels` for too many."""
+    if len(layout.header) > MAX_HEADER_BYTES:
+        what = f"the header of {layout.file} would take {len(layout.header):,} bytes; {MAX_HEADER_BYTES:,} may be read"
+        raise IncompatibleModels(what)
+    digest, target = hashlib.sha256(layout.header), folder / layout.file
+    try:
+        with target.open("wb") as file:
+            file.write(layout.header)
+            for slot in layout.slots:
+                for data in _runs(files[slot.name]):
+                    stop()
+                    digest.update(data)
+                    file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(error, folder, layout.size) from None
+    return WrittenFile(layout.file, layout.size, digest.hexdigest())
+
+
+def _runs(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while data := file.read(_READ):
+            yield data
+
+
+def _entry(encoded: Encoded, difference: Difference) -> dict[str, Any]:
+    """What the metadata says of one tensor."""
+    info, base = difference.info, encoded.base
+    entry: dict[str, Any] = {"encoding": encoded.encoding, "shape": list(info.shape), "dtype": info.dtype.name}
+    if base is not None:
+        other = {} if base.shape == info.shape else {"shape": list(base.shape)}
+        entry["base"] = {**other, "dtype": base.dtype.name, "blake3": base.blake3}
+    return {**entry, **encoded.settings}
+
+
+def _is_there(encoded: Encoded, folder: Path) -> bool:
+    """Whether all parts are in their files as they were recorded."""
+    for part in encoded.parts:
+        file, digest = folder / f"{encoded.number:06d}.{part.name}", blake3()
+        if not file.is_file():
+            return False
+        for data in _runs(file):
+            digest.update(data)
+        if digest.hexdigest() != part.blake3:
+            return False
+    return True
+
+
+def _noted(difference: Difference) -> str:
+    return f"encoded {difference.name}"
+
+
+def _to_data(encoded: Encoded) -> dict[str, Any]:
+    data = asdict(encoded)
+    if encoded.base is not None:
+        data["base"]["dtype"] = encoded.base.dtype.name
+    for part, written in zip(data["parts"], encoded.parts, strict=True):
+        part["dtype"] = written.dtype.name
+    return data
+
+
+def _from_data(data: Mapping[str, Any] | None) -> Encoded | None:
+    if data is None:
+        return None
+
+    def typed(found: Mapping[str, Any]) -> dict[str, Any]:
+        dtype: DType = STORED[found["dtype"]]
+        return {**found, "dtype": dtype, "shape": tuple(found["shape"])}
+
+    base = None if data["base"] is None else BaseTensor(**typed(data["base"]))
+    return Encoded(**{**data, "base": base, "parts": tuple(WrittenPart(**typed(part)) for part in data["parts"])})
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,218 @@
+"""Deltas: what differs between a model and its base, stored small and added back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from merge_core.checkpoint import Checkpoint
+from merge_core.errors import IncompatibleModels
+from merge_core.journal import JOURNAL, Journal
+from merge_core.patches.delta import DELTA_NAME, Delta
+from merge_core.patches.encoding import Encoding
+from merge_core.patches.encodings.dense import Dense
+from merge_core.patches.encodings.sign import Sign
+from merge_core.patches.encodings.sparse import Sparse
+from merge_core.patches.patched import Patch, Patched
+from merge_core.patches.writing import Extraction, assemble, encode_all
+from tests.conftest import mixed_tensors, write_checkpoint
+
+Tensors = Mapping[str, Tensor]
+DTYPES = [
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.int8,
+    torch.uint16,
+    torch.bool,
+]
+
+
+def extract(folder: Path, base: Tensors, tuned: Tensors, encoding: Encoding) -> Path:
+    """Write both models and their delta; the folder with it."""
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        write_checkpoint(folder / name, tensors)
+    out = folder / "delta"
+    out.mkdir()
+    with Checkpoint.open(folder / "base") as one, Checkpoint.open(folder / "tuned") as other:
+        extraction = Extraction.of(one, other, encoding)
+        journal = Journal(out / JOURNAL, "")
+        journal.open()
+        encoded = encode_all(extraction, out, journal, threads=2)
+        assemble(encoded, extraction, out, {})
+        journal.close()
+    (out / JOURNAL).unlink()
+    return out
+
+
+def patched(base: Path, delta: Path, strength: float = 1.0, step: int = 10**9) -> dict[str, Tensor]:
+    """All tensors of a model with a delta on it, read by so many rows."""
+    with Patched(Checkpoint.open(base), [Patch(Delta.open(delta), "delta", strength)]) as model:
+        found = {}
+        for name, info in model.tensors.items():
+            runs = [
+                model.rows(info, start, min(start + step, info.rows)) for start in range(0, max(1, info.rows), step)
+            ]
+            found[name] = runs[0] if not info.shape else torch.cat(runs)
+        return found
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def assert_same_bits(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        assert torch.equal(bits(found[name]), bits(tensor)), name
+
+
+def changed(tensor: Tensor, share: float, seed: int = 0) -> Tensor:
+    """A tensor of which about that share has other bits."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(tensor.shape, generator=generator) < share
+    if tensor.dtype == torch.bool:
+        return tensor ^ mask
+    found = tensor.clone()
+    bits(found).reshape(*tensor.shape, tensor.element_size())[mask] ^= 1
+    return found
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """A tensor of any bits, NaN, infinities and signed zeros included, and one of which some bits are others."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    size = torch.empty(shape, dtype=dtype).nbytes
+    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (size,), generator=generator, dtype=torch.uint8)
+    base = raw.view(dtype).reshape(shape)
+    return base, changed(base, draw(st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.97, 1.0])), draw(st.integers(0, 99)))
+
+
+@settings(max_examples=60)
+@given(pair=pairs(), step=st.sampled_from([1, 2, 5, 100]))
+def test_sparse_gives_the_very_bits(tmp_path_factory: pytest.TempPathFactory, pair: tuple[Tensor, Tensor], step: int):
+    folder = tmp_path_factory.mktemp("sparse")
+    base, tuned = {"w": pair[0], "same": torch.arange(3)}, {"w": pair[1], "same": torch.arange(3)}
+
+    delta = extract(folder, base, tuned, Sparse())
+
+    assert_same_bits(patched(folder / "base", delta, step=step), tuned)
+
+
+def test_whatever_differs_is_kept(tmp_path: Path):
+    base = mixed_tensors(0)
+    tuned = {name: changed(tensor, 0.1) for name, tensor in base.items()}
+    tuned["model.layers.0.self_attn.q_proj.weight"] = torch.randn(30, 24)  # another shape and format
+    tuned["model.layers.1.self_attn.q_proj.weight"] = torch.randn(24, 24).double()
+    tuned["model.added"] = torch.tensor(2.0)
+    del tuned["model.mask"]
+
+    delta = extract(tmp_path, base, tuned, Sparse())
+
+    assert_same_bits(patched(tmp_path / "base", delta), tuned)
+    with Delta.open(delta) as opened:
+        assert opened.removed == ("model.mask",)
+        assert "model.nothing" not in opened.tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.03125, 0.2, 0.33])
+def test_a_sparse_delta_is_smaller_than_the_model(tmp_path: Path, dtype: torch.dtype, share: float):
+    base = {"w": torch.randn(100, 90).to(dtype), "same": torch.randn(50, 50)}
+    tuned = base | {"w": changed(base["w"], share)}
+
+    delta = extract(tmp_path, base, tuned, Sparse())
+
+    size, dense = (folder.stat().st_size for folder in (delta / DELTA_NAME, tmp_path / "tuned/model.safetensors"))
+    count = int((base["w"] != tuned["w"]).sum())
+    smallest = min(9000 // 8, 4 * count) + count * dtype.itemsize
+    assert size < dense
+    assert size - 700 <= smallest <= size  # the header comes on top
+
+
+def test_bitmap_or_index_of_one_size(tmp_path: Path):
+    base = {"w": torch.zeros(32, 8)}
+    tuned = {"w": base["w"].clone()}
+    tuned["w"].view(-1)[::32] = 1.0  # 8 of 256: 32 bytes either way
+
+    delta = extract(tmp_path, base, tuned, Sparse())
+
+    with Delta.open(delta) as opened:
+        assert set(opened.tensors["w"].entry.parts) == {"bitmap", "values"}
+    assert_same_bits(patched(tmp_path / "base", delta), tuned)
+
+
+def test_nothing_changed_is_an_empty_delta(tmp_path: Path):
+    base = mixed_tensors(0)
+
+    delta = extract(tmp_path, base, base, Sparse())
+
+    assert (delta / DELTA_NAME).stat().st_size < 300
+    assert_same_bits(patched(tmp_path / "base", delta), base)
+
+
+def test_a_sparse_delta_is_for_its_own_base(tmp_path: Path):
+    base, tuned = ({"w": torch.randn(40, 30), "v": torch.randn(5)} for _ in range(2))
+    tuned["v"] = base["v"]
+    delta = extract(tmp_path, base, tuned | {"w": changed(base["w"], 0.1)}, Sparse())
+    write_checkpoint(tmp_path / "other", base | {"w": changed(base["w"], 0.001, seed=7)})
+    write_checkpoint(tmp_path / "narrow", base | {"w": base["w"].half()})
+    write_checkpoint(tmp_path / "lacking", {"v": base["v"]})
+    write_checkpoint(tmp_path / "elsewhere", base | {"v": torch.randn(5)})
+
+    with pytest.raises(IncompatibleModels, match="w of the base is not the one"):
+        patched(tmp_path / "other", delta)
+    with pytest.raises(IncompatibleModels, match="float32, but that of the base is in float16"):
+        patched(tmp_path / "narrow", delta)
+    with pytest.raises(IncompatibleModels, match="changes w, which the base has not"):
+        patched(tmp_path / "lacking", delta)
+    patched(tmp_path / "elsewhere", delta)  # of tensors that it leaves alone it says nothing
+
+
+@pytest.mark.parametrize("encoding", [Sparse(), Dense()], ids=lambda each: each.name)
+def test_strength_scales_the_difference(tmp_path: Path, encoding: Encoding):
+    base = {"w": torch.randn(40, 30).bfloat16(), "d": torch.randn(9).double(), "n": torch.arange(4)}
+    tuned = {"w": changed(base["w"], 0.3), "d": changed(base["d"], 1.0), "n": torch.arange(4) + 1}
+    delta = extract(tmp_path, base, tuned, encoding)
+
+    found = patched(tmp_path / "base", delta, 0.5)
+
+    assert found["w"].dtype == torch.float32
+    torch.testing.assert_close(found["w"], (base["w"].float() + tuned["w"].float()) / 2)
+    torch.testing.assert_close(found["d"], (base["d"] + tuned["d"]) / 2)
+    assert torch.equal(found["n"], base["n"])  # half of another integer is none
+
+
+def test_sign_has_the_mean_magnitude(tmp_path: Path):
+    base = {"w": torch.randn(30, 7), "norm": torch.randn(7)}
+    tuned = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in base.items()}
+
+    delta = extract(tmp_path, base, tuned, Sign())
+
+    change = tuned["w"] - base["w"]
+    signs = torch.where(change >= 0, 1.0, -1.0)
+    found = patched(tmp_path / "base", delta, step=4)
+    torch.testing.assert_close(found["w"], base["w"] + change.abs().mean() * signs)
+    torch.testing.assert_close(found["norm"], tuned["norm"])
+    with Delta.open(delta) as opened:
+        assert opened.tensors["w"].entry.parts["signs"].nbytes == 27
+
+
+def test_a_change_may_go_onto_another_base(tmp_path: Path):
+    base = {"w": torch.randn(30, 7)}
+    delta = extract(tmp_path, base, {"w": base["w"] + 1}, Dense())
+    write_checkpoint(tmp_path / "other", {"w": torch.zeros(30, 7).half()})
+
+    torch.testing.assert_close(patched(tmp_path / "other", delta)["w"], torch.ones(30, 7))
