@@ -79,9 +79,10 @@ def repair(
     `models` are networks of the same modules, aligned as they were merged, `weights` their shares (equal without).
     `batches` are gone through once for each model and once for the merged network, so they must be a list, a
     `DataLoader` or the like. In one batch the statistics become those wanted; in several nearly, since what deeper
-    layers see changes while it is measured. `spread` is which average: of standard deviations, or of variances, as some
-    take for more than two models. Layers that are not used, or whose outputs go into a BatchNorm, keep their weights;
-    BatchNorms are estimated again in the same pass.
+    layers see changes while it is measured, the less so where the batches and their order are the same every time.
+    `spread` is which average: of standard deviations, or of variances, as some take for more than two models. Layers
+    that are not used, or whose outputs go into a BatchNorm, keep their weights; BatchNorms are estimated again in the
+    same pass.
 
     Raises `IncompatibleModels` for networks of other modules and where there is no batch.
     """
@@ -94,13 +95,12 @@ def repair(
     for i, model in enumerate(models):
         _check_same(merged, model, layers, i)
     measured = [_measure(model, layers, batches, run) for model in models]
-    targets = {
-        name: _target([found[name] for found in measured], shares, spread)
-        for name in layers
+    observed = {
+        name: _Observed(layer, [found[name] for found in measured], shares, spread)
+        for name, layer in layers.items()
         if all(name in found for found in measured)
     }
     batchnorms = [module for module in merged.modules() if isinstance(module, _BATCHED) and _is_tracking(module)]
-    observed = {name: _Observed(layers[name], *target) for name, target in targets.items()}
     with _evaluating(merged), _fresh_statistics(batchnorms), _watched(observed.values()):
         _each(merged, batches, run)
     done = [name for name, layer in observed.items() if layer.moments.count]
@@ -112,11 +112,15 @@ def repair(
 
 
 class _Moments:
-    """Mean and spread of every unit of a layer's outputs, over all that was put in; float64."""
+    """Mean and spread of every unit of a layer's outputs, over all that was put in; float64.
+
+    `so_far`: means and variances as they were after each batch.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self.mean = self.squares = torch.zeros(())
+        self.so_far: list[tuple[Tensor, Tensor]] = []
 
     def put(self, values: Tensor) -> None:
         """`values`: `[..., units]`; the numbers of all batches count the same, however many a batch has."""
@@ -125,41 +129,49 @@ class _Moments:
             return
         mean = values.mean(0)
         squares = (values - mean).square_().sum(0)
-        if not self.count:
-            self.count, self.mean, self.squares = count, mean, squares
-            return
-        total, step = self.count + count, mean - self.mean
-        self.squares = self.squares + squares + step.square() * (self.count * count / total)
-        self.mean = self.mean + step * (count / total)
-        self.count = total
-
-    @property
-    def variance(self) -> Tensor:
-        return self.squares / self.count
+        if self.count:
+            total, step = self.count + count, mean - self.mean
+            squares = self.squares + squares + step.square() * (self.count * count / total)
+            count, mean = total, self.mean + step * (count / total)
+        self.count, self.mean, self.squares = count, mean, squares
+        self.so_far.append((mean, squares / count))
 
 
 class _Observed:
     """A layer of the merged network, whose outputs are made right while they are measured, so that later layers see
-    what they will see.
+    what they will see: after each batch the statistics of those so far are compared with the models' of as many, so
+    that what is special about the first batches is in both.
     """
 
-    def __init__(self, layer: nn.Module, mean: Tensor, deviation: Tensor) -> None:
-        self.layer, self.mean, self.deviation = layer, mean, deviation
+    def __init__(self, layer: nn.Module, models: Sequence[_Moments], shares: Sequence[float], spread: Spread) -> None:
+        self.layer, self.models, self.spread = layer, models, spread
+        self.shares = torch.tensor(shares, dtype=torch.float64, device=models[0].mean.device).unsqueeze(1)
         self.moments = _Moments()
 
     def __call__(self, layer: nn.Module, inputs: object, outputs: Tensor) -> Tensor:
         units = _units_last(layer, outputs)
         self.moments.put(units)
+        if not self.moments.count:
+            return outputs
         factor, shift = self._change()
         changed = units.to(torch.float64) * factor + shift
         return _units_back(layer, changed.to(outputs.dtype))
 
     def _change(self) -> tuple[Tensor, Tensor]:
         """What every unit is multiplied by, and what is added then."""
-        found = self.moments.variance.sqrt()
-        is_dead = found <= _DEAD * self.deviation
-        factor = torch.where(is_dead, 1.0, self.deviation / found.masked_fill(is_dead, 1.0))
-        return factor, self.mean - self.moments.mean * factor
+        seen = len(self.moments.so_far)
+        theirs = [model.so_far[min(seen, len(model.so_far)) - 1] for model in self.models]
+        wanted_mean = (self.shares * torch.stack([mean for mean, _ in theirs])).sum(0)
+        variances = torch.stack([variance for _, variance in theirs])
+        if self.spread == "variance":
+            wanted = (self.shares * variances).sum(0).clamp(min=0).sqrt()
+        else:
+            wanted = (self.shares * variances.sqrt()).sum(0).clamp(min=0)
+        mean, variance = self.moments.so_far[-1]
+        found = variance.sqrt()
+        is_dead = found <= _DEAD * wanted
+        factor = torch.where(is_dead, 1.0, wanted / found.masked_fill(is_dead, 1.0))
+        return factor, wanted_mean - mean * factor
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -201,16 +213,6 @@ def _measure(network: nn.Module, wanted: Iterable[str], batches: Iterable[Any], 
                 stack.callback(module.register_forward_pre_hook(before).remove)
         _each(network, batches, run, outputs.clear)
     return {name: moments for name, moments in found.items() if moments.count and name not in normalised}
-
-
-def _target(moments: Sequence[_Moments], shares: Sequence[float], spread: Spread) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation that a layer's units should have."""
-    share = torch.tensor(shares, dtype=torch.float64, device=moments[0].mean.device).unsqueeze(1)
-    mean = (share * torch.stack([each.mean for each in moments])).sum(0)
-    variances = torch.stack([each.variance for each in moments])
-    if spread == "variance":
-        return mean, (share * variances).sum(0).clamp(min=0).sqrt()
-    return mean, (share * variances.sqrt()).sum(0).clamp(min=0)
 
 
 def _units_last(layer: nn.Module, outputs: Tensor) -> Tensor:
