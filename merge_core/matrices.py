@@ -189,6 +189,85 @@ def keep_strongest(pieces: Pieces, long: Tensor, short: Tensor, strengths: Tenso
     images(pieces, vectors.mul_(reciprocal(values)), long)
 
 
+@dataclass(frozen=True)
+class Directions:
+    """A matrix of low rank, long · shortᵀ, float64 strengths ascending.
+
+    One side's vectors are orthonormal (zeros beyond the matrix's rank), the other's have the strengths in them.
+    """
+
+    strengths: Tensor
+    long: Tensor
+    short: Tensor
+    is_short_orthonormal: bool
+
+    def balance(self) -> tuple[Tensor, Tensor]:
+        """The long and the short side, each with the roots of the strengths in it, in place."""
+        roots = self.strengths.sqrt()
+        orthonormal, carrying = (self.short, self.long) if self.is_short_orthonormal else (self.long, self.short)
+        orthonormal.mul_(roots.to(orthonormal.dtype))
+        carrying.mul_(reciprocal(roots).to(carrying.dtype))
+        return self.long, self.short
+
+
+def strongest(
+    delta: Delta, root: Tensor | None, choose: Callable[[Tensor], int], space: Callable[..., Tensor]
+) -> Directions:
+    """U_k U_kᵀ δ, where U_k are the strongest left singular vectors of δ, or of δ S if there is a `root` S, `[width,
+    width]`, float64, which weighs what enters the columns.
+
+    `choose` says from the singular values, ascending, how many; `space` gives room in the dtype of the result. Without
+    S the sides are δ V_k and V_k.
+    """
+    weighted = None if root is None else weigh(delta, root)
+    values, vectors = singular(weighted or delta.pieces)
+    first = len(values) - min(len(values), choose(values))
+    values, vectors = values[first:], vectors[:, first:]
+    vectors.mul_(values > 0)
+    long = space(delta.long, vectors.shape[1])
+    if weighted is None or delta.is_lying:
+        return Directions(values, images(delta.pieces, vectors, long), vectors.to(long.dtype), True)
+    images(weighted, vectors.mul_(reciprocal(values)), long)
+    short = vectors.zero_()
+    for run, piece in delta.pieces():
+        short.addmm_(piece.T, long[run].to(torch.float64))
+    return Directions(values, long, short.to(long.dtype), False)
+
+
+def weigh(delta: Delta, root: Tensor) -> Pieces:
+    """δ S, its long side first as that of δ."""
+    if not delta.is_lying:
+        return lambda: ((run, piece @ root) for run, piece in delta.pieces())
+
+    def lying() -> Iterator[tuple[slice, Tensor]]:
+        whole = torch.cat([piece.to(delta.working) for _, piece in delta.pieces()])
+        for run in runs(*whole.shape):
+            product = root.new_zeros(run.stop - run.start, delta.short)
+            for inner in runs(*whole.shape):
+                product.addmm_(root[inner, run].T, whole[inner].to(torch.float64))
+            yield run, product
+
+    return lying
+
+
+def root_of(covariance: Tensor) -> Tensor:
+    """S with S Sᵀ = C, float64, in the place of C. Eigenvalues below zero are taken for the smallest above."""
+    squares = covariance.new_empty(len(covariance))
+    torch.linalg.eigh(covariance.T, out=(squares, covariance.T))
+    above = squares[squares > 0]
+    squares = torch.where(squares < 0, above[:1], squares) if len(above) else torch.zeros_like(squares)
+    return covariance.T.mul_(squares.sqrt())
+
+
+def held_for_directions(shape: Sequence[int], rank: int | None, *, weighted: bool = False) -> float:
+    """What `strongest` holds of a matrix, in sizes of the matrix; without a `rank` all directions are reckoned with."""
+    square, lying = sides(shape)
+    kept = 1.0 if rank is None else min(1.0, rank / min(shape[0], math.prod(shape[1:])))
+    held = kept * (1 + square) + max(6 * square, (2 + 2 * kept) * square + lying)
+    columns = math.prod(shape[1:]) / shape[0]
+    return max(6 * columns, 2 * columns + held) if weighted else held
+
+
 def empty(block: Block, *shape: int) -> Tensor:
     """Space in the working dtype, where the block's rows are."""
     return torch.empty(shape, dtype=block.working, device=block.origin.run(slice(0, 1)).device)

@@ -6,14 +6,15 @@ of what enters the columns: the matrix of rank k whose outputs, not whose number
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from merge_core.matrices import Delta, MatrixMethod, Pieces, compose, empty, images, reciprocal, runs, sides, singular
+from merge_core.matrices import Delta, MatrixMethod, compose, empty, held_for_directions, root_of, strongest
 from merge_core.method import Block, Given, Known
 
 
@@ -37,31 +38,17 @@ class LowRank(MatrixMethod):
     rank: int = Field(ge=1, description="k: how many directions of each matrix stay", examples=[2])
 
     def held(self, shape: Sequence[int]) -> float | None:
-        if self.extent(shape) != "tensor":
-            return None
-        square, lying = sides(shape)
-        kept = min(1.0, self.rank / min(shape))
-        return kept * (1 + square) + max(6 * square, (2 + 2 * kept) * square + lying)
+        return held_for_directions(shape, self.rank) if self.extent(shape) == "tensor" else None
 
     def merge(self, block: Block, known: Known) -> Tensor:
         if not self.is_decomposed(block):
             return self.average(block)
         (delta,) = Delta.each(block)
-        weighted = self.weighted(delta, block)
-        first = max(0, delta.short - self.rank)
-        values, vectors = (found[..., first:] for found in singular(weighted or delta.pieces))
-        vectors.mul_(values > 0)
-        long = empty(block, delta.long, vectors.shape[1])
-        if weighted is None or delta.is_lying:
-            return compose(block, images(delta.pieces, vectors, long), vectors.to(block.working), self.lambda_)
-        images(weighted, vectors.mul_(reciprocal(values)), long)
-        short = vectors.zero_()
-        for run, piece in delta.pieces():
-            short.addmm_(piece.T, long[run].to(torch.float64))
-        return compose(block, long, short.to(block.working), self.lambda_)
+        found = strongest(delta, self.root(block), lambda values: self.rank, partial(empty, block))
+        return compose(block, found.long, found.short, self.lambda_)
 
-    def weighted(self, delta: Delta, block: Block) -> Pieces | None:
-        """δ S, its long side first as that of δ, where directions are weighed."""
+    def root(self, block: Block) -> Tensor | None:
+        """S, where directions are weighed."""
         return None
 
 
@@ -90,33 +77,10 @@ class Eora(LowRank):
     }
 
     def held(self, shape: Sequence[int]) -> float | None:
-        if (held := super().held(shape)) is None:
-            return None
-        columns = shape[1] / shape[0]
-        return max(6 * columns, 2 * columns + held)
+        whole = self.extent(shape) == "tensor"
+        return held_for_directions(shape, self.rank, weighted=True) if whole else None
 
-    def weighted(self, delta: Delta, block: Block) -> Pieces | None:
+    def root(self, block: Block) -> Tensor | None:
         if not block.has_numbers("covariance"):
             return None
-        root = _root(block.numbers("covariance").to(torch.float64, copy=True))
-        if not delta.is_lying:
-            return lambda: ((run, piece @ root) for run, piece in delta.pieces())
-
-        def lying() -> Iterator[tuple[slice, Tensor]]:
-            whole = torch.cat([piece.to(block.working) for _, piece in delta.pieces()])
-            for run in runs(*whole.shape):
-                product = root.new_zeros(run.stop - run.start, delta.short)
-                for inner in runs(*whole.shape):
-                    product.addmm_(root[inner, run].T, whole[inner].to(torch.float64))
-                yield run, product
-
-        return lying
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """S with S Sᵀ = C, in the place of C."""
-    squares = covariance.new_empty(len(covariance))
-    torch.linalg.eigh(covariance.T, out=(squares, covariance.T))
-    above = squares[squares > 0]
-    squares = torch.where(squares < 0, above[:1], squares) if len(above) else torch.zeros_like(squares)
-    return covariance.T.mul_(squares.sqrt())
+        return root_of(block.numbers("covariance").to(torch.float64, copy=True))

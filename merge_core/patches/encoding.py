@@ -170,7 +170,8 @@ class Encoding(BaseModel, ABC):
 class Difference:
     """One tensor of a tuned model and its like in the base (None: it has none), read in runs of whole grains.
 
-    `tick` is told how many bytes were read; it raises to stop.
+    `tick` is told how many bytes were read; it raises to stop. `covariance`: of what enters the columns of matrices, by
+    tensor name, where somebody measured it.
     """
 
     def __init__(
@@ -180,8 +181,10 @@ class Difference:
         base: Weights,
         base_info: TensorInfo | None,
         tick: Callable[[int], None] = lambda count: None,
+        covariance: Weights | None = None,
     ) -> None:
         self.tuned, self.info, self.base, self.base_info, self.tick = tuned, info, base, base_info, tick
+        self.covariance = covariance
         self._digest: str | None = None
 
     @property
@@ -213,6 +216,11 @@ class Difference:
     def working(self) -> DType:
         formats = (self.info.dtype, self.base_info.dtype if self.base_info else self.info.dtype)
         return FLOAT64 if FLOAT64 in formats else FLOAT32
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the tuned rows lie nowhere as they are."""
+        return self.tuned.place(self.info) is None
 
     @property
     def block_rows(self) -> int:
