@@ -146,6 +146,8 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
         click.echo(f"stage       {stage['name']}: {stage['method']} of {', '.join(stage['models'])}")
     roles = [f"{model} ({made['roles'][model]})" if model in made["roles"] else model for model in made["models"]]
     click.echo(f"models      {', '.join(roles)}")
+    for put in made.get("patches", []):
+        click.echo(f"patch       {put['strength']:g} · {put['patch']} on {put['tensors']} tensors")
     copied = made["tensors"] - made["tensors_merged"]
     click.echo(f"tensors     {made['tensors_merged']} merged, {copied} copied")
     click.echo(f"reads       {_bytes(made['bytes_read'])} in {made['passes']} pass{'es' if made['passes'] > 1 else ''}")
@@ -160,6 +162,7 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
         given = [source for each in step["given"].values() for source in each if source]
         sources = ", ".join(f"{source['model']}:{source['tensor']}" for source in [*step["sources"], *given])
         how = f"copied, {step['copied_because']}" if step["copied_because"] else json.dumps(step["parameters"])
+        how += "".join(f" + {strength:g} · {patch}" for patch, strength in step.get("patches", {}).items())
         click.echo(f"{step['tensor']}  {step['dtype']}{step['shape']}  {how}  ← {sources}")
 
 

@@ -109,7 +109,7 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
         f"{path}@{revision}" if revision else path
         for model, role in roles.items()
         for path, revision in ((model.path, model.revision), (model.adapter, model.adapter_revision))
-        if path and not role.startswith("statistics")
+        if path and not role.startswith(("statistics", "patch"))
     ]
     named = [part for part in dict.fromkeys(parts) if _HUB_ID.fullmatch(part)]
     library = "transformers" if plan.adapter_config is None else "peft"
@@ -126,6 +126,8 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
     ]
     if notes := [*plan.left_out, *warnings]:
         paragraphs.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes))
+    if plan.recipe.outputs.reversible:
+        paragraphs.append("`weightsmith patch remove` takes the patches off again, to the same bytes as without them.")
     paragraphs.append(
         f"`{LOCK_NAME}` holds the sha256 of every file that was read and written and of every tensor; the same recipe "
         "on the same models gives the same bytes."

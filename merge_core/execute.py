@@ -68,13 +68,13 @@ class Execution:
                 self.plan.memory, progress=self.progress, stop=self._is_stopped, device=self.device, warn=self.warn
             )
         with _pool(self.plan.memory.threads) as pool:
-            self._enter("checking tied weights" if self.plan.tied else "measuring")
+            self.enter("checking tied weights" if self.plan.tied else "measuring")
             for pair in self.plan.tied:
                 self.blocks.check_tied(pool, pair)
             for stage in self.stages:
                 stage.check_tied(pool)
             known = self._measure_model(pool)
-            self._enter("merging")
+            self.enter("merging")
             self._merge_all(pool, known)
             self.warnings.sort()
             self.progress.complete()
@@ -160,7 +160,7 @@ class Execution:
 
         stages = steps[0].method.stages("model")[measured["stages"] :]
         for stage in self.blocks.measure_all(pool, steps, stages, known, finished):
-            self._enter(f"measuring: {stage.name}")
+            self.enter(f"measuring: {stage.name}")
         for warning in steps[0].method.warnings(known):
             self.warn(warning)
         return known
@@ -197,7 +197,8 @@ class Execution:
     def _is_stopped(self) -> bool:
         return self.blocks.is_over or self.stop()
 
-    def _enter(self, phase: str) -> None:
+    def enter(self, phase: str) -> None:
+        """Tell that something else is done from here on."""
         self.progress.phase = phase
         self._tick()
 

@@ -116,10 +116,24 @@ class ModuleEntry(Keys):
     parameters: Parameters = Field({})
 
 
+class PatchEntry(Keys):
+    """One of `patches`: a delta or a signature, added so many times."""
+
+    patch: ModelRef
+    strength: float = Field(1.0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _is_one_file(self) -> Self:
+        if self.patch.revision or self.patch.adapter:
+            raise ValueError(f"{self.patch} is not one file, or one folder with a delta in it")
+        return self
+
+
 class Outputs(Keys):
     """How the result is stored. `max_shard_size`: the most bytes of tensors in one file."""
 
     max_shard_size: Bytes = Field(5 * 10**9, ge=1)
+    reversible: bool = Field(False, description="keep what patches changed as it was before, so that they come off")
 
 
 class Limits(Keys):

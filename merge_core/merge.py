@@ -34,7 +34,7 @@ from merge_core.execute import Execution, share_one_heap
 from merge_core.files import disk_error, fsync_folder, nearest_existing
 from merge_core.journal import JOURNAL
 from merge_core.memory import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
-from merge_core.merged import MergedWeights, make_plan_in_stages
+from merge_core.merged import MergedWeights, Unrounded, make_plan_in_stages
 from merge_core.method import Randomness
 from merge_core.patches.delta import Delta, find_delta
 from merge_core.patches.patched import Patch, Patched
@@ -42,6 +42,7 @@ from merge_core.plan import Plan
 from merge_core.progress import Progress, Report
 from merge_core.recipe import Recipe, referenced_models
 from merge_core.references import ModelRef
+from merge_core.reversal import write_reversal
 from merge_core.shards import ShardWriter, unfinished
 from merge_core.sources import Sources
 from merge_core.weights import Weights
@@ -80,10 +81,11 @@ def merge(
     share_one_heap()
     try:
         _check_output(out, partial)
-        with opened(recipe, roots) as checkpoints:
+        with opened(recipe, roots) as checkpoints, opened_patches(recipe, roots) as patches:
             plan, models, stages = _planned(
                 recipe,
                 checkpoints,
+                patches,
                 roots,
                 memory=memory,
                 threads=threads,
@@ -137,6 +139,11 @@ def _carry_out(
             )
             execution.run()
             weights = writer.finish()
+            if plan.recipe.outputs.reversible:
+                execution.enter("keeping what the patches changed")
+                before = stages[-1]
+                assert isinstance(before, Unrounded)
+                weights.append(write_reversal(plan, before, partial, writer.records, stop))
             hashes = sources.result()
         for checkpoint in inputs:
             checkpoint.check_unchanged()
@@ -164,8 +171,8 @@ def plan_only(
     recipe: Recipe, *, roots: Sequence[Path] | None = None, memory: int | None = None, threads: int | None = None
 ) -> Plan:
     """The plan alone: headers and configs are read, no weights. Raises `WeightsmithError`."""
-    with opened(recipe, roots) as checkpoints:
-        return _planned(recipe, checkpoints, roots, memory=memory, threads=threads)[0]
+    with opened(recipe, roots) as checkpoints, opened_patches(recipe, roots) as patches:
+        return _planned(recipe, checkpoints, patches, roots, memory=memory, threads=threads)[0]
 
 
 @contextmanager
@@ -202,12 +209,32 @@ def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[Mod
         yield found
 
 
+@contextmanager
+def opened_patches(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[ModelRef, Delta]]:
+    """Every patch that the recipe and its stages name, opened from its header. Raises `CheckpointError`."""
+    with ExitStack() as stack:
+        found: dict[ModelRef, Delta] = {}
+        for document in (*recipe.stages, recipe):
+            for i, put in enumerate(document.patches):
+                if put.patch not in found:
+                    try:
+                        found[put.patch] = stack.enter_context(Delta.open(locate(put.patch.path, roots), roots=roots))
+                    except CheckpointError as error:
+                        pointer = document.located(Problem("", f"#/patches/{i}/patch")).pointer or "#"
+                        raise error.as_written(roots or (), pointer) from None
+        yield found
+
+
 def _planned(
-    recipe: Recipe, checkpoints: Mapping[ModelRef, Weights], roots: Sequence[Path] | None, **how: Any
+    recipe: Recipe,
+    checkpoints: Mapping[ModelRef, Weights],
+    patches: Mapping[ModelRef, Delta],
+    roots: Sequence[Path] | None,
+    **how: Any,
 ) -> tuple[Plan, Mapping[ModelRef, Weights], Sequence[MergedWeights]]:
     """The plan, its models, and its stages; errors as the recipe sees the world."""
     try:
-        return make_plan_in_stages(recipe, checkpoints, **how)
+        return make_plan_in_stages(recipe, checkpoints, patches, **how)
     except CheckpointError as error:
         raise error.as_written(roots or (), error.problems[0].pointer or "#/tokenizer") from None
 

@@ -6,9 +6,10 @@ its methods have to measure is measured once, per tensor or for the whole model,
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,14 @@ import torch
 from torch import Tensor
 
 from merge_core.blocks import CPU, Blocks
-from merge_core.errors import IncompatibleModels, RecipeError
+from merge_core.dtypes import DType
+from merge_core.errors import IncompatibleModels, Problem, RecipeError
 from merge_core.headers import TensorInfo
+from merge_core.keys import ModelEntry
 from merge_core.method import Known, Randomness
-from merge_core.plan import MemoryPlan, Plan, Step
+from merge_core.patches.delta import Delta
+from merge_core.patches.patched import Patch, Patched
+from merge_core.plan import MemoryPlan, Plan, PlannedPatch, Step
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, referenced_models
@@ -34,11 +39,15 @@ _NO_LIMIT = 2**62
 
 
 def make_plan_in_stages(
-    recipe: Recipe, checkpoints: Mapping[ModelRef, Weights], **how: Any
+    recipe: Recipe,
+    checkpoints: Mapping[ModelRef, Weights],
+    patches: Mapping[ModelRef, Delta] | None = None,
+    **how: Any,
 ) -> tuple[Plan, Mapping[ModelRef, Weights], list[MergedWeights]]:
     """Plan a recipe and before it the stages it reads; returns also the models of the plan, and all the stages.
 
-    `how` is what `make_plan` takes. A problem's JSON pointer starts with the number of its document.
+    `patches` are those that the documents name. `how` is what `make_plan` takes. A problem's JSON pointer starts with
+    the number of its document.
     """
     found = dict(checkpoints)
     stages: dict[ModelRef, Plan] = {}
@@ -47,9 +56,13 @@ def make_plan_in_stages(
         try:
             models = in_one_vocabulary(document, {model: found[model] for model in referenced_models(document)})
             models = in_equal_rows(document, models)
+            if document.patches:
+                before, models = _before_patches(document, models, patches or {})
+                stages[next(iter(models))] = before.plan
+                made.append(before)
             if document is recipe:
-                return make_plan(recipe, models, stages=stages, **how), models, made
-            plan = make_plan(document, models, memory=_NO_LIMIT, threads=1)
+                return _plan(recipe, models, stages=stages, **how), models, made
+            plan = _plan(document, models, memory=_NO_LIMIT, threads=1)
         except (RecipeError, IncompatibleModels) as error:
             raise type(error).of(document.located(problem) for problem in error.problems) from None
         ref = ModelRef(path=document.name or "")
@@ -57,6 +70,59 @@ def make_plan_in_stages(
         made.append(MergedWeights(str(ref), plan, [models[model] for model in plan.models]))
         found[ref] = made[-1]
     raise AssertionError("a recipe comes after its stages")
+
+
+def _before_patches(
+    document: Recipe, models: Mapping[ModelRef, Weights], patches: Mapping[ModelRef, Delta]
+) -> tuple[Unrounded, Mapping[ModelRef, Weights]]:
+    """What a document makes before its patches, as a stage, and that stage with the patches on it.
+
+    Patches are added in the order of their names, so that the order in which they stand changes no byte.
+    """
+    plan = replace(make_plan(document, models, memory=_NO_LIMIT, threads=1), is_before_patches=True)
+    if plan.adapter_config is not None:
+        raise RecipeError.of([Problem("adapters are summed alone; add patches to whole models", "#/patches")])
+    put = sorted(document.patches, key=lambda each: str(each.patch))
+    parts = [part for each in put for part in patches[each.patch].tensors.values()]
+    stored = {part.entry.name for part in parts if part.replaces}  # new values are for what is stored
+    unrounded = {part.entry.name for part in parts} - stored
+    ref = ModelRef(path=f"{document.name or document.merge_method}, before patches")
+    before = Unrounded(str(ref), plan, [models[model] for model in plan.models], unrounded)
+    try:
+        patched = Patched(before, [Patch(patches[each.patch], str(each.patch), each.strength) for each in put])
+    except IncompatibleModels as error:
+        places = {str(each.patch): f"#/patches/{i}/patch" for i, each in enumerate(document.patches)}
+        found = [replace(each, pointer=places.get(each.file or ""), file=None) for each in error.problems]
+        raise IncompatibleModels.of(found) from None
+    return before, {ref: patched}
+
+
+def _plan(document: Recipe, models: Mapping[ModelRef, Weights], **how: Any) -> Plan:
+    """The plan of a document; where it has patches, its one model is what comes before them with the patches on it."""
+    if not document.patches:
+        return make_plan(document, models, **how)
+    ((ref, patched),) = models.items()
+    assert isinstance(patched, Patched) and isinstance(patched.base, Unrounded)
+    plan, before = make_plan(_copying(document, ref), models, written=document, **how), patched.base.plan
+    of_patches = {ModelRef(path=put.name): put for put in patched.patches}
+    return replace(
+        plan,
+        sources_digest=hashlib.sha256(f"{before.sources_digest} {plan.sources_digest}".encode()).hexdigest(),
+        left_out=(*before.left_out, *plan.left_out),
+        warnings=tuple(dict.fromkeys((*before.warnings, *plan.warnings))),
+        patches=tuple(
+            PlannedPatch(put.patch, put.strength, tuple(of_patches[put.patch].delta.tensors))
+            for put in document.patches
+        ),
+    )
+
+
+def _copying(document: Recipe, model: ModelRef) -> Recipe:
+    """A document that only copies a model, into the outputs and number format of the one that is given."""
+    nothing = Recipe(merge_method="passthrough", models=[ModelEntry(model=model)])
+    kept = ("dtype", "out_dtype", "name", "seed", "allow_nonfinite", "outputs", "limits", "unknown_keys")
+    fields = {name: getattr(nothing, name) for name in Recipe.model_fields if name not in kept}
+    return document.model_copy(update=fields)
 
 
 _MOST_NUMBERS = 2**18
@@ -68,7 +134,10 @@ def leaves(models: Sequence[ModelRef], inputs: Sequence[Weights]) -> dict[ModelR
     found: dict[ModelRef, Weights] = {}
     for model, weights in zip(models, inputs, strict=True):
         stage = weights.inner if isinstance(weights, Gathered) else weights
+        put = stage.patches if isinstance(stage, Patched) and isinstance(stage.base, MergedWeights) else ()
+        stage = stage.base if isinstance(stage, Patched) and put else stage
         below = leaves(stage.plan.models, stage.inputs) if isinstance(stage, MergedWeights) else {model: weights}
+        below |= {ModelRef(path=each.name): each.delta.file for each in put}
         found |= {ref: below[ref] for ref in below if ref not in found}
     return found
 
@@ -237,3 +306,20 @@ class MergedWeights(Weights):
             for _ in self._blocks.measure_all(pool, steps, steps[0].method.stages("model"), known):
                 pass
         return known
+
+
+class Unrounded(MergedWeights):
+    """A stage of which some tensors come as they are computed, for whoever adds to them before the one rounding."""
+
+    def __init__(self, name: str, plan: Plan, inputs: Sequence[Weights], unrounded: Collection[str]) -> None:
+        """`unrounded` are the names of those tensors; numbers that are no floats stay as they are."""
+        steps = tuple(
+            replace(step, dtype=step.working) if step.name in unrounded and step.dtype.kind == "float" else step
+            for step in plan.steps
+        )
+        self.rounded = plan
+        super().__init__(name, replace(plan, steps=steps), inputs)
+        self.tensors = {name: replace(info, dtype=self._step(info).dtype) for name, info in self.tensors.items()}
+
+    def format(self, info: TensorInfo) -> DType:
+        return self.rounded.by_name[info.name].dtype

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -168,6 +168,15 @@ class TiedPair:
 
 
 @dataclass(frozen=True)
+class PlannedPatch:
+    """A patch on what was merged, and the tensors that it changes."""
+
+    patch: ModelRef
+    strength: float
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Threads, elements per block, merged blocks that may wait or be made at once, and the peak they lead to (bytes,
     the whole process).
@@ -206,6 +215,9 @@ class Plan:
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     stages: Mapping[ModelRef, Plan] = field(default_factory=dict)
+    patches: tuple[PlannedPatch, ...] = ()
+    """Where there are any, the one model is a stage: all that comes before them."""
+    is_before_patches: bool = False
 
     @cached_property
     def by_name(self) -> dict[str, Step]:
@@ -226,7 +238,14 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        return sum(shard.size for shard in self.shards)
+        """Bytes of the tensors' files, and the most that a reversal can come to."""
+        reversal = sum(slot.nbytes for shard in self.shards for slot in shard.slots if slot.name in self.reversible)
+        return sum(shard.size for shard in self.shards) + reversal
+
+    @property
+    def reversible(self) -> Collection[str]:
+        """The tensors of which the reversal keeps what they were without patches."""
+        return {name for put in self.patches for name in put.tensors} if self.recipe.outputs.reversible else ()
 
     @property
     def passes(self) -> int:
@@ -245,9 +264,18 @@ class Plan:
 
     @property
     def leaves(self) -> tuple[ModelRef, ...]:
-        """The models that weights are read from: those of the stages in their place."""
-        below = ((self.stages[model].leaves if model in self.stages else (model,)) for model in self.models)
-        return tuple(dict.fromkeys(model for models in below for model in models))
+        """The models that weights are read from, and the patches: those of the stages in their place."""
+        return tuple(dict.fromkeys(self._leaves(self.stages)))
+
+    def _leaves(self, stages: Mapping[ModelRef, Plan]) -> Iterator[ModelRef]:
+        for model in self.models:
+            yield from stages[model]._leaves(stages) if model in stages else (model,)
+        yield from (put.patch for put in self.patches)
+
+    @property
+    def unpatched(self) -> Plan:
+        """How the tensors are made, without the patches on them."""
+        return self.stages[self.models[0]] if self.patches else self
 
     def edited_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The donor's `config.json` as the output needs it."""
@@ -266,16 +294,17 @@ class Plan:
 
     def to_dict(self, *, steps: bool = False) -> dict[str, Any]:
         """The plan for people and for JSON; `steps` adds one entry per output tensor."""
+        made = self.unpatched
         plan = {
             "method": self.recipe.merge_method,
             "semantics": self.recipe.method.semantics,
-            "scope": self.scope,
-            "models": [str(model) for model in self.models],
-            "roles": {str(model): role for model in self.models if (role := self.recipe.role_of(model))},
-            "donor": str(self.models[self.donor]),
+            "scope": made.scope,
+            "models": [str(model) for model in made.models],
+            "roles": {str(model): role for model in made.models if (role := self.recipe.role_of(model))},
+            "donor": str(made.models[made.donor]),
             "tensors": len(self.steps),
-            "tensors_merged": sum(step.method is not None for step in self.steps),
-            "passes": self.passes,
+            "tensors_merged": sum(step.method is not None for step in made.steps),
+            "passes": made.passes,
             "bytes_read": self.input_bytes,
             "bytes_written": self.output_bytes,
             "peak_memory": self.memory.peak,
@@ -284,8 +313,12 @@ class Plan:
             "left_out": list(self.left_out),
             "warnings": list(self.warnings),
         }
-        if self.stages:
-            plan["stages"] = [{"name": str(name), **stage._stage_dict()} for name, stage in self.stages.items()]
+        if stages := {name: stage for name, stage in self.stages.items() if not stage.is_before_patches}:
+            plan["stages"] = [{"name": str(name), **stage._stage_dict()} for name, stage in stages.items()]
+        if self.patches:
+            plan["patches"] = [
+                {"patch": str(put.patch), "strength": put.strength, "tensors": len(put.tensors)} for put in self.patches
+            ]
         return plan | ({"steps": [self._step_dict(step) for step in self.steps]} if steps else {})
 
     def _stage_dict(self) -> dict[str, Any]:
@@ -293,6 +326,14 @@ class Plan:
         return {key: value for key, value in self.to_dict().items() if key in kept}
 
     def _step_dict(self, step: Step) -> dict[str, Any]:
+        if self.patches:
+            put = {str(patch.patch): patch.strength for patch in self.patches if step.name in patch.tensors}
+            below = self.unpatched.by_name.get(step.name)
+            made = self._made_dict(step) if below is None else self.unpatched._made_dict(below)
+            return {**made, "shape": list(step.shape), "dtype": str(step.dtype), "patches": put}
+        return self._made_dict(step)
+
+    def _made_dict(self, step: Step) -> dict[str, Any]:
         return {
             "tensor": step.name,
             "shape": list(step.shape),

@@ -42,18 +42,20 @@ def make_plan(
     max_shard_size: int | None = None,
     on_gpu: bool = False,
     stages: Mapping[ModelRef, Plan] | None = None,
+    written: Recipe | None = None,
 ) -> Plan:
     """Plan a merge from headers.
 
     `checkpoints` must hold every model that `referenced_models` names. `memory` (bytes) and `threads` go before the
     recipe's limits; `block_elements` bounds a block from above. `stages` are the plans of those models that are merges
-    themselves, with all they read. Raises `RecipeError`, `IncompatibleModels` or
-    `MemoryLimitExceeded`, each naming all that is wrong.
+    themselves, with all they read; `written` is what was asked for, where `recipe` is only the last part of it. Raises
+    `RecipeError`, `IncompatibleModels` or `MemoryLimitExceeded`, each naming all that is wrong.
     """
     alone = {model: weights for model, weights in checkpoints.items() if isinstance(weights, Placed)}
     if alone:
         return plan_sum(recipe, alone, memory, threads, block_elements, on_gpu=on_gpu)
-    return _Planner(recipe, checkpoints, on_gpu, stages or {}).plan(memory, threads, block_elements, max_shard_size)
+    planner = _Planner(recipe, checkpoints, on_gpu, stages or {}, written or recipe)
+    return planner.plan(memory, threads, block_elements, max_shard_size)
 
 
 class _Planner:
@@ -63,7 +65,9 @@ class _Planner:
         checkpoints: Mapping[ModelRef, Weights],
         on_gpu: bool,
         stages: Mapping[ModelRef, Plan],
+        written: Recipe,
     ) -> None:
+        self.written = written
         self.recipe, self.checkpoints, self.on_gpu, self.stages = recipe, checkpoints, on_gpu, stages
         self.findings = Findings()
         self.structure = Structure(recipe, checkpoints, self.findings)
@@ -84,10 +88,10 @@ class _Planner:
         self._check_scope(steps)
         self.given.check_use()
         self.findings.raise_any()
-        metadata = {"format": "pt", "weightsmith": __version__, "recipe": canonical_json(self.recipe.canonical())}
+        metadata = {"format": "pt", "weightsmith": __version__, "recipe": canonical_json(self.written.canonical())}
         slots = [Slot(step.name, step.dtype, step.shape) for step in steps]
         return Plan(
-            recipe=self.recipe,
+            recipe=self.written,
             models=self.models,
             donor=donor,
             scope=self.scope,
@@ -119,7 +123,7 @@ class _Planner:
 
     def _of_stages(self, what: Literal["left_out", "warnings"]) -> Iterator[str]:
         for name, stage in self.stages.items():
-            for note in getattr(stage, what):
+            for note in () if stage.is_before_patches else getattr(stage, what):
                 yield f"{name}: {note}"
 
     def _check_inputs(self, runs: Sequence[Run]) -> None:

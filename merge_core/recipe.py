@@ -2,7 +2,7 @@
 
 A recipe is YAML or the same as JSON. Of several documents one is the output and the others are stages, whose names are
 models for one another. Unknown keys are refused with a suggestion, or listed as warnings under `unknown_keys: warn`.
-Keys of ours: `seed`, `semantics`, `scope`, `statistics`, `exclude`, `allow_nonfinite`, `outputs`, `limits`,
+Keys of ours: `seed`, `semantics`, `scope`, `statistics`, `exclude`, `allow_nonfinite`, `patches`, `outputs`, `limits`,
 `unknown_keys`, and beside a model its own `base_model`.
 """
 
@@ -25,6 +25,7 @@ from merge_core.keys import (
     ModelEntry,
     ModuleEntry,
     Outputs,
+    PatchEntry,
     Slice,
     Statistics,
     TakenModel,
@@ -71,6 +72,7 @@ class Recipe(Keys):
     statistics: Statistics = Field({}, description="files of numbers that the method asks for: name → safetensors")
     exclude: list[str] = Field([], max_length=1000, description="pieces of tensor names that are copied from the base")
     allow_nonfinite: bool = Field(False, description="let NaN and infinity through instead of refusing them")
+    patches: list[PatchEntry] = Field([], max_length=64, description="deltas and signatures to add to what was merged")
     outputs: Outputs = Outputs()
     limits: Limits = Limits()
     unknown_keys: Literal["error", "warn"] = "error"
@@ -229,6 +231,8 @@ class Recipe(Keys):
             return ""
         if tuned := [str(each.model) for each in taken if each.base_model == ref]:
             return f"base of {', '.join(tuned)}"
+        if strengths := [f"{put.strength:g}" for document in documents for put in document.patches if put.patch == ref]:
+            return f"patch, strength {', '.join(strengths)}"
         blocks = [files for document in documents for _, files, _ in document.statistics_blocks()]
         names = [name for files in blocks for name, file in files.items() if file == ref]
         return f"statistics: {', '.join(dict.fromkeys(names))}" if names else ""
@@ -251,6 +255,11 @@ class Recipe(Keys):
         if self.tokenizer is not None and self.tokenizer_source is not None:
             yield Problem("give tokenizer or tokenizer_source, not both", "#/tokenizer_source")
         yield from self._template_structure()
+        for i, put in enumerate(self.patches):
+            if put.patch in [other.patch for other in self.patches[:i]]:
+                yield Problem(f"{put.patch} is listed twice; give it one strength", f"#/patches/{i}/patch")
+        if self.outputs.reversible and not self.patches:
+            yield Problem("there are no patches that could be taken off again", "#/outputs/reversible")
         for i, pattern in enumerate(self.exclude):
             if not pattern:
                 yield Problem("an empty pattern would exclude every tensor", f"#/exclude/{i}")

@@ -74,14 +74,15 @@ class ShardWriter:
     """Writes a plan's shards into a folder, one after the other, tensors in file order.
 
     Usage: for each slot of `remaining()`, in order: `begin(slot)`, `write(values)` until it is full, then `end()`;
-    finally `finish()`. Digests and the disk have a thread each; `write` returns before they are done.
+    finally `finish()`. Digests and the disk have a thread each; `write` returns before they are done. `records` are
+    what was finished, for whoever goes on.
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
         self.digests: dict[str, str] = {}
         self.resumed = 0
-        self._journal = Journal(folder / JOURNAL, plan.digest)
+        self.records = Journal(folder / JOURNAL, plan.digest)
         self._files: dict[str, _ShardFile] = {}
         self._shard_of = {slot.name: shard for shard in plan.shards for slot in shard.slots}
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
@@ -93,22 +94,24 @@ class ShardWriter:
     @property
     def journal(self) -> Mapping[str, Any]:
         """What an earlier attempt recorded under names of its own (see `remember`)."""
-        return self._journal.notes
+        return self.records.notes
 
     def remember(self, name: str, value: Any) -> None:
         """Record something that a later attempt need not find out again."""
-        self._journal.note(name, value)
+        self.records.note(name, value)
 
     def __enter__(self) -> Self:
         check_space(self.plan.output_bytes, self.folder)
         try:
-            self._journal.open()
-            if self._journal.is_new:
+            self.records.open()
+            if self.records.is_new:
                 for left in self.folder.iterdir():
-                    if left.name != JOURNAL:
+                    if left.is_dir():
+                        shutil.rmtree(left)
+                    elif left.name != JOURNAL:
                         left.unlink()
         except BaseException:
-            self._journal.close()
+            self.records.close()
             raise
         return self
 
@@ -119,7 +122,7 @@ class ShardWriter:
             thread.shutdown(wait=True, cancel_futures=True)
         for file in self._files.values():
             file.data.close()
-        self._journal.close()
+        self.records.close()
 
     def remaining(self) -> Iterator[Slot]:
         """The tensors still to be written. Asking for one opens its file, which may be before the last is full."""
@@ -165,7 +168,7 @@ class ShardWriter:
 
         def record() -> None:
             self.digests[slot.name] = digest.result()
-            self._journal.tensor(slot.name, digest.result())
+            self.records.tensor(slot.name, digest.result())
 
         while file.pending and file.pending[0].done():
             file.pending.popleft().result()
@@ -187,7 +190,7 @@ class ShardWriter:
 
     def _prove(self, file: _ShardFile, slot: Slot) -> bool:
         """Whether the journal has this tensor and the file has its bytes; if so they are hashed as if just written."""
-        wanted = self._journal.tensors.get(slot.name)
+        wanted = self.records.tensors.get(slot.name)
         if wanted is None:
             return False
         file_hash, tensor_hash = file.sha256.copy(), blake3()

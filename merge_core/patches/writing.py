@@ -156,6 +156,7 @@ def assemble(
     folder: Path,
     provenance: Mapping[str, Any],
     *,
+    name: str = DELTA_NAME,
     stop: Callable[[], None] = lambda: None,
 ) -> tuple[WrittenFile, dict[str, str]]:
     """Put the delta together from its parts, which are removed; the file, and the blake3 of each of its tensors."""
@@ -173,7 +174,7 @@ def assemble(
         for part in each.parts
     }
     slots = [Slot(name, part.dtype, part.shape) for name, (part, _) in parts.items()]
-    (layout,) = lay_out(slots, _ONE_FILE, metadata, stem=Path(DELTA_NAME).stem, alignment=_ALIGNMENT)
+    (layout,) = lay_out(slots, _ONE_FILE, metadata, stem=Path(name).stem, alignment=_ALIGNMENT)
     written = write_file(layout, folder, {name: file for name, (_, file) in parts.items()}, stop)
     shutil.rmtree(folder / _PARTS)
     return written, {name: part.blake3 for name, (part, _) in parts.items()}
