@@ -1,0 +1,574 @@
+"""Derived permutations leave a model's function as it is: every family, every permutation of its spec at random."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from merge_core.alignment.derive import derive
+from merge_core.alignment.spec import PermutationSpec
+from merge_core.errors import IncompatibleModels
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+IMAGES = {**SMALL, "image_size": 8, "patch_size": 4}
+ROTATED = {"rope_type": "default", "rope_theta": 1e4}
+
+
+def made(kind: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(transformers, kind)(getattr(transformers, config)(**settings))
+
+
+def clip() -> nn.Module:
+    tower = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 2, "num_hidden_layers": 1}
+    images = {"image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=dict(SMALL), vision_config={**tower, **images}, projection_dim=12)
+    return transformers.CLIPModel(config)
+
+
+def siglip() -> nn.Module:
+    config = transformers.SiglipConfig(text_config=dict(SMALL), vision_config=dict(IMAGES))
+    return transformers.SiglipModel(config)
+
+
+def llava() -> nn.Module:
+    text, images = transformers.LlamaConfig(**GROUPED), transformers.CLIPVisionConfig(**{**IMAGES, "hidden_size": 24})
+    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=images))
+
+
+def qwen2_vl() -> nn.Module:
+    text = {**GROUPED, "rope_parameters": {**ROTATED, "mrope_section": [1, 1, 0]}}
+    vision = {"embed_dim": 8, "hidden_size": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2}
+    return transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    )
+
+
+SIDED = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 20,
+    "decoder_ffn_dim": 24,
+}
+SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "image_size": 8, "patch_size": 2}
+T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+FALCON = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 32}
+
+MHA = {"neurons": 2, "heads": 2, "qk": 8, "vo": 8}
+"""Two layers of four heads without rotation: everything may be permuted."""
+GQA = {"neurons": 2, "groups": 2, "heads": 4, "vo": 4}
+"""Two layers of two groups of two heads, rotated: q and k dimensions stay where they are."""
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
+    "bert": (made("BertForSequenceClassification", "BertConfig", **SMALL), MHA),
+    "bert-masked": (made("BertForMaskedLM", "BertConfig", **SMALL), MHA),
+    "vit": (made("ViTForImageClassification", "ViTConfig", **IMAGES), MHA),
+    "clip": (clip, {"neurons": 3, "heads": 3, "qk": 10, "vo": 10, "joint": 1}),
+    "gpt2": (made("GPT2LMHeadModel", "GPT2Config", n_embd=16, n_layer=2, n_head=4, vocab_size=32), MHA),
+    "llama": (made("LlamaForCausalLM", "LlamaConfig", **GROUPED), GQA),
+    "mistral": (made("MistralForCausalLM", "MistralConfig", **{**GROUPED, "head_dim": 8}), GQA),
+    "qwen2": (made("Qwen2ForCausalLM", "Qwen2Config", **GROUPED, tie_word_embeddings=True), GQA),
+    "qwen3": (made("Qwen3ForCausalLM", "Qwen3Config", **{**GROUPED, "head_dim": 8}), GQA),
+    "phi3": (made("Phi3ForCausalLM", "Phi3Config", **GROUPED, pad_token_id=0), GQA),
+    "neox": (
+        made("GPTNeoXForCausalLM", "GPTNeoXConfig", **SMALL, rope_parameters={**ROTATED, "partial_rotary_factor": 0.5}),
+        MHA,
+    ),
+    "mixtral": (
+        made("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=3, num_experts_per_tok=2),
+        {**GQA, "experts": 2},
+    ),
+    "qwen3-moe": (
+        made(
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
+            **GROUPED,
+            num_experts=3,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+        ),
+        {**GQA, "experts": 2},
+    ),
+    "resnet": (
+        made("ResNetForImageClassification", "ResNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2]),
+        {"convolution": 8},
+    ),
+    "resnet-basic": (
+        made(
+            "ResNetForImageClassification",
+            "ResNetConfig",
+            embedding_size=8,
+            hidden_sizes=[8, 16],
+            depths=[1, 2],
+            layer_type="basic",
+        ),
+        {"convolution": 5},
+    ),
+    "siglip": (siglip, {"neurons": 5, "heads": 5, "qk": 20, "vo": 20}),
+    "gemma": (
+        made("GemmaForCausalLM", "GemmaConfig", **{**SMALL, "num_key_value_heads": 1, "head_dim": 8}),
+        {"neurons": 2, "heads": 2, "vo": 2},
+    ),
+    "gemma3": (made("Gemma3ForCausalLM", "Gemma3TextConfig", **{**GROUPED, "head_dim": 8}), GQA),
+    "t5": (
+        made("T5ForConditionalGeneration", "T5Config", **T5, feed_forward_proj="gated-gelu"),
+        {"neurons": 4, "heads": 4, "qk": 12, "vo": 12},
+    ),
+    "bart": (
+        made("BartForConditionalGeneration", "BartConfig", **SIDED, vocab_size=32),
+        {"neurons": 2, "heads": 3, "qk": 10, "vo": 10},
+    ),
+    "whisper": (
+        made(
+            "WhisperForConditionalGeneration",
+            "WhisperConfig",
+            **SIDED,
+            vocab_size=40,
+            num_mel_bins=8,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            max_source_positions=20,
+        ),
+        {"neurons": 2, "heads": 3, "qk": 10, "vo": 10},
+    ),
+    "distilbert": (
+        made(
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            dim=16,
+            hidden_dim=24,
+            n_layers=2,
+            n_heads=4,
+            vocab_size=32,
+        ),
+        {**MHA, "neurons": 3},
+    ),
+    "roberta": (made("RobertaForSequenceClassification", "RobertaConfig", **SMALL), {**MHA, "neurons": 3}),
+    "deberta": (
+        made(
+            "DebertaV2ForSequenceClassification",
+            "DebertaV2Config",
+            **SMALL,
+            relative_attention=True,
+            position_buckets=8,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=True,
+            max_relative_positions=8,
+        ),
+        MHA,
+    ),
+    "albert": (
+        made("AlbertForMaskedLM", "AlbertConfig", **SMALL, embedding_size=8),
+        {"neurons": 1, "heads": 1, "qk": 4, "vo": 4},
+    ),
+    "electra": (
+        made("ElectraForSequenceClassification", "ElectraConfig", **SMALL, embedding_size=8),
+        {**MHA, "neurons": 3},
+    ),
+    "opt": (made("OPTForCausalLM", "OPTConfig", **{**SMALL, "ffn_dim": 24, "word_embed_proj_dim": 16}), MHA),
+    "falcon": (made("FalconForCausalLM", "FalconConfig", **FALCON), {"neurons": 1, "heads": 1, "vo": 1}),
+    "falcon-grouped": (
+        made("FalconForCausalLM", "FalconConfig", **FALCON, new_decoder_architecture=True, num_kv_heads=2),
+        {"neurons": 1, "groups": 1, "heads": 2, "vo": 2},
+    ),
+    "falcon-alibi": (
+        made("FalconForCausalLM", "FalconConfig", **FALCON, alibi=True, multi_query=False),
+        {"neurons": 1, "vo": 4},
+    ),
+    "bloom": (
+        made("BloomForCausalLM", "BloomConfig", hidden_size=16, n_layer=2, n_head=4, vocab_size=32),
+        {"neurons": 2, "vo": 8},
+    ),
+    "mpt": (
+        made("MptForCausalLM", "MptConfig", d_model=16, n_heads=4, n_layers=1, vocab_size=32),
+        {"neurons": 1, "qk": 4, "vo": 4},
+    ),
+    "gptj": (
+        made("GPTJForCausalLM", "GPTJConfig", n_embd=16, n_layer=1, n_head=2, vocab_size=32, rotary_dim=4),
+        {"neurons": 1, "heads": 1, "qk": 2, "vo": 2},
+    ),
+    "starcoder": (
+        made("GPTBigCodeForCausalLM", "GPTBigCodeConfig", n_embd=16, n_layer=1, n_head=4, vocab_size=32),
+        {"neurons": 1, "heads": 1, "qk": 1, "vo": 1},
+    ),
+    "olmo2": (made("Olmo2ForCausalLM", "Olmo2Config", **GROUPED), GQA),
+    "cohere": (made("CohereForCausalLM", "CohereConfig", **GROUPED, use_qk_norm=True), GQA),
+    "deit": (made("DeiTForImageClassificationWithTeacher", "DeiTConfig", **IMAGES), MHA),
+    "beit": (made("BeitForImageClassification", "BeitConfig", **IMAGES, use_relative_position_bias=True), MHA),
+    "beit-shared-bias": (
+        made("BeitForImageClassification", "BeitConfig", **IMAGES, use_shared_relative_position_bias=True),
+        {"neurons": 2, "qk": 8, "vo": 8},
+    ),
+    "dinov2": (made("Dinov2ForImageClassification", "Dinov2Config", **{**IMAGES, "mlp_ratio": 2}), MHA),
+    "swin": (made("SwinForImageClassification", "SwinConfig", **SWIN), {"neurons": 2, "heads": 2, "qk": 6, "vo": 6}),
+    "convnext": (
+        made("ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+        {"neurons": 2},
+    ),
+    "convnext-v2": (
+        made("ConvNextV2ForImageClassification", "ConvNextV2Config", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+        {"neurons": 2},
+    ),
+    "wav2vec2": (
+        made(
+            "Wav2Vec2ForCTC",
+            "Wav2Vec2Config",
+            **SMALL,
+            conv_dim=[8, 8],
+            conv_kernel=[3, 3],
+            conv_stride=[2, 2],
+            num_feat_extract_layers=2,
+            num_conv_pos_embedding_groups=2,
+            num_conv_pos_embeddings=4,
+        ),
+        MHA,
+    ),
+    "llava": (llava, {"neurons": 5, "groups": 2, "heads": 6, "vo": 12}),
+    "qwen2-vl": (qwen2_vl, {"neurons": 4, "groups": 2, "heads": 5, "vo": 6}),
+}
+"""How a small model is made, and how many permutations of each kind are exact for it."""
+
+STORED_OTHERWISE: dict[str, dict[str, int]] = {
+    "vit": MHA,
+    "mixtral": {**GQA, "neurons": 6},
+    "qwen3-moe": {**GQA, "neurons": 6},
+    "beit": MHA,
+    "llava": FAMILIES["llava"][1],
+    "qwen2-vl": FAMILIES["qwen2-vl"][1],
+}
+"""Families whose files have other names than the model in memory, and how many permutations those show."""
+
+
+class Block(nn.Module):
+    """A residual block with torchvision's names; `first` puts norms before the convolutions."""
+
+    def __init__(
+        self,
+        read: int,
+        inner: int,
+        write: int,
+        *,
+        deep: bool,
+        groups: int = 1,
+        norm: Any = nn.BatchNorm2d,
+        first: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [read, inner, inner, write] if deep else [read, inner, write]
+        sizes = [1, 3, 1] if deep else [3, 3]
+        self.count, self.first = len(sizes), first
+        for i, (one, other, size) in enumerate(zip(widths, widths[1:], sizes, strict=False), 1):
+            grouped = groups if deep and i == 2 else 1
+            setattr(self, f"conv{i}", nn.Conv2d(one, other, size, padding=size // 2, groups=grouped, bias=False))
+            setattr(self, f"bn{i}", norm(one if first else other))
+        self.downsample = nn.Sequential(nn.Conv2d(read, write, 1, bias=False), norm(write)) if read != write else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x if self.downsample is None else self.downsample(x)
+        for i in range(1, self.count + 1):
+            conv, norm = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
+            x = conv(norm(x).relu()) if self.first else norm(conv(x).relu() if i > 1 else conv(x))
+        return x + skip if self.first else (x + skip).relu()
+
+
+class ResNet(nn.Module):
+    """A residual network with torchvision's names: two stages of two blocks."""
+
+    def __init__(self, *, first: bool = False, norm: Any = nn.BatchNorm2d, **settings: Any) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), norm(16 if first else 8)
+        self.first = first
+        kind = {"norm": norm, "first": first, **settings}
+        self.layer1 = nn.Sequential(Block(8, 12, 8, **kind), Block(8, 12, 8, **kind))
+        self.layer2 = nn.Sequential(Block(8, 12, 16, **kind), Block(16, 12, 16, **kind))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = self.layer2(self.layer1(x if self.first else self.bn1(x)))
+        return self.fc((self.bn1(x) if self.first else x).mean((2, 3)))
+
+
+class Named(nn.Module):
+    """Modules in a row under names of one's own."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+def vgg() -> nn.Module:
+    def stage(read: int, write: int) -> list[nn.Module]:
+        return [nn.Conv2d(read, write, 3, padding=1), nn.BatchNorm2d(write), nn.ReLU()]
+
+    features = nn.Sequential(*stage(3, 6), *stage(6, 8), nn.MaxPool2d(2), *stage(8, 10))
+    classifier = nn.Sequential(
+        nn.Linear(90, 12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 14), nn.ReLU(), nn.Dropout(), nn.Linear(14, 5)
+    )
+    return Named(features=features, avgpool=nn.AdaptiveAvgPool2d(3), flatten=nn.Flatten(), classifier=classifier)
+
+
+def separable() -> nn.Module:
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 10, 1),
+    ]
+    return Named(features=nn.Sequential(*layers), flatten=nn.Flatten(), fc=nn.Linear(160, 5))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
+    "sequential": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 4)),
+        (6,),
+        {"0": 8, "2": 9},
+    ),
+    "no-biases": (
+        lambda: Named(layers=nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(11)))),
+        (8,),
+        {f"layers.{i}": 8 for i in range(10)},
+    ),
+    "batch-norm": (
+        lambda: nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 9), nn.LayerNorm(9), nn.Linear(9, 4)
+        ),
+        (6,),
+        {"0": 8, "3": 9},
+    ),
+    "numbered": (
+        lambda: Named(
+            fc1=nn.Linear(6, 8), bn1=nn.BatchNorm1d(8), fc2=nn.Linear(8, 8), bn2=nn.BatchNorm1d(8), fc3=nn.Linear(8, 4)
+        ),
+        (6,),
+        {"fc1": 8, "fc2": 8},
+    ),
+    "told-by-words": (
+        lambda: Named(
+            input_layer=nn.Linear(6, 7),
+            hidden=nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 7)),
+            output_layer=nn.Linear(7, 4),
+        ),
+        (6,),
+        {"input_layer": 7, "hidden.0": 7, "hidden.2": 7},
+    ),
+    "told-by-sizes": (lambda: Named(up=nn.Linear(6, 8), act=nn.ReLU(), down=nn.Linear(8, 4)), (6,), {"up": 8}),
+    "lenet": (
+        lambda: Named(
+            conv1=nn.Conv2d(3, 6, 3),
+            conv2=nn.Conv2d(6, 7, 3),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(112, 9),
+            fc2=nn.Linear(9, 4),
+        ),
+        (3, 8, 8),
+        {"conv1": 6, "conv2": 7, "fc1": 9},
+    ),
+    "vgg": (
+        vgg,
+        (3, 8, 8),
+        {"features.0": 6, "features.3": 8, "features.7": 10, "classifier.0": 12, "classifier.3": 14},
+    ),
+    "separable": (separable, (3, 8, 8), {"features.0": 8, "features.5": 10}),
+    "resnet": (
+        lambda: ResNet(deep=False),
+        (3, 8, 8),
+        {
+            "conv1": 8,
+            "layer1.0.conv1": 12,
+            "layer1.1.conv1": 12,
+            "layer2.0.conv1": 12,
+            "layer2.1.conv1": 12,
+            "layer2.0.downsample.0": 16,
+        },
+    ),
+    "bottleneck": (
+        lambda: ResNet(deep=True),
+        (3, 8, 8),
+        {"conv1": 8, "layer2.0.downsample.0": 16}
+        | {f"layer{s}.{b}.conv{c}": 12 for s in (1, 2) for b in (0, 1) for c in (1, 2)},
+    ),
+    "resnext": (
+        lambda: ResNet(deep=True, groups=3),
+        (3, 8, 8),
+        {"conv1": 8, "layer2.0.downsample.0": 16}
+        | {
+            f"layer{s}.{b}.conv1.{kind}": n
+            for s in (1, 2)
+            for b in (0, 1)
+            for kind, n in (("groups", 3), ("inside", 4))
+        }
+        | {f"layer{s}.{b}.conv2.{g}": 4 for s in (1, 2) for b in (0, 1) for g in range(3)},
+    ),
+    "norm-first": (
+        lambda: ResNet(deep=False, first=True),
+        (3, 8, 8),
+        {
+            "conv1": 8,
+            "layer1.0.conv1": 12,
+            "layer1.1.conv1": 12,
+            "layer2.0.conv1": 12,
+            "layer2.1.conv1": 12,
+            "layer2.0.downsample.0": 16,
+        },
+    ),
+}
+"""How a network is made, the shape of one input, and the permutations with their sizes."""
+
+
+def group_norms() -> nn.Module:
+    return ResNet(deep=False, norm=lambda size: nn.GroupNorm(4, size))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterable[None]:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    yield
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_progress_bar()
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """The model with every weight, bias, norm and running statistic moved away from where it starts."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * (0.15 if tensor.ndim > 1 else 0.3))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.3)
+            elif name.endswith("running_var"):
+                buffer.mul_(0.5 + torch.rand(buffer.shape, generator=generator))
+    return model.eval()
+
+
+def applied(spec: PermutationSpec, tensors: Mapping[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+    indexed = {
+        name: np.roll(index, 1) if (index == np.arange(len(index))).all() else index
+        for name, index in spec.random(seed).items()
+    }
+    found = {}
+    for name, tensor in tensors.items():
+        for axis, index in enumerate(spec.indices(name, indexed)):
+            tensor = tensor if index is None else tensor.index_select(axis, torch.from_numpy(index))
+        found[name] = tensor.contiguous()
+    return found
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def kinds(spec: PermutationSpec) -> dict[str, int]:
+    """How many permutations there are of each kind: the last word of their names that is no number."""
+    return dict(Counter(re.sub(r"\.\d+$", "", name).rpartition(".")[2] for name in spec.permutations))
+
+
+def inputs(model: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    name, tokens = type(model).__name__, torch.randint(3, 30, (2, 7), generator=generator)
+    found: dict[str, Tensor] = {}
+    if model.main_input_name == "input_ids" or model.config.is_encoder_decoder:
+        found["decoder_input_ids" if name.startswith("Whisper") else "input_ids"] = tokens
+    if name.startswith(("T5", "Bart")):
+        found["decoder_input_ids"] = tokens.flip(1)
+    if model.main_input_name == "pixel_values" or name.startswith(("CLIP", "Siglip")):
+        size = 32 if name.startswith(("ResNet", "ConvNext")) else 8
+        found["pixel_values"] = torch.randn(2, 3, size, size, generator=generator)
+    if name.startswith("Whisper"):
+        found["input_features"] = torch.randn(2, 8, 40, generator=generator)
+    if name.startswith("Wav2Vec2"):
+        found["input_values"] = torch.randn(2, 64, generator=generator)
+    return found
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found = model(**inputs(model))
+    return found["logits_per_text"] if "logits_per_text" in found else found["logits"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_permuted_transformer_computes_the_same(family: str) -> None:
+    make, expected = FAMILIES[family]
+    model = shaken(make())
+    before, tensors = outputs(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    spec = derive(shapes(tensors), model.config.to_dict())
+    permuted = applied(spec, tensors)
+    model.load_state_dict(permuted)
+
+    assert kinds(spec) == expected
+    assert outputs(model) == pytest.approx(before, abs=1e-5)
+    assert not any(torch.equal(permuted[name], tensors[name]) for name in tensors if any(spec.axes[name]))
+
+
+@pytest.mark.parametrize("family", STORED_OTHERWISE)
+def test_a_model_is_permuted_by_the_names_in_its_files(family: str, tmp_path: Path) -> None:
+    model = shaken(FAMILIES[family][0]())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+
+    spec = derive(shapes(tensors), json.loads((tmp_path / "config.json").read_text()))
+    save_file(applied(spec, tensors), tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    assert tensors.keys() != model.state_dict().keys()
+    assert kinds(spec) == STORED_OTHERWISE[family]
+    assert outputs(type(model).from_pretrained(tmp_path).eval()) == pytest.approx(outputs(model), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_permuted_network_computes_the_same(name: str) -> None:
+    make, shape, expected = NETWORKS[name]
+    model, data = shaken(make()), torch.randn(3, *shape, generator=torch.Generator().manual_seed(2))
+    before, tensors = model(data).detach(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    statistics = {name for name in tensors if "running" in name}
+
+    spec = derive(shapes(tensors), {})
+    permuted = applied(spec, tensors)
+    model.load_state_dict(permuted)
+
+    assert spec.permutations == expected
+    assert spec.unmeasured == statistics
+    assert model(data).detach() == pytest.approx(before, abs=1e-5)
+    assert not any(torch.equal(permuted[name], tensors[name]) for name in tensors if any(spec.axes[name]))
+
+
+def test_group_norm_moves_whole_groups_and_inside_groups() -> None:
+    model, data = shaken(group_norms()), torch.randn(3, 3, 8, 8)
+    before, tensors = model(data).detach(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    spec = derive(shapes(tensors), {"num_groups": 4})
+    model.load_state_dict(applied(spec, tensors))
+
+    assert spec.permutations["conv1.groups"] == 4
+    assert spec.permutations["layer1.0.conv1.3"] == 3
+    assert model(data).detach() == pytest.approx(before, abs=1e-5)
+    with pytest.raises(IncompatibleModels, match="may be a GroupNorm; the config does not say of how many groups"):
+        derive(shapes(tensors), {})
