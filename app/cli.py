@@ -152,7 +152,8 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
     click.echo(f"tensors     {made['tensors_merged']} merged, {copied} copied")
     click.echo(f"reads       {_bytes(made['bytes_read'])} in {made['passes']} pass{'es' if made['passes'] > 1 else ''}")
     shards = ", ".join(shard["file"] for shard in made["shards"][:3]) + (", …" if made["shards"][3:] else "")
-    click.echo(f"writes      {_bytes(made['bytes_written'])}: {shards}")
+    bound = "at most " if made["bytes_written_at_most"] else ""
+    click.echo(f"writes      {bound}{_bytes(made['bytes_written'])}: {shards}")
     click.echo(f"memory      at most {_bytes(made['peak_memory'])} with {made['threads']} threads")
     for note in made["left_out"]:
         click.echo(f"left out    {note}")

@@ -58,7 +58,7 @@ def write_companions(
     """Write everything beside the weights into `folder`; the lock, which names all other files, comes last."""
     donor = checkpoints[plan.donor]
     files = list(weights)
-    if donor.config:
+    if donor.config and plan.adapter_config is None:
         files.append(write_text(folder / "config.json", json.dumps(plan.edited_config(donor.config), indent=2) + "\n"))
     if plan.adapter_config is not None:
         text = json.dumps(plan.adapter_config, indent=2, ensure_ascii=False) + "\n"
@@ -112,15 +112,17 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
         if path and not role.startswith(("statistics", "patch"))
     ]
     named = [part for part in dict.fromkeys(parts) if _HUB_ID.fullmatch(part)]
-    library = "transformers" if plan.adapter_config is None else "peft"
-    front: dict[str, Any] = {"library_name": library, "tags": ["merge", "weightsmith", plan.recipe.merge_method]}
+    is_adapter = plan.adapter_config is not None
+    front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
+    front["tags"] = ["merge", "weightsmith", plan.recipe.merge_method]
     if named:
-        front = {"base_model": named, "base_model_relation": "merge"} | front
+        front = {"base_model": named, "base_model_relation": "adapter" if is_adapter else "merge"} | front
     title = plan.recipe.name or f"{plan.recipe.merge_method} merge"
     paragraphs = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {' '.join(title.split())}",
         f"Merged with Weightsmith {__version__} by [{method.title}]({method.paper}).",
+        *_usage(plan),
         "## Models\n\n" + "\n".join(f"- `{model}`{role and f' ({role})'}" for model, role in roles.items()),
         f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```",
     ]
@@ -135,10 +137,24 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
+def _usage(plan: Plan) -> list[str]:
+    """What to do with what is no model by itself."""
+    if plan.difference is None:
+        return []
+    base = f"`{plan.recipe.base_model}`"
+    if plan.difference.kind == "adapter":
+        return [f"This is no model but a LoRA adapter for {base}, which PEFT loads."]
+    return [
+        f"This is no model but what differs from {base}, stored as {plan.difference.encoding}: write `base+delta` "
+        "where a recipe names a model, with the place of the base before the sign and of this folder behind it."
+    ]
+
+
 def _exact_on(plan: Plan) -> ExactOn:
     """Where the same recipe gives the same bytes: on any machine, unless a method that was used promises less."""
     used = {type(step.method).exact_on for step in plan.steps if step.method}
     used |= {_exact_on(stage) for stage in plan.stages.values()}
+    used |= {plan.difference.exact_on} if plan.difference is not None else set()
     return "this machine" if "this machine" in used else "any machine"
 
 

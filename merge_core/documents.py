@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -27,6 +27,11 @@ class Keys(BaseModel):
     """Keeps keys it does not know, so that all of them can be reported at once."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
+
+    @property
+    def known_keys(self) -> Collection[str]:
+        """The keys that mean something here."""
+        return type(self).model_fields
 
 
 class _Loader(yaml.SafeLoader):
@@ -143,9 +148,9 @@ def _is_unicode(text: str) -> bool:
 def unknown_keys(model: Keys, pointer: str) -> Iterator[Problem]:
     """Keys that no part of the document knows, wherever they stand."""
     for name in model.model_extra or {}:
-        yield Problem(
-            f"unknown key {name[:60]!r}{suggestion(name, type(model).model_fields)}", f"{pointer}/{escaped(name)}"
-        )
+        if name not in model.known_keys:
+            detail = f"unknown key {name[:60]!r}{suggestion(name, model.known_keys)}"
+            yield Problem(detail, f"{pointer}/{escaped(name)}")
     for name in type(model).model_fields:
         value = getattr(model, name)
         if isinstance(value, Keys):

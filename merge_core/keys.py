@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from merge_core.documents import Keys, validated
+from merge_core.documents import Keys, suggestion, validated
+from merge_core.patches.encoding import Encoding
+from merge_core.patches.encodings import ENCODINGS
 from merge_core.references import ModelRef
 from merge_core.settings import Parameters
 from merge_core.sizes import Bytes
 
 MIN_MEMORY = 512 * 2**20
+DEFAULT_RANK = 32
+"""Of an adapter of which the recipe says nothing more."""
 
 DTypeName = Annotated[
     Literal["float64", "float32", "float16", "bfloat16"],
@@ -130,10 +134,72 @@ class PatchEntry(Keys):
 
 
 class Outputs(Keys):
-    """How the result is stored. `max_shard_size`: the most bytes of tensors in one file."""
+    """What the result is and how it is stored: `full`, `delta` and `adapter` alone are read as the kind.
 
-    max_shard_size: Bytes = Field(5 * 10**9, ge=1)
+    Besides these keys there are those of the encoding, such as `rank` of `low_rank`, which an adapter is by nature.
+    """
+
+    kind: Literal["full", "delta", "adapter"] = Field(
+        "full", description="a model, its difference to base_model, or that as a LoRA adapter"
+    )
+    max_shard_size: Bytes = Field(5 * 10**9, ge=1, description="of a model: the most bytes of tensors in one file")
+    encoding: str | None = Field(
+        None, description="of a delta: how differences are stored", json_schema_extra={"enum": [*ENCODINGS, None]}
+    )
+    covariance: ModelRef | None = Field(
+        None, description="of what enters the columns of matrices, by tensor name: weighs low ranks as EoRA does"
+    )
+
     reversible: bool = Field(False, description="keep what patches changed as it was before, so that they come off")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, written: Any) -> Any:
+        return {"kind": written} if isinstance(written, str) else written
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.kind == "full":
+            if self.encoding or self.covariance:
+                raise ValueError("a model has no encoding and no covariance; write kind: delta or kind: adapter")
+            return self
+        if self.reversible:
+            raise ValueError(f"a base is there again without its {self.kind}; leave reversible away")
+        if "max_shard_size" in self.model_fields_set:
+            raise ValueError(f"a{'n' if self.kind == 'adapter' else ''} {self.kind} is one file; leave it away")
+        if self.kind == "adapter" and self.encoding is not None:
+            raise ValueError("an adapter is low_rank by its nature; leave encoding away")
+        if self.kind == "delta" and self.encoding is not None and self.encoding not in ENCODINGS:
+            known = ", ".join(ENCODINGS)
+            raise ValueError(
+                f"there is no encoding {self.encoding[:60]!r}{suggestion(self.encoding, ENCODINGS)} ({known})"
+            )
+        if self.covariance is not None and self._encoding is not ENCODINGS["low_rank"]:
+            raise ValueError("a covariance weighs low_rank only")
+        self.made_encoding()
+        return self
+
+    @property
+    def _encoding(self) -> type[Encoding]:
+        return ENCODINGS["low_rank" if self.kind == "adapter" else self.encoding or "sparse"]
+
+    @property
+    def known_keys(self) -> Collection[str]:
+        own = super().known_keys
+        return own if self.kind == "full" else [*own, *self._encoding.model_fields]
+
+    def made_encoding(self) -> Encoding:
+        """How differences are stored."""
+        fields = self._encoding.model_fields
+        given = {key: value for key, value in (self.model_extra or {}).items() if key in fields and value is not None}
+        if self.kind == "adapter" and not {"rank", "energy", "threshold"} & given.keys():
+            given["rank"] = DEFAULT_RANK
+        return validated(self._encoding, given)
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What bears on the bytes of the result's tensors: nothing of a model."""
+        return {} if self.kind == "full" else self.model_dump(mode="json", exclude_unset=True)
 
 
 class Limits(Keys):

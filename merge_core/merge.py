@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from merge_core.adapters import Adapter, is_adapter
 from merge_core.artifact import Artifact, read_artifact, write_companions
 from merge_core.blocks import CPU
 from merge_core.checkpoint import Checkpoint, check_below
+from merge_core.differences import DifferenceExecution, plan_difference, read_beside
 from merge_core.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -31,14 +32,14 @@ from merge_core.errors import (
     RecipeError,
 )
 from merge_core.execute import Execution, share_one_heap
-from merge_core.files import disk_error, fsync_folder, nearest_existing
+from merge_core.files import WrittenFile, disk_error, fsync_folder, nearest_existing
 from merge_core.journal import JOURNAL
 from merge_core.memory import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge_core.merged import MergedWeights, Unrounded, make_plan_in_stages
 from merge_core.method import Randomness
 from merge_core.patches.delta import Delta, find_delta
 from merge_core.patches.patched import Patch, Patched
-from merge_core.plan import Plan
+from merge_core.plan import Plan, Step
 from merge_core.progress import Progress, Report
 from merge_core.recipe import Recipe, referenced_models
 from merge_core.references import ModelRef
@@ -96,7 +97,8 @@ def merge(
             inputs = [models[model] for model in plan.models]
             with unfinished(partial):
                 draws = randomness or Randomness(recipe.seed)
-                return _carry_out(plan, inputs, stages, partial, out, draws, cache, where, report, stop)
+                work = _Work(plan, inputs, checkpoints, stages, draws, where, report, stop)
+                return work.carry_out(partial, out, cache)
     except OSError as error:
         raise disk_error(error, Path(error.filename or out), 0) from error
 
@@ -115,46 +117,99 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", int(number or 0))
 
 
-def _carry_out(
-    plan: Plan,
-    inputs: Sequence[Weights],
-    stages: Sequence[MergedWeights],
-    partial: Path,
-    out: Path,
-    randomness: Randomness,
-    cache: Path | None,
-    device: torch.device,
-    report: Report,
-    stop: Callable[[], bool],
-) -> Artifact:
-    try:
-        with ExitStack() as stack:
-            writer = stack.enter_context(ShardWriter(plan, partial))
-            sources = Sources(plan, inputs, cache, stop)
-            stack.callback(sources.close)
-            if device == CPU and any(step.is_fused for made in (plan, *plan.stages.values()) for step in made.steps):
-                kernels.load()
+@dataclass(frozen=True)
+class _Written:
+    """The weights that were written: their files, the digest of each tensor, warnings, how many were there before."""
+
+    files: Sequence[WrittenFile]
+    tensors: Mapping[str, str]
+    warnings: Sequence[str]
+    resumed: int
+
+
+@dataclass
+class _Work:
+    """A plan as it is carried out: `inputs` are its models, `opened` the models as they lie on the disk."""
+
+    plan: Plan
+    inputs: Sequence[Weights]
+    opened: Mapping[ModelRef, Weights]
+    stages: Sequence[MergedWeights]
+    randomness: Randomness
+    device: torch.device
+    report: Report
+    stop: Callable[[], bool]
+
+    def carry_out(self, partial: Path, out: Path, cache: Path | None) -> Artifact:
+        plan = self.plan
+        beside = [] if plan.difference is None else read_beside(plan, self.opened)
+        try:
+            with closing(Sources(plan, self.inputs, cache, self.stop, beside)) as sources:
+                if self.device == CPU and any(step.is_fused for made in self._plans for step in made.steps):
+                    kernels.load()
+                write = self._write_model if plan.difference is None else self._write_difference
+                written = write(partial, sources.merged)
+                hashes = sources.result()
+            for weights in (*self.inputs, *beside):
+                weights.check_unchanged()
+            warnings = (*plan.warnings, *written.warnings)
+            files = write_companions(
+                plan,
+                self.inputs,
+                partial,
+                weights=written.files,
+                tensors=written.tensors,
+                sources=hashes,
+                warnings=warnings,
+            )
+            _appear(partial, out)
+        except OSError as error:
+            raise disk_error(error, Path(error.filename or partial), 0) from error
+        return Artifact(out, tuple(files), written.tensors, warnings, written.resumed)
+
+    @property
+    def _plans(self) -> Iterator[Plan]:
+        yield self.plan
+        yield from self.plan.stages.values()
+
+    def _write_model(self, partial: Path, merged: Callable[[Step], None]) -> _Written:
+        with ShardWriter(self.plan, partial) as writer:
             execution = Execution(
-                plan, inputs, writer, randomness, sources.merged, Progress(), report, stop, device, stages=stages
+                self.plan,
+                self.inputs,
+                writer,
+                self.randomness,
+                merged,
+                Progress(),
+                self.report,
+                self.stop,
+                self.device,
+                stages=self.stages,
             )
             execution.run()
-            weights = writer.finish()
-            if plan.recipe.outputs.reversible:
+            files = writer.finish()
+            if self.plan.recipe.outputs.reversible:
                 execution.enter("keeping what the patches changed")
-                before = stages[-1]
+                before = self.stages[-1]
                 assert isinstance(before, Unrounded)
-                weights.append(write_reversal(plan, before, partial, writer.records, stop))
-            hashes = sources.result()
-        for checkpoint in inputs:
-            checkpoint.check_unchanged()
-        warnings = (*plan.warnings, *execution.warnings)
-        files = write_companions(
-            plan, inputs, partial, weights=weights, tensors=writer.digests, sources=hashes, warnings=warnings
+                files.append(write_reversal(self.plan, before, partial, writer.records, self.stop))
+            return _Written(files, writer.digests, execution.warnings, writer.resumed)
+
+    def _write_difference(self, partial: Path, merged: Callable[[Step], None]) -> _Written:
+        execution = DifferenceExecution(
+            self.plan,
+            self.inputs,
+            self.opened,
+            partial,
+            merged,
+            Progress(),
+            self.report,
+            self.stop,
+            self.device,
+            self.stages,
         )
-        _appear(partial, out)
-    except OSError as error:
-        raise disk_error(error, Path(error.filename or partial), 0) from error
-    return Artifact(out, tuple(files), writer.digests, warnings, writer.resumed)
+        execution.run()
+        return _Written(execution.files, execution.digests, execution.warnings, execution.resumed)
 
 
 def _check_output(out: Path, partial: Path) -> None:
@@ -234,7 +289,11 @@ def _planned(
 ) -> tuple[Plan, Mapping[ModelRef, Weights], Sequence[MergedWeights]]:
     """The plan, its models, and its stages; errors as the recipe sees the world."""
     try:
-        return make_plan_in_stages(recipe, checkpoints, patches, **how)
+        plan, models, stages = make_plan_in_stages(recipe, checkpoints, patches, **how)
+        if recipe.outputs.kind != "full":
+            inputs = [models[model] for model in plan.models]
+            plan = plan_difference(plan, inputs, checkpoints, how.get("memory"))
+        return plan, models, stages
     except CheckpointError as error:
         raise error.as_written(roots or (), error.problems[0].pointer or "#/tokenizer") from None
 

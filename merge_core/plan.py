@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from merge_core import __version__, kernels
 from merge_core.documents import canonical_json
@@ -19,7 +19,7 @@ from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.headers import TensorInfo
 from merge_core.kernels.vectors import RUN_ELEMENTS
 from merge_core.layout import ShardLayout
-from merge_core.method import MergeMethod, Scope
+from merge_core.method import ExactOn, MergeMethod, Scope
 from merge_core.recipe import Recipe
 from merge_core.references import ModelRef
 from merge_core.statistics import Grains
@@ -197,6 +197,22 @@ class ConfigEdit:
 
 
 @dataclass(frozen=True)
+class DifferencePlan:
+    """What is kept of the merged model: by what it differs from the base, as a `kind` of output in one `file`.
+
+    Its size only the values tell: `most_bytes` at most. `read_bytes` are read to compare; `threads` encode at once.
+    """
+
+    kind: Literal["delta", "adapter"]
+    file: str
+    encoding: str
+    most_bytes: int
+    read_bytes: int
+    threads: int
+    exact_on: ExactOn
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that will happen, as data."""
 
@@ -218,6 +234,7 @@ class Plan:
     patches: tuple[PlannedPatch, ...] = ()
     """Where there are any, the one model is a stage: all that comes before them."""
     is_before_patches: bool = False
+    difference: DifferencePlan | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Step]:
@@ -238,7 +255,9 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the tensors' files, and the most that a reversal can come to."""
+        """Bytes of the weights that are written, and the most that a reversal or a difference can come to."""
+        if self.difference is not None:
+            return self.difference.most_bytes
         reversal = sum(slot.nbytes for shard in self.shards for slot in shard.slots if slot.name in self.reversible)
         return sum(shard.size for shard in self.shards) + reversal
 
@@ -256,7 +275,8 @@ class Plan:
     def input_bytes(self) -> int:
         """Bytes read from the models, every pass counted that is reckoned with."""
         merging = sum(int(self._reads(step) * step.stored_bytes) for step in self.steps)
-        return merging + sum(stage._measuring_bytes for stage in self.stages.values())
+        compared = 0 if self.difference is None else self.difference.read_bytes
+        return merging + compared + sum(stage._measuring_bytes for stage in self.stages.values())
 
     @property
     def _measuring_bytes(self) -> int:
@@ -309,10 +329,13 @@ class Plan:
             "bytes_written": self.output_bytes,
             "peak_memory": self.memory.peak,
             "threads": self.memory.threads,
-            "shards": [{"file": shard.file, "size": shard.size, "tensors": len(shard.slots)} for shard in self.shards],
+            "bytes_written_at_most": self.difference is not None,
+            "shards": [{"file": file, "size": size, "tensors": tensors} for file, size, tensors in self._files()],
             "left_out": list(self.left_out),
             "warnings": list(self.warnings),
         }
+        if self.difference is not None:
+            plan["outputs"] = {"kind": self.difference.kind, "encoding": self.difference.encoding}
         if stages := {name: stage for name, stage in self.stages.items() if not stage.is_before_patches}:
             plan["stages"] = [{"name": str(name), **stage._stage_dict()} for name, stage in stages.items()]
         if self.patches:
@@ -320,6 +343,12 @@ class Plan:
                 {"patch": str(put.patch), "strength": put.strength, "tensors": len(put.tensors)} for put in self.patches
             ]
         return plan | ({"steps": [self._step_dict(step) for step in self.steps]} if steps else {})
+
+    def _files(self) -> list[tuple[str, int, int]]:
+        """Name, size and number of tensors of each file of weights."""
+        if self.difference is not None:
+            return [(self.difference.file, self.difference.most_bytes, len(self.steps))]
+        return [(shard.file, shard.size, len(shard.slots)) for shard in self.shards]
 
     def _stage_dict(self) -> dict[str, Any]:
         kept = ("method", "semantics", "scope", "models", "donor", "tensors", "tensors_merged", "left_out", "warnings")

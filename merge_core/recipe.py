@@ -185,6 +185,7 @@ class Recipe(Keys):
             {key: value for key, value in document.items() if key not in ("limits", "outputs")}
             for document in (data if isinstance(data, list) else [data])
         ]
+        kept[-1] |= {"outputs": self.outputs.meaning} if self.outputs.meaning else {}
         return kept if isinstance(data, list) else kept[0]
 
     def parameter_blocks(self) -> Iterator[tuple[str, Parameters, bool]]:
@@ -235,6 +236,7 @@ class Recipe(Keys):
             return f"patch, strength {', '.join(strengths)}"
         blocks = [files for document in documents for _, files, _ in document.statistics_blocks()]
         names = [name for files in blocks for name, file in files.items() if file == ref]
+        names += ["covariance"] if ref == self.outputs.covariance else []
         return f"statistics: {', '.join(dict.fromkeys(names))}" if names else ""
 
     def _structure(self) -> Iterator[Problem]:
@@ -254,6 +256,7 @@ class Recipe(Keys):
             yield Problem(f"{self.merge_method} measures over {scopes}, not over {self.scope}", "#/scope")
         if self.tokenizer is not None and self.tokenizer_source is not None:
             yield Problem("give tokenizer or tokenizer_source, not both", "#/tokenizer_source")
+        yield from self._output_structure()
         yield from self._template_structure()
         for i, put in enumerate(self.patches):
             if put.patch in [other.patch for other in self.patches[:i]]:
@@ -269,6 +272,16 @@ class Recipe(Keys):
                     yield Problem(f"{entry.model} is listed twice; give it one weight", f"{pointer}/models/{i}/model")
             for i, piece in enumerate(part.slices or []):
                 yield from _slice_structure(piece, f"{pointer}/slices/{i}")
+
+    def _output_structure(self) -> Iterator[Problem]:
+        kind = self.outputs.kind
+        if kind == "full":
+            return
+        if self.base_model is None:
+            yield Problem(f"the {kind} is what differs from a base; name it as base_model", "#/outputs")
+        elif self.base_model.adapter is not None:
+            what = f"{self.base_model} is a model with something on it, and a {kind} is put on a model that is stored"
+            yield Problem(f"{what}; write that model as base_model", "#/base_model")
 
     def _template_structure(self) -> Iterator[Problem]:
         text = self.chat_template
@@ -340,6 +353,8 @@ def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
     if recipe.vocabulary is not None and isinstance(recipe.vocabulary.source, ModelRef):
         key = "tokenizer/source" if recipe.tokenizer_source is None else "tokenizer_source"
         found.setdefault(recipe.vocabulary.source, f"#/{key}")
+    if recipe.outputs.covariance is not None:
+        found.setdefault(recipe.outputs.covariance, "#/outputs/covariance")
     return found
 
 

@@ -40,7 +40,7 @@ def write_reversal(
         pairs = [(Difference(clean, info, patched, patched.tensors.get(info.name), tick), Sparse()) for info in infos]
         removed = tuple(name for name in patched.tensors if name not in clean.tensors)
         extraction = Extraction(tuple(pairs), removed)
-        encoded = encode_all(extraction, folder, journal, threads=1)
+        encoded, _ = encode_all(extraction, folder, journal, threads=1, watch=tick)
         written, _ = assemble(encoded, extraction, folder, provenance(plan), name=REVERSAL_NAME, stop=tick)
     return written
 

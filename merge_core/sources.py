@@ -48,8 +48,14 @@ class Sources:
     """The input files of a plan while they are merged. `cache`: where hashes are kept, if anywhere."""
 
     def __init__(
-        self, plan: Plan, checkpoints: Sequence[Weights], cache: Path | None, stop: Callable[[], bool]
+        self,
+        plan: Plan,
+        checkpoints: Sequence[Weights],
+        cache: Path | None,
+        stop: Callable[[], bool],
+        beside: Sequence[Weights] = (),
     ) -> None:
+        """`beside`: what is read besides what the plan's steps read."""
         self._cache, self._stop, self._closed, self._opened_ns = cache, stop, False, time.time_ns()
         self._hashing = ThreadPoolExecutor(plan.memory.threads, thread_name_prefix="sources")
         self._checkpoints = checkpoints
@@ -62,6 +68,10 @@ class Sources:
             shard = checkpoints[model].shards[name]
             if shard.path not in self._files:
                 self._files[shard.path] = _File(shard, checkpoints[model].descriptor(name), self._kept(shard))
+        for weights in beside:
+            for name, shard in weights.shards.items():
+                if shard.path not in self._files:
+                    self._files[shard.path] = _File(shard, weights.descriptor(name), self._kept(shard))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._most_behind = memory // 4
         self._leave_cache = sum(file.shard.size for file in self._files.values()) + plan.output_bytes > memory

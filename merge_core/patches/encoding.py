@@ -23,6 +23,7 @@ from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.errors import CheckpointError, NonFinite
 from merge_core.files import disk_error
 from merge_core.headers import TensorInfo, clip
+from merge_core.method import ExactOn
 from merge_core.statistics import Grains
 from merge_core.weights import Weights
 
@@ -145,6 +146,7 @@ class Encoding(BaseModel, ABC):
     title: ClassVar[str]
     paper: ClassVar[str]
     tensor: ClassVar[type[DeltaTensor]]
+    exact_on: ClassVar[ExactOn] = "any machine"
 
     @abstractmethod
     def takes(self, difference: Difference) -> bool:

@@ -12,11 +12,12 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
 from blake3 import blake3
 
 from merge_core.dtypes import STORED, DType
@@ -36,6 +37,7 @@ _ALIGNMENT = 8
 _ONE_FILE = 2**62
 _READ = 2**22
 _LONGEST_PART = 32
+_WATCHED_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,13 @@ class Extraction:
 
     @classmethod
     def of(
-        cls, base: Weights, tuned: Weights, encoding: Encoding, tick: Callable[[int], None] = lambda count: None
-    ) -> Extraction:
+        cls,
+        base: Weights,
+        tuned: Weights,
+        encoding: Encoding,
+        tick: Callable[[int], None] = lambda count: None,
+        covariance: Weights | None = None,
+    ) -> Self:
         """Everything by which two models differ; what an encoding cannot store is stored without loss.
 
         Raises `IncompatibleModels`.
@@ -70,16 +77,16 @@ class Extraction:
             if len(info.name) > MAX_NAME_LENGTH - _LONGEST_PART:
                 detail = f"{info.name[:60]}… is too long a name for a delta, by {_LONGEST_PART} characters at most"
                 raise IncompatibleModels.of([Problem(detail, tensor=info.name)])
-            difference = Difference(tuned, info, base, base.tensors.get(info.name), tick)
+            difference = Difference(tuned, info, base, base.tensors.get(info.name), tick, covariance)
             fitting = next(each for each in (encoding, Dense(), Sparse()) if each.takes(difference))
             pairs.append((difference, fitting))
         return cls(tuple(pairs), tuple(name for name in base.tensors if name not in tuned.tensors))
 
-    @property
-    def most_bytes(self) -> int:
+    def most_bytes(self, provenance: Mapping[str, Any]) -> int:
         """The most that the file can come to."""
-        about_each = 400 + 8 * max((len(difference.name) for difference, _ in self.pairs), default=0)
-        return sum(encoding.most_bytes(difference) + about_each for difference, encoding in self.pairs)
+        about = [600 + 12 * len(difference.name.encode()) for difference, _ in self.pairs]
+        about += [4 * len(text.encode()) for text in (_json(provenance), _json(self.removed))]
+        return 1000 + sum(about) + sum(encoding.most_bytes(difference) for difference, encoding in self.pairs)
 
     @property
     def read_bytes(self) -> int:
@@ -102,41 +109,48 @@ def encode_all(
     *,
     threads: int,
     done: Callable[[Difference], None] = lambda difference: None,
-) -> list[Encoded]:
-    """Encode every tensor that differs into files below `folder`, going on where the journal ends."""
+    watch: Callable[[], None] = lambda: None,
+) -> tuple[list[Encoded], int]:
+    """Encode every tensor that differs into files below `folder`, going on where the journal ends; also how many were
+    encoded before. `done` is told of each that is; `watch` is called every now and then, and raises to stop.
+    """
     parts = folder / _PARTS
     if journal.is_new:
         shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(exist_ok=True)
     found: list[Encoded] = []
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+    resumed = 0
+    pool = ThreadPoolExecutor(threads, "encode", torch.set_num_threads, (1,))
     pending: deque[tuple[Difference, Future[Encoded | None]]] = deque()
 
     def collect() -> None:
         difference, future = pending.popleft()
-        encoded = future.result()
-        journal.note(_noted(difference), None if encoded is None else _to_data(encoded))
-        if encoded is not None:
+        while not wait([future], _WATCHED_SECONDS).done:
+            watch()
+        if (encoded := future.result()) is not None:
             found.append(encoded)
+        if _noted(difference) not in journal.notes or journal.notes[_noted(difference)] != _to_data(encoded):
+            journal.note(_noted(difference), _to_data(encoded))
         done(difference)
+        watch()
 
     try:
         for number, (difference, encoding) in enumerate(extraction.pairs):
-            if (known := _noted(difference)) in journal.notes:
-                encoded = _from_data(journal.notes[known])
-                if encoded is None or _is_there(encoded, parts):
-                    job: Future[Encoded | None] = Future()
-                    job.set_result(encoded)
-                    pending.append((difference, job))
-                    continue
-            pending.append((difference, pool.submit(_encode, difference, encoding, parts, number)))
+            known = journal.notes.get(_noted(difference), {})
+            if known is None or (known and _is_there(_from_data(known), parts)):
+                job: Future[Encoded | None] = Future()
+                job.set_result(None if known is None else _from_data(known))
+                resumed += 1
+            else:
+                job = pool.submit(_encode, difference, encoding, parts, number)
+            pending.append((difference, job))
             while len(pending) > 2 * threads:
                 collect()
         while pending:
             collect()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    return found
+    return found, resumed
 
 
 def _encode(difference: Difference, encoding: Encoding, folder: Path, number: int) -> Encoded | None:
@@ -159,7 +173,7 @@ def assemble(
     name: str = DELTA_NAME,
     stop: Callable[[], None] = lambda: None,
 ) -> tuple[WrittenFile, dict[str, str]]:
-    """Put the delta together from its parts, which are removed; the file, and the blake3 of each of its tensors."""
+    """Put the delta together from its parts, which are gone then; the file, and the blake3 of each of its tensors."""
     about = {difference.name: difference for difference, _ in extraction.pairs}
     metadata = {
         "format": FORMAT,
@@ -181,7 +195,10 @@ def assemble(
 
 
 def write_file(layout: ShardLayout, folder: Path, files: Mapping[str, Path], stop: Callable[[], None]) -> WrittenFile:
-    """A safetensors file of tensors that lie in files of their own. Raises `IncompatibleModels` for too many."""
+    """A safetensors file of tensors that lie in files of their own, each of which is removed once it is in there.
+
+    Raises `IncompatibleModels` where there are too many.
+    """
     if len(layout.header) > MAX_HEADER_BYTES:
         what = f"the header of {layout.file} would take {len(layout.header):,} bytes; {MAX_HEADER_BYTES:,} may be read"
         raise IncompatibleModels(what)
@@ -194,6 +211,7 @@ def write_file(layout: ShardLayout, folder: Path, files: Mapping[str, Path], sto
                     stop()
                     digest.update(data)
                     file.write(data)
+                files[slot.name].unlink()
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -234,19 +252,18 @@ def _noted(difference: Difference) -> str:
     return f"encoded {difference.name}"
 
 
-def _to_data(encoded: Encoded) -> dict[str, Any]:
-    data = asdict(encoded)
+def _to_data(encoded: Encoded | None) -> dict[str, Any] | None:
+    if encoded is None:
+        return None
+    data = asdict(encoded) | {"parts": [asdict(part) for part in encoded.parts]}
     if encoded.base is not None:
-        data["base"]["dtype"] = encoded.base.dtype.name
+        data["base"] |= {"dtype": encoded.base.dtype.name, "shape": list(encoded.base.shape)}
     for part, written in zip(data["parts"], encoded.parts, strict=True):
-        part["dtype"] = written.dtype.name
+        part["dtype"], part["shape"] = written.dtype.name, list(written.shape)
     return data
 
 
-def _from_data(data: Mapping[str, Any] | None) -> Encoded | None:
-    if data is None:
-        return None
-
+def _from_data(data: Mapping[str, Any]) -> Encoded:
     def typed(found: Mapping[str, Any]) -> dict[str, Any]:
         dtype: DType = STORED[found["dtype"]]
         return {**found, "dtype": dtype, "shape": tuple(found["shape"])}

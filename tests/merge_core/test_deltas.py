@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import IncompatibleModels
 from merge_core.journal import JOURNAL, Journal
+from merge_core.merge import merge, plan_only
 from merge_core.patches.delta import DELTA_NAME, Delta
 from merge_core.patches.encoding import Encoding
 from merge_core.patches.encodings.dense import Dense
@@ -21,7 +24,8 @@ from merge_core.patches.encodings.sign import Sign
 from merge_core.patches.encodings.sparse import Sparse
 from merge_core.patches.patched import Patch, Patched
 from merge_core.patches.writing import Extraction, assemble, encode_all
-from tests.conftest import mixed_tensors, write_checkpoint
+from merge_core.recipe import Recipe
+from tests.conftest import method_recipe, mixed_tensors, write_checkpoint
 
 Tensors = Mapping[str, Tensor]
 DTYPES = [
@@ -46,7 +50,7 @@ def extract(folder: Path, base: Tensors, tuned: Tensors, encoding: Encoding) -> 
         extraction = Extraction.of(one, other, encoding)
         journal = Journal(out / JOURNAL, "")
         journal.open()
-        encoded = encode_all(extraction, out, journal, threads=2)
+        encoded, _ = encode_all(extraction, out, journal, threads=2)
         assemble(encoded, extraction, out, {})
         journal.close()
     (out / JOURNAL).unlink()
@@ -216,3 +220,36 @@ def test_a_change_may_go_onto_another_base(tmp_path: Path):
     write_checkpoint(tmp_path / "other", {"w": torch.zeros(30, 7).half()})
 
     torch.testing.assert_close(patched(tmp_path / "other", delta)["w"], torch.ones(30, 7))
+
+
+# As the output of a merge.
+
+
+def run(models: Path, out: str, recipe: dict[str, Any], **how: Any) -> Path:
+    """Carry out a recipe on the models of the fixture; the folder of the result."""
+    merge(Recipe.from_data(recipe), models / out, roots=[models], threads=2, **how)
+    return models / out
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    with Checkpoint.open(folder) as model:
+        return {name: model.rows(info, 0, info.rows) for name, info in model.tensors.items()}
+
+
+@pytest.mark.parametrize("title", ["linear", "ties-model", "slerp", "tsv_m"])
+def test_a_merge_as_a_delta_is_the_merge(models: Path, title: str):
+    recipe = method_recipe(title) | {"base_model": "base"}
+
+    full = run(models, "full", recipe)
+    delta = run(models, "delta", recipe | {"outputs": "delta"})
+    again = run(models, "again", {"merge_method": "passthrough", "models": [{"model": "base+delta"}]})
+
+    assert_same_bits(tensors_of(again), tensors_of(full))
+    lock = json.loads((delta / "merge.lock.json").read_text())
+    assert lock["files"][0]["path"] == DELTA_NAME
+    assert any(source["model"] == "base" and source["files"] for source in lock["sources"])
+    for name in ("config.json", "README.md", "mergekit_config.yml"):
+        assert (delta / name).is_file()
+    planned = plan_only(Recipe.from_data(recipe | {"outputs": "delta"}), roots=[models])
+    assert planned.to_dict()["bytes_written_at_most"]
+    assert (delta / DELTA_NAME).stat().st_size <= planned.output_bytes

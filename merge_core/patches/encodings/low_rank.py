@@ -24,6 +24,7 @@ from merge_core.dtypes import OUTPUT
 from merge_core.errors import NonFinite
 from merge_core.kernels.vectors import RUN_ELEMENTS, Rows
 from merge_core.matrices import Delta, held_for_directions, root_of, runs, strongest
+from merge_core.method import ExactOn
 from merge_core.patches.encoding import DeltaTensor, Difference, Encoding, FactorDType, Parts
 
 _RUN_BYTES = 48
@@ -77,6 +78,7 @@ class LowRank(Encoding):
     title: ClassVar[str] = "Strongest directions (truncated SVD, EoRA)"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.21271"
     tensor: ClassVar[type[DeltaTensor]] = LowRankTensor
+    exact_on: ClassVar[ExactOn] = "this machine"
 
     rank: int | None = Field(None, ge=1, le=2**16, description="k: how many directions of each matrix")
     energy: float | None = Field(None, gt=0, le=1, description="as many directions as hold this share of Σσ²")
@@ -107,7 +109,7 @@ class LowRank(Encoding):
         weighted = difference.covariance is not None and difference.name in difference.covariance.tensors
         held = held_for_directions(difference.info.shape, self.rank, weighted=weighted) + 1
         run = _RUN_BYTES * min(max(RUN_ELEMENTS, width), elements)
-        kept = difference.dtype.itemsize if difference.is_computed else 0
+        kept = 2 * difference.dtype.itemsize if difference.is_computed else 0
         return math.ceil(elements * (held * difference.working.itemsize + kept)) + run + difference.block_bytes
 
     def encode(self, difference: Difference, parts: Parts) -> Mapping[str, Any] | None:
@@ -159,7 +161,7 @@ class LowRank(Encoding):
         """Base and tuned rows, read by runs; rows that have to be computed are computed once."""
 
         def tuned() -> Tensor:
-            return difference.tuned.rows(difference.info, 0, difference.info.rows)
+            return torch.cat([rows for _, _, rows in difference.tuned_blocks()])
 
         base_info = difference.base_info
         assert base_info is not None

@@ -150,7 +150,7 @@ class Sparse(Encoding):
         return True
 
     def most_bytes(self, difference: Difference) -> int:
-        return difference.info.nbytes + -(-difference.info.elements // 8)
+        return difference.info.nbytes
 
     def work_bytes(self, difference: Difference) -> int:
         return difference.block_bytes + 10 * max(8 * _RUN, difference.block_elements)
