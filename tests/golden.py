@@ -20,11 +20,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from merge_core.alignment.matching import match, match_many
+from merge_core.alignment.permutations import Permuted
+from merge_core.alignment.spec import Indexed, PermutationSpec
+from merge_core.checkpoint import Checkpoint
 from merge_core.coefficients.greedy_soup import greedy_soup
 from merge_core.merge import merge
 from merge_core.method import Randomness
 from merge_core.methods import METHODS
 from merge_core.recipe import Recipe
+from merge_core.weights import Weights
 
 Case = Mapping[str, Any]
 
@@ -425,6 +430,8 @@ def run_case(folder: Path, case: Case, scratch: Path) -> str:
         return _run_whole_recipe(folder, case, scratch)
     if case["method"] == "greedy_soup":
         return _greedy_soup(folder, case, scratch)
+    if case["method"] in ALIGNMENTS:
+        return ALIGNMENTS[case["method"]](folder, case)
     if case["method"] not in ADAPTERS:
         raise Skip(f"no method {case['method']} here yet")
     run = ADAPTERS[case["method"]](case)
@@ -465,6 +472,60 @@ def _greedy_soup(folder: Path, case: Case, scratch: Path) -> str:
         if [f"model_{number}" for number in getattr(found, what)] != case["expected"][what]:
             return f"{what}: {getattr(found, what)}, expected {case['expected'][what]}"
     return _compare(soup(found.ingredients), load_file(folder / case["output"]), case["tolerance"], {})
+
+
+def _weight_matching(folder: Path, case: Case) -> str:
+    """The authors' visits in their order: the same permutations, and the same midpoint of the models."""
+    stored, expected = load_file(folder / case["output"]), case["expected"]
+    with (
+        Checkpoint.open(folder / case["inputs"]["models"][0]) as a,
+        Checkpoint.open(folder / case["inputs"]["models"][1]) as b,
+    ):
+        spec = PermutationSpec.from_data(case["params"]["axes_to_perm"], _shapes(a))
+        found = match(spec, a, b, visit_orders=expected["visit_orders"])
+        one, other = _all_rows(a), _all_rows(Permuted(b, spec, found.indexed))
+    if len(found.visit_orders) != expected["iterations"]:
+        return f"{len(found.visit_orders)} sweeps, expected {expected['iterations']}"
+    for what in ("l2_before", "l2_after"):
+        if abs(getattr(found, what) - expected[what]) > 1e-6 * expected[what]:
+            return f"{what} is {getattr(found, what)}, expected {expected[what]}"
+    ours = {f"perm.{name}": torch.from_numpy(index) for name, index in found.indexed.items()}
+    ours |= {f"permuted_b.{name}": tensor for name, tensor in other.items()}
+    ours |= {f"midpoint.{name}": (one[name] + other[name]) / 2 for name in one}
+    return _compare(ours, stored, case["tolerance"], {})
+
+
+def _merge_many(folder: Path, case: Case) -> str:
+    """The order of visits is random, so only how far the models are from their mean can be compared."""
+    models = [Checkpoint.open(folder / path) for path in case["inputs"]["models"]]
+    spec = PermutationSpec.from_data(case["params"]["axes_to_perm"], _shapes(models[0]))
+
+    def dispersion(indexed: Sequence[Indexed]) -> float:
+        tensors = [_all_rows(Permuted(model, spec, each)) for model, each in zip(models, indexed, strict=True)]
+        far = [torch.stack([each[name].double() for each in tensors]) for name in tensors[0]]
+        return sum(float((each - each.mean(0)).square().sum()) for each in far) / len(models)
+
+    before = dispersion([spec.identity()] * len(models))
+    after = dispersion(match_many(spec, models).indexed)
+    for model in models:
+        model.close()
+    expected = case["expected"]
+    if abs(before - expected["dispersion_before"]) > 1e-6 * before:
+        return f"dispersion_before is {before}, expected {expected['dispersion_before']}"
+    if after > 1.02 * expected["dispersion_after"]:
+        return f"dispersion_after is {after}, expected at most 1.02 * {expected['dispersion_after']}"
+    return ""
+
+
+def _shapes(model: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in model.tensors.items()}
+
+
+def _all_rows(model: Weights) -> dict[str, Tensor]:
+    return {name: model.rows(info, 0, info.rows) for name, info in model.tensors.items()}
+
+
+ALIGNMENTS = {"weight_matching": _weight_matching, "merge_many": _merge_many}
 
 
 def _run_whole_recipe(folder: Path, case: Case, scratch: Path) -> str:

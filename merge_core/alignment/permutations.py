@@ -170,17 +170,7 @@ class Permuted(Derived):
         if not self._is_moved(info):
             return self.inner.rows(info, start, stop, space)
         first, *others = self._indices(info.name)
-        out = torch.empty(self.row_bytes(info) * (stop - start), dtype=torch.uint8) if space is None else space
-        found = self._gathered(info, first, start, stop, out)
-        shape = (stop - start, *info.shape[1:])
-        if any(index is not None for index in others) and found.numel():
-            rows = found.view(_INTEGERS[info.dtype.itemsize]).reshape(shape)
-            for axis, index in enumerate(others, 1):
-                if index is not None:
-                    rows = rows.index_select(axis, torch.from_numpy(index))
-            found = out[: found.numel()]
-            found.copy_(rows.reshape(-1).view(torch.uint8))
-        return found.view(info.dtype.torch).reshape(shape)
+        return gather(self.inner, info, range(start, stop) if first is None else first[start:stop], others, space)
 
     def place(self, info: TensorInfo) -> tuple[int, int] | None:
         return None if self._is_moved(info) else self.inner.place(info)
@@ -208,33 +198,55 @@ class Permuted(Derived):
         assert self._indexed is not None, "the permutations are not known yet"
         return self.spec.indices(tensor, self._indexed)
 
-    def _gathered(self, info: TensorInfo, index: Indices | None, start: int, stop: int, out: Tensor) -> Tensor:
-        """The bytes of rows `start` to `stop` of the permuted tensor, its columns as they were: in `out`."""
-        size = self.row_bytes(info)
-        out = out[: size * (stop - start)]
-        if size == 0 or stop == start:
-            return out
-        if index is None:
-            return _bytes(self.inner.rows(info, start, stop, out))
-        sources = index[start:stop]
-        rows = out.view(-1, size)
-        if self.inner.is_whole(info):
-            whole = _bytes(self.inner.rows(info, 0, info.rows)).view(-1, size)
-            torch.index_select(whole, 0, torch.from_numpy(sources), out=rows)
-            return out
-        order = np.argsort(sources, kind="stable")
-        for places in _reads(sources[order], order, size):
-            first, last = int(sources[places[0]]), int(sources[places[-1]]) + 1
-            if bool((np.diff(places) == 1).all()) and last - first == len(places):
-                begin = int(places[0])
-                target = out[begin * size : (begin + len(places)) * size]
-                read = _bytes(self.inner.rows(info, first, last, target))
-                if read.data_ptr() != target.data_ptr():
-                    target.copy_(read)
-            else:
-                read = _bytes(self.inner.rows(info, first, last)).view(-1, size)
-                rows[torch.from_numpy(places)] = read[torch.from_numpy(sources[places] - first)]
-        return out
+
+def gather(
+    weights: Weights,
+    info: TensorInfo,
+    rows: Indices | range,
+    others: Sequence[Indices | None],
+    space: Tensor | None = None,
+) -> Tensor:
+    """These rows of a tensor, one behind the other, with its other axes rearranged (None: as they are).
+
+    They are put into `space` (uint8, large enough) if it is given.
+    """
+    size, shape = Weights.row_bytes(info), (len(rows), *info.shape[1:])
+    out = torch.empty(size * len(rows), dtype=torch.uint8) if space is None else space[: size * len(rows)]
+    if not out.numel():
+        return out.view(info.dtype.torch).reshape(shape)
+    if isinstance(rows, range):
+        read = _bytes(weights.rows(info, rows.start, rows.stop, out))
+        if read.data_ptr() != out.data_ptr():
+            out.copy_(read)
+    else:
+        _gather_rows(weights, info, rows, out.view(-1, size))
+    if any(index is not None for index in others):
+        turned = out.view(_INTEGERS[info.dtype.itemsize]).reshape(shape)
+        for axis, index in enumerate(others, 1):
+            if index is not None:
+                turned = turned.index_select(axis, torch.from_numpy(index))
+        out.copy_(_bytes(turned))
+    return out.view(info.dtype.torch).reshape(shape)
+
+
+def _gather_rows(weights: Weights, info: TensorInfo, rows: Indices, out: Tensor) -> None:
+    """Put the bytes of these rows into `out`, `[rows, bytes of a row]`."""
+    size = out.shape[1]
+    if weights.is_whole(info):
+        torch.index_select(_bytes(weights.rows(info, 0, info.rows)).view(-1, size), 0, torch.from_numpy(rows), out=out)
+        return
+    order = np.argsort(rows, kind="stable")
+    for places in _reads(rows[order], order, size):
+        first, last = int(rows[places[0]]), int(rows[places[-1]]) + 1
+        begin, count = int(places[0]), len(places)
+        if last - first == count and bool((np.diff(places) == 1).all()):
+            target = _bytes(out[begin : begin + count])
+            read = _bytes(weights.rows(info, first, last, target))
+            if read.data_ptr() != target.data_ptr():
+                target.copy_(read)
+        else:
+            read = _bytes(weights.rows(info, first, last)).view(-1, size)
+            out[torch.from_numpy(places)] = read[torch.from_numpy(rows[places] - first)]
 
 
 def _bytes(rows: Tensor) -> Tensor:
