@@ -13,7 +13,7 @@ import click
 
 from merge_core import __version__
 from merge_core.errors import WeightsmithError
-from merge_core.imports import without_collections
+from merge_core.imports import quick_imports
 
 if TYPE_CHECKING:
     from merge_core.progress import Progress as MergeProgress
@@ -102,7 +102,7 @@ def merge(
     """
     most, shard = _size(memory), _size(shard_size)
     with _told("interrupted; the same command goes on from here"):
-        with without_collections():
+        with quick_imports():
             from merge_core import merge as core
 
         with _progress_bar() as report:
@@ -134,7 +134,7 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
 
     most = _size(memory)
     with _told():
-        with without_collections():
+        with quick_imports():
             from merge_core.merge import plan_only
 
         made = plan_only(_read(recipe), memory=most, threads=threads).to_dict(steps=steps)
@@ -175,7 +175,7 @@ def import_(file: Path) -> None:
     Keys without effect are taken out, and told on the standard error output with what mergekit does with them.
     """
     with _told():
-        with without_collections():
+        with quick_imports():
             from merge_core.published import read_published
 
         published = read_published(sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes())

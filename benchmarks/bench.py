@@ -179,6 +179,7 @@ def measure(work: Path, size: str, recipe: Mapping[str, Any], models: Sequence[s
     os.sync()
     text = json.dumps({**recipe, "models": [{"model": model} for model in models]})
     environment = {**os.environ, "WEIGHTSMITH_KERNELS": form, "OMP_NUM_THREADS": "1", "BENCH_STARTED": str(time.time())}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode, as mergekit has
     command = [sys.executable, "-m", "benchmarks.one", str(work / size), str(out), str(work / "cache")]
     begun, before = time.perf_counter(), os.times()
     ran = subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=environment)

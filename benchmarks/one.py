@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from merge_core.imports import without_collections
+from merge_core.imports import quick_imports
 
-with without_collections():
+with quick_imports():
     from merge_core import blocks, execute, shards
     from merge_core.merge import merge
     from merge_core.recipe import Recipe

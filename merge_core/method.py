@@ -258,7 +258,7 @@ class MergeMethod(BaseModel, ABC):
     where the same recipe gives the same bytes, which with BLAS or LAPACK is not any machine.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, defer_build=True)
 
     name: ClassVar[str]
     title: ClassVar[str]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import re
 import threading
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.errors import Canceled
+from merge_core.files import PAGE
 from merge_core.headers import Shard
 from merge_core.plan import Plan, Source, Step
 from merge_core.weights import Weights
@@ -126,10 +128,11 @@ class Sources:
         while file.hashed < end:
             if self._closed or self._stop():
                 raise Canceled("the merge was canceled")
-            count = os.preadv(file.descriptor, [view[: min(_READ, end - file.hashed)]], file.hashed)
+            part = view[file.hashed % PAGE :][: min(_READ, end - file.hashed)]  # see `kernels.compiled._window`
+            count = os.preadv(file.descriptor, [part], file.hashed)
             if count == 0:
                 return  # the file became shorter, which `Weights.check_unchanged` tells
-            file.sha256.update(view[:count])
+            file.sha256.update(part[:count])
             file.hashed += count
         if self._leave_cache:
             self._drop(file, begin, end)
@@ -167,7 +170,7 @@ class Sources:
 _threads = threading.local()
 
 
-def _space_of_this_thread() -> bytearray:
+def _space_of_this_thread() -> mmap.mmap:
     if not hasattr(_threads, "space"):
-        _threads.space = bytearray(_READ)
+        _threads.space = mmap.mmap(-1, _READ + PAGE)
     return _threads.space  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from merge_core.errors import Canceled, WeightsmithError
-from merge_core.imports import without_collections
+from merge_core.imports import quick_imports
 from workers.celery_app import celery_app
 from workers.jobs import JobState, JobStore, Lease, LeaseLost
 from workers.kinds import WORK
@@ -78,7 +78,7 @@ def _end(settings: Settings, keeper: Keeper, move: Callable[[Lease], None]) -> N
 
 def _run(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
     # Here and not above: torch must be imported in the child that uses it, and only once the lease is kept alive.
-    with without_collections():
+    with quick_imports():
         from merge_core.merge import adopt
 
         work = WORK[lease.kind]()

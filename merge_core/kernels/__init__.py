@@ -25,7 +25,7 @@ from torch import Tensor
 
 from merge_core import random
 from merge_core.kernels import plain
-from merge_core.kernels.vectors import KEEP_ALL_TIES, Numbers, Rows, TaskVectors
+from merge_core.kernels.vectors import KEEP_ALL_TIES, PAGE, Numbers, Rows, TaskVectors
 from merge_core.statistics import Sums
 
 Vote = Literal["plus", "majority"]
@@ -396,10 +396,11 @@ class _Space(threading.local):
         self._buffer = np.empty(0, np.uint8)
 
     def take(self, sources: int, size: int) -> NDArray[np.uint8]:
-        """`[sources, size]`, until the thread asks again."""
-        size = -(-size // 64) * 64
+        """`[sources, size and a page]`, each row on a page, until the thread asks again."""
+        size = (-(-size // PAGE) + 1) * PAGE if size else 0
         if self._buffer.size < sources * size:
-            self._buffer = np.empty(sources * size, np.uint8)
+            whole = np.empty(sources * size + PAGE, np.uint8)
+            self._buffer = whole[-whole.ctypes.data % PAGE :][: sources * size]
         return self._buffer[: sources * size].reshape(sources, size)
 
 
