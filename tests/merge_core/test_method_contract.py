@@ -29,7 +29,7 @@ def example(method: type[MergeMethod], models: int) -> MergeMethod:
 
 
 def count_of(method: type[MergeMethod]) -> int:
-    return method.count[1] or 3
+    return min(3, method.count[1] or 3)
 
 
 def make(

@@ -168,14 +168,14 @@ def test_layer_numbers_are_written_one_way_only(models: Path) -> None:
 
 
 def test_thousands_of_tensors_are_planned_in_seconds(tmp_path: Path) -> None:
-    entries = {f"block{i}.w": {"dtype": "U8", "shape": [1, 1], "data_offsets": [i, i + 1]} for i in range(20_000)}
+    entries = {f"block{i}.w": {"dtype": "U8", "shape": [1, 1], "data_offsets": [i, i + 1]} for i in range(5_000)}
     header = json.dumps(entries).encode()
     (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(20_000))
+    (tmp_path / "m" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(5_000))
     (tmp_path / "m" / "config.json").write_text('{"tie_word_embeddings": true}')
     started = time.monotonic()
     planned(tmp_path, {"merge_method": "passthrough", "models": [{"model": "m"}]})
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 10
 
 
 def test_a_listed_base_has_no_delta_and_needs_no_weight(models: Path) -> None:
