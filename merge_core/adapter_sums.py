@@ -8,7 +8,6 @@ weights and signs are on B alone. s is the adapters' own scale where they share 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,16 @@ import torch
 from torch import Tensor
 
 from merge_core import __version__
-from merge_core.adapters import CONFIG_NAME, MAX_RANK, PREFIX, WEIGHTS_NAME, Adapter, AdapterConfig, Factors
+from merge_core.adapters import (
+    CONFIG_NAME,
+    MAX_RANK,
+    PREFIX,
+    WEIGHTS_NAME,
+    Adapter,
+    AdapterConfig,
+    Factors,
+    lora_config,
+)
 from merge_core.documents import canonical_json
 from merge_core.dtypes import FLOAT32, FLOAT64, OUTPUT, DType
 from merge_core.errors import Problem
@@ -256,30 +264,18 @@ class _SumPlanner:
         return FLOAT64 if FLOAT64 in stored else FLOAT32
 
     def _config(self, modules: Sequence[str]) -> dict[str, Any]:
-        """`adapter_config.json` of the sum: the most common rank and alpha, and patterns for the others."""
+        """`adapter_config.json` of the sum."""
         configs = [placed.adapter.config for placed in self.placed]
         alphas = {module: _plain(self.scales[module] * self.ranks[module]) for module in modules}
-        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (self.ranks, alphas))
-        by_length = sorted(modules, key=lambda module: (-len(module), module))
         targets = {_targets(config) for config in configs}
-        return {
-            "peft_type": "LORA",
-            "task_type": configs[0].task_type,
-            "base_model_name_or_path": configs[0].base_model_name_or_path,
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {module: self.ranks[module] for module in by_length if self.ranks[module] != rank},
-            "alpha_pattern": {module: alphas[module] for module in by_length if alphas[module] != alpha},
-            "target_modules": list(targets.pop()) if len(targets) == 1 and () not in targets else sorted(modules),
-            "modules_to_save": None,
-            "fan_in_fan_out": configs[0].fan_in_fan_out,
-            "bias": "none",
-            "use_rslora": False,
-            "use_dora": False,
-            "lora_dropout": 0.0,
-            "init_lora_weights": True,
-            "inference_mode": True,
-        }
+        return lora_config(
+            self.ranks,
+            alphas,
+            base=configs[0].base_model_name_or_path,
+            task_type=configs[0].task_type,
+            targets=targets.pop() if len(targets) == 1 and () not in targets else sorted(modules),
+            fan_in_fan_out=configs[0].fan_in_fan_out,
+        )
 
 
 def _coefficients(method: MergeMethod, count: int) -> tuple[float, ...]:

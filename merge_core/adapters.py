@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,39 @@ def is_adapter(path: Path) -> bool:
         return (path / CONFIG_NAME).is_file() and not any((path / name).exists() for name in _WHOLE_MODELS)
     except OSError:
         return False  # whoever opens it says what is wrong with the name
+
+
+def lora_config(
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    *,
+    base: str | None,
+    task_type: str | None,
+    targets: Sequence[str],
+    saved: Sequence[str] = (),
+    fan_in_fan_out: bool = False,
+) -> dict[str, Any]:
+    """`adapter_config.json` for modules of these ranks and alphas: the commonest, and patterns for the others."""
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    by_length = sorted(ranks, key=lambda module: (-len(module), module))
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {module: ranks[module] for module in by_length if ranks[module] != rank},
+        "alpha_pattern": {module: alphas[module] for module in by_length if alphas[module] != alpha},
+        "target_modules": list(targets),
+        "modules_to_save": list(saved) or None,
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
 
 
 class AdapterConfig(BaseModel):

@@ -58,7 +58,7 @@ def write_companions(
     """Write everything beside the weights into `folder`; the lock, which names all other files, comes last."""
     donor = checkpoints[plan.donor]
     files = list(weights)
-    if donor.config and plan.adapter_config is None:
+    if donor.config and not plan.is_adapter:
         files.append(write_text(folder / "config.json", json.dumps(plan.edited_config(donor.config), indent=2) + "\n"))
     if plan.adapter_config is not None:
         text = json.dumps(plan.adapter_config, indent=2, ensure_ascii=False) + "\n"
@@ -112,11 +112,10 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
         if path and not role.startswith(("statistics", "patch"))
     ]
     named = [part for part in dict.fromkeys(parts) if _HUB_ID.fullmatch(part)]
-    is_adapter = plan.adapter_config is not None
-    front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
+    front: dict[str, Any] = {"library_name": "peft" if plan.is_adapter else "transformers"}
     front["tags"] = ["merge", "weightsmith", plan.recipe.merge_method]
     if named:
-        front = {"base_model": named, "base_model_relation": "adapter" if is_adapter else "merge"} | front
+        front = {"base_model": named, "base_model_relation": "adapter" if plan.is_adapter else "merge"} | front
     title = plan.recipe.name or f"{plan.recipe.merge_method} merge"
     paragraphs = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",

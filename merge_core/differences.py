@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from merge_core import __version__
+from merge_core.adapters import WEIGHTS_NAME
 from merge_core.blocks import CPU
 from merge_core.errors import Canceled, IncompatibleModels, MemoryLimitExceeded, Problem
-from merge_core.files import WrittenFile
 from merge_core.journal import JOURNAL, Journal
 from merge_core.memory import FLOOR_BYTES
 from merge_core.merged import MergedWeights
 from merge_core.patches.delta import DELTA_NAME
 from merge_core.patches.encoding import Difference
+from merge_core.patches.lora import AdapterExtraction, assemble_adapter
 from merge_core.patches.writing import Extraction, assemble, encode_all
 from merge_core.plan import DifferencePlan, Plan
 from merge_core.progress import Progress, Report
@@ -64,7 +65,7 @@ def plan_difference(
         memory=replace(plan.memory, peak=peak),
         difference=DifferencePlan(
             kind=recipe.outputs.kind,
-            file=DELTA_NAME,
+            file=WEIGHTS_NAME if recipe.outputs.kind == "adapter" else DELTA_NAME,
             encoding=encoding.name,
             most_bytes=extraction.most_bytes(_provenance(plan)),
             read_bytes=sum(difference.base_info.nbytes for difference, _ in extraction.pairs if difference.base_info),
@@ -98,7 +99,8 @@ def _extraction(
 ) -> Extraction:
     outputs = plan.recipe.outputs
     covariance = opened[outputs.covariance] if outputs.covariance is not None else None
-    extraction = Extraction.of(base, merged, outputs.made_encoding(), tick, covariance)
+    made = AdapterExtraction if outputs.kind == "adapter" else Extraction
+    extraction = made.of(base, merged, outputs.made_encoding(), tick, covariance)
     if covariance is not None:
         _check_covariance(plan, covariance, extraction)
     return extraction
@@ -184,9 +186,17 @@ class DifferenceExecution:
         finally:
             torch.set_num_threads(before)
         self._enter("writing")
-        file, self.digests = assemble(encoded, extraction, self.partial, _provenance(self.plan), stop=self._watch)
-        self.files: list[WrittenFile] = [file]
-        self.progress.bytes_written += file.size
+        if isinstance(extraction, AdapterExtraction):
+            base = str(self.plan.recipe.base_model)
+            self.files, self.digests, notes = assemble_adapter(
+                encoded, extraction, self.partial, base, stop=self._watch
+            )
+            for note in notes:
+                self._warn(note)
+        else:
+            file, self.digests = assemble(encoded, extraction, self.partial, _provenance(self.plan), stop=self._watch)
+            self.files = [file]
+        self.progress.bytes_written += sum(file.size for file in self.files)
         self.warnings.sort()
         self.progress.complete()
         self._watch()

@@ -254,6 +254,11 @@ class Plan:
         return tuple(sorted(found, key=lambda step: step.name))
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether the output is an adapter and no model."""
+        return self.adapter_config is not None or (self.difference is not None and self.difference.kind == "adapter")
+
+    @property
     def output_bytes(self) -> int:
         """Bytes of the weights that are written, and the most that a reversal or a difference can come to."""
         if self.difference is not None:

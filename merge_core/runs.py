@@ -134,7 +134,15 @@ class Structure:
     @property
     def donor(self) -> ModelRef:
         """Whose tensors, config and tokenizer the output has, as far as slices do not say otherwise."""
-        return self.recipe.base_model or self.runs[0].donor.ref
+        return self.base or self.runs[0].donor.ref
+
+    @property
+    def base(self) -> ModelRef | None:
+        """The base that the merge is about: none where a model is copied only to be compared with it, so that whatever
+        that model has besides is kept.
+        """
+        is_compared = self.recipe.outputs.kind != "full" and self.recipe.method.copies
+        return None if is_compared else self.recipe.base_model
 
     @property
     def taking_part(self) -> dict[ModelRef, str]:
@@ -179,7 +187,7 @@ class Structure:
         donor = self.checkpoints[self.donor]
         modules = self._modules()
         rest = [info for info in donor.tensors.values() if not any(module.holds(info.name) for module in modules)]
-        source = Input(self.donor, {}, "#/base_model" if self.recipe.base_model else self.runs[0].donor.pointer)
+        source = Input(self.donor, {}, "#/base_model" if self.base else self.runs[0].donor.pointer)
         heads = self._tied_heads(self.donor, [source], {info.name: info for info in rest}) if rest else set()
         run = Run([source], None, (), "#", is_copied=True)
         return [(run, _around(run, self.donor, [info for info in rest if info.name not in heads]))]
@@ -192,7 +200,7 @@ class Structure:
     # Who takes part.
 
     def _runs(self, part: Recipe | ModuleEntry, pointer: str) -> list[Run]:
-        base = self.recipe.base_model
+        base = self.base
         outer = () if part is self.recipe else (part.parameters,)
         if not part.slices:
             inputs = [
@@ -311,7 +319,7 @@ class Structure:
                     self.findings.problems.append(Problem(detail, f"{taken.pointer}/layer_range"))
         self.findings.raise_any()
 
-        owner = self.recipe.base_model or runs[0].donor.ref
+        owner = self.base or runs[0].donor.ref
         ours = self._tensors(owner, module)
         outer = list({taken.ref: taken for run in (runs[0], runs[-1]) for taken in run.inputs}.values())
         heads = self._tied_heads(owner, outer, ours)

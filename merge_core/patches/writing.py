@@ -32,9 +32,10 @@ from merge_core.patches.encodings.dense import Dense
 from merge_core.patches.encodings.sparse import Sparse
 from merge_core.weights import Weights
 
-_PARTS = "parts"
-_ALIGNMENT = 8
-_ONE_FILE = 2**62
+PARTS = "parts"
+"""The folder that parts lie in until they become one file."""
+ALIGNMENT = 8
+ONE_FILE = 2**62
 _READ = 2**22
 _LONGEST_PART = 32
 _WATCHED_SECONDS = 0.25
@@ -114,7 +115,7 @@ def encode_all(
     """Encode every tensor that differs into files below `folder`, going on where the journal ends; also how many were
     encoded before. `done` is told of each that is; `watch` is called every now and then, and raises to stop.
     """
-    parts = folder / _PARTS
+    parts = folder / PARTS
     if journal.is_new:
         shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(exist_ok=True)
@@ -183,14 +184,14 @@ def assemble(
         "provenance": _json(provenance),
     }
     parts = {
-        f"{each.name}{SEPARATOR}{part.name}": (part, folder / _PARTS / f"{each.number:06d}.{part.name}")
+        f"{each.name}{SEPARATOR}{part.name}": (part, folder / PARTS / f"{each.number:06d}.{part.name}")
         for each in encoded
         for part in each.parts
     }
     slots = [Slot(name, part.dtype, part.shape) for name, (part, _) in parts.items()]
-    (layout,) = lay_out(slots, _ONE_FILE, metadata, stem=Path(name).stem, alignment=_ALIGNMENT)
+    (layout,) = lay_out(slots, ONE_FILE, metadata, stem=Path(name).stem, alignment=ALIGNMENT)
     written = write_file(layout, folder, {name: file for name, (_, file) in parts.items()}, stop)
-    shutil.rmtree(folder / _PARTS)
+    shutil.rmtree(folder / PARTS)
     return written, {name: part.blake3 for name, (part, _) in parts.items()}
 
 

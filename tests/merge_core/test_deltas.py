@@ -253,3 +253,113 @@ def test_a_merge_as_a_delta_is_the_merge(models: Path, title: str):
     planned = plan_only(Recipe.from_data(recipe | {"outputs": "delta"}), roots=[models])
     assert planned.to_dict()["bytes_written_at_most"]
     assert (delta / DELTA_NAME).stat().st_size <= planned.output_bytes
+
+
+# As an adapter.
+
+
+def layered(seed: int) -> dict[str, Tensor]:
+    """A tiny layered model in float32; those of other seeds differ from that of 0 in everything."""
+    start, own = (torch.Generator().manual_seed(number) for number in (0, seed))
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=start) + (0.1 * torch.randn(shape, generator=own) if seed else 0)
+
+    found = {"model.embed_tokens.weight": some(20, 8), "model.norm.weight": some(8), "lm_head.weight": some(20, 8)}
+    for layer in range(2):
+        found |= {
+            f"model.layers.{layer}.self_attn.q_proj.weight": some(8, 8),
+            f"model.layers.{layer}.self_attn.q_proj.bias": some(8),
+            f"model.layers.{layer}.mlp.up_proj.weight": some(12, 8),
+            f"model.layers.{layer}.mlp.down_proj.weight": some(8, 12),
+            f"model.layers.{layer}.conv.weight": some(6, 4, 3, 3),
+            f"model.layers.{layer}.input_layernorm.weight": some(8),
+        }
+    return found
+
+
+def extracted(folder: Path, base: Tensors, tuned: Tensors, outputs: Any, config: Mapping[str, Any] = {}) -> Path:
+    """An output of the difference between two models; a folder."""
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        write_checkpoint(folder / name, tensors, config=config)
+    return run(
+        folder,
+        "output",
+        {"merge_method": "passthrough", "base_model": "base", "models": [{"model": "tuned"}], "outputs": outputs},
+    )
+
+
+def test_the_difference_of_two_models_loses_nothing(tmp_path: Path):
+    base = mixed_tensors(0)
+    tuned = {name: changed(tensor, 0.1) for name, tensor in base.items()} | {"model.added": torch.randn(3)}
+    tuned["model.embed_tokens.weight"] = torch.randn(97, 24).bfloat16()
+    del tuned["model.mask"]
+
+    extracted(tmp_path, base, tuned, "delta")
+
+    run(tmp_path, "again", {"merge_method": "passthrough", "models": [{"model": "base+output"}]})
+    assert_same_bits(tensors_of(tmp_path / "again"), tuned)
+
+
+def with_adapter(folder: Path) -> dict[str, Tensor]:
+    run(folder, "again", {"merge_method": "passthrough", "models": [{"model": "base+output"}], "dtype": "float64"})
+    return tensors_of(folder / "again")
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_an_adapter_is_the_nearest_of_its_rank(tmp_path: Path, rank: int):
+    base, tuned = layered(0), layered(1)
+    tuned["model.layers.1.mlp.up_proj.weight"] = base["model.layers.1.mlp.up_proj.weight"]
+
+    adapter = extracted(tmp_path, base, tuned, {"kind": "adapter", "rank": rank}, {"model_type": "tiny"})
+
+    found = with_adapter(tmp_path)
+    for name, tensor in tuned.items():
+        change = (tensor - base[name]).double().reshape(len(tensor), -1)
+        if "layers" in name and change.shape[1] > 1:
+            wanted = torch.linalg.svdvals(change)[rank:].square().sum().sqrt()
+        else:
+            wanted = change.norm() if name.endswith("bias") else torch.tensor(0.0)
+        error = (found[name] - tensor).norm()
+        torch.testing.assert_close(float(error), float(wanted), atol=1e-5, rtol=1e-4)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert not (adapter / "config.json").exists()
+    assert config["r"] == config["lora_alpha"] == rank
+    assert config["modules_to_save"][0] == "lm_head"
+    assert "model.layers.0.mlp.up_proj" in config["target_modules"]
+    (warning,) = json.loads((adapter / "merge.lock.json").read_text())["warnings"]
+    assert "self_attn.q_proj.bias" in warning
+    with Checkpoint.open(adapter / "adapter_model.safetensors") as file:
+        shapes = {name: info.shape for name, info in file.tensors.items() if "layers.0.conv" in name}
+    assert sorted(shapes.values()) == [(min(rank, 6), 4, 3, 3), (6, min(rank, 6), 1, 1)]
+
+
+def test_an_adapter_of_turned_layers(tmp_path: Path):
+    name = "h.0.attn.c_attn.weight"
+    base = {name: torch.randn(6, 18), "h.0.attn.c_proj.weight": torch.randn(6, 6)}
+    tuned = {key: tensor + 0.1 * torch.randn(tensor.shape) for key, tensor in base.items()}
+
+    adapter = extracted(tmp_path, base, tuned, {"kind": "adapter", "energy": 1.0}, {"model_type": "gpt2"})
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"]
+    assert config["target_modules"] == ["c_attn", "c_proj"]
+    with Checkpoint.open(adapter / "adapter_model.safetensors") as file:
+        assert file.tensors["base_model.model.h.0.attn.c_attn.lora_A.weight"].shape == (6, 6)
+        assert file.tensors["base_model.model.h.0.attn.c_attn.lora_B.weight"].shape == (18, 6)
+    for key, tensor in with_adapter(tmp_path).items():
+        torch.testing.assert_close(tensor.float(), tuned[key], atol=1e-5, rtol=1e-4)
+
+
+def test_what_an_adapter_cannot_be(tmp_path: Path):
+    base = layered(0)
+    grown = base | {"model.embed_tokens.weight": torch.randn(21, 8), "model.more": torch.zeros(1)}
+    del grown["lm_head.weight"]
+
+    with pytest.raises(IncompatibleModels) as refused:
+        extracted(tmp_path, base, grown, "adapter")
+
+    wanted = {"model.embed_tokens.weight", "model.more", "lm_head.weight"}
+    assert {problem.tensor for problem in refused.value.problems} == wanted
+    with pytest.raises(IncompatibleModels, match="no matrix inside a layer differs"):
+        extracted(tmp_path, base, base | {"model.norm.weight": torch.randn(8)}, "adapter")

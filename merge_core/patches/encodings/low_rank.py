@@ -115,6 +115,24 @@ class LowRank(Encoding):
     def encode(self, difference: Difference, parts: Parts) -> Mapping[str, Any] | None:
         stored = OUTPUT[self.dtype]
         rows, width = difference.grains.rows, difference.grains.width
+        sides = self.sides(difference, (rows * width - 1) // (rows + width))
+        if sides is None:
+            return None
+        left, right = sides
+        if not left.shape[1]:
+            for _, _, change in difference.changes():
+                parts.write("values", stored, change.to(stored.torch))
+            return {}
+        for run in runs(*left.shape):
+            parts.write("left", stored, left[run].to(stored.torch), width=left.shape[1])
+        for direction in range(right.shape[1]):
+            parts.write("right", stored, right[:, direction].to(stored.torch), width=width)
+        return {}
+
+    def sides(self, difference: Difference, most: int) -> tuple[Tensor, Tensor] | None:
+        """B, `[rows, k]`, and Aᵀ, `[width, k]`, the strongest direction first; no columns where there would be more
+        than `most`; None where nothing changed. Raises `NonFinite`.
+        """
         chosen = []
 
         def choose(values: Tensor) -> int:
@@ -122,7 +140,7 @@ class LowRank(Encoding):
                 detail = f"{difference.name} differs from the base by NaN or infinity; only sparse stores that"
                 raise NonFinite(difference.name, str(difference.tuned.path), detail)
             chosen.append(self._rank(values))
-            return chosen[0] if chosen[0] * (rows + width) < rows * width else 0
+            return chosen[0] if chosen[0] <= most else 0
 
         def space(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=difference.working.torch)
@@ -131,17 +149,8 @@ class LowRank(Encoding):
         found = strongest(delta, self._root(difference), choose, space)
         if chosen == [0]:
             return None
-        if not len(found.strengths):
-            for _, _, change in difference.changes():
-                parts.write("values", stored, change.to(stored.torch))
-            return {}
-        long, short = found.balance()
-        left, right = (short, long) if delta.is_lying else (long, short)
-        for run in runs(*left.shape):
-            parts.write("left", stored, left[run].flip(1).to(stored.torch), width=left.shape[1])
-        for direction in range(right.shape[1] - 1, -1, -1):
-            parts.write("right", stored, right[:, direction].to(stored.torch), width=width)
-        return {}
+        long, short = (side.flip(1) for side in found.balance())
+        return (short, long) if delta.is_lying else (long, short)
 
     def _rank(self, values: Tensor) -> int:
         """How many directions of a matrix with these singular values, ascending; 0 if there are none."""
