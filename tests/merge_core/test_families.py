@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from merge_core.alignment.derive import derive
-from merge_core.alignment.spec import PermutationSpec
+from merge_core.alignment.matching import match
+from merge_core.alignment.spec import Indices, PermutationSpec
+from merge_core.checkpoint import Checkpoint
 from merge_core.errors import IncompatibleModels
+from tests.conftest import write_checkpoint
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
@@ -255,6 +258,14 @@ STORED_OTHERWISE: dict[str, dict[str, int]] = {
 }
 """Families whose files have other names than the model in memory, and how many permutations those show."""
 
+STREAM_UNKNOWN = frozenset(
+    {"bert-masked", "siglip", "whisper", "albert", "swin", "convnext", "convnext-v2", "wav2vec2", "llava", "qwen2-vl"}
+)
+"""Families whose residual stream cannot be followed from names: they are refused, but only with `residual`."""
+
+MATCHED = ("bert", "vit", "clip", "gpt2", "llama", "qwen2", "qwen3", "phi3", "neox", "mixtral", "resnet", "t5")
+"""Families on which a permutation that was planted is found again."""
+
 
 class Block(nn.Module):
     """A residual block with torchvision's names; `first` puts norms before the convolutions."""
@@ -468,11 +479,16 @@ def shaken(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def applied(spec: PermutationSpec, tensors: Mapping[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
-    indexed = {
+def moving(spec: PermutationSpec, seed: int = 1) -> dict[str, Indices]:
+    """Random permutations, none of which leaves everything where it is."""
+    return {
         name: np.roll(index, 1) if (index == np.arange(len(index))).all() else index
         for name, index in spec.random(seed).items()
     }
+
+
+def applied(spec: PermutationSpec, tensors: Mapping[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+    indexed = moving(spec, seed)
     found = {}
     for name, tensor in tensors.items():
         for axis, index in enumerate(spec.indices(name, indexed)):
@@ -520,13 +536,41 @@ def test_a_permuted_transformer_computes_the_same(family: str) -> None:
     model = shaken(make())
     before, tensors = outputs(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    spec = derive(shapes(tensors), model.config.to_dict())
-    permuted = applied(spec, tensors)
-    model.load_state_dict(permuted)
+    streams = {} if "resnet" in family else {"residual": 2 if family == "clip" else 1}
+    for residual, known in ((False, expected), (True, {**expected, **streams})):
+        if residual and family in STREAM_UNKNOWN:
+            with pytest.raises(IncompatibleModels, match=r"residual stream|pass on to one another"):
+                derive(shapes(tensors), model.config.to_dict(), residual=True)
+            continue
+        spec = derive(shapes(tensors), model.config.to_dict(), residual=residual)
+        permuted = applied(spec, tensors)
+        model.load_state_dict(permuted)
 
-    assert kinds(spec) == expected
-    assert outputs(model) == pytest.approx(before, abs=1e-5)
-    assert not any(torch.equal(permuted[name], tensors[name]) for name in tensors if any(spec.axes[name]))
+        assert kinds(spec) == known
+        assert outputs(model) == pytest.approx(before, abs=1e-5)
+        assert not any(torch.equal(permuted[name], tensors[name]) for name in tensors if any(spec.axes[name]))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("family", MATCHED)
+def test_a_planted_permutation_is_found(family: str, residual: bool, tmp_path: Path) -> None:
+    model: Any = shaken(FAMILIES[family][0]())
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    spec = derive(shapes(tensors), model.config.to_dict(), residual=residual)
+    planted = moving(spec)
+    noise = torch.Generator().manual_seed(3)
+    other = {
+        name: tensor + 1e-3 * torch.randn(tensor.shape, generator=noise) if tensor.is_floating_point() else tensor
+        for name, tensor in applied(spec, tensors).items()
+    }
+    with (
+        Checkpoint.open(write_checkpoint(tmp_path / "reference", tensors)) as reference,
+        Checkpoint.open(write_checkpoint(tmp_path / "model", other)) as permuted,
+    ):
+        found = match(spec, reference, permuted)
+
+    for name, index in spec.then(planted, found.indexed).items():
+        assert index.tolist() == list(range(len(index))), name
 
 
 @pytest.mark.parametrize("family", STORED_OTHERWISE)

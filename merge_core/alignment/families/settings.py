@@ -13,14 +13,14 @@ Layout: TypeAlias = Literal["parts", "heads"]
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _SIDES = ("encoder", "decoder")
-_WORDS = (
-    {"text", "language", "llm", "lm", "thinker", "talker"},
-    {"vision", "visual", "image", "vit"},
-    {"audio", "speech"},
-    {"encoder"},
-    {"decoder"},
-    {"qformer"},
-)
+_WORDS = {
+    "text": {"text", "language", "llm", "lm", "thinker", "talker"},
+    "vision": {"vision", "visual", "image", "vit"},
+    "audio": {"audio", "speech"},
+    "encoder": {"encoder"},
+    "decoder": {"decoder"},
+    "qformer": {"qformer"},
+}
 _ROTARY = re.compile(r"(^|_)(rope|rotary|mrope)(_|$)")
 _FRACTIONS = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
 _LEARNED = re.compile(
@@ -36,9 +36,14 @@ def _sections(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, 
             yield from _sections(value, depth + 1)
 
 
-def _words(text: str) -> list[set[str]]:
+def _subjects(text: str) -> set[str]:
     found = set(re.split(r"[._]", text.lower()))
-    return [kind for kind in _WORDS if kind & found]
+    return {subject for subject, words in _WORDS.items() if words & found}
+
+
+def speaks_of(path: str, subject: str) -> bool:
+    """Whether the words of a path name a part of a model: `vision`, `text`, …"""
+    return subject in _subjects(path)
 
 
 def section(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
@@ -48,14 +53,14 @@ def section(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     >>> section(config, "vision_tower.encoder.layers"), section(config, "model.layers")
     ({'num_attention_heads': 2}, {'num_attention_heads': 8})
     """
-    wanted = _words(stack(path))
+    wanted = _subjects(stack(path))
     found = config
     named = [(key, value) for key, value in _sections(config) if _heads(value, path) is not None]
-    fitting = [value for key, value in named if any(kind in wanted for kind in _words(key))]
+    fitting = [value for key, value in named if wanted & _subjects(key)]
     if fitting:
         found = fitting[-1]
     elif _heads(config, path) is None:
-        texts = [value for key, value in named if _WORDS[0] in _words(key)]
+        texts = [value for key, value in named if speaks_of(key, "text")]
         found = texts[0] if texts else config
     return found
 

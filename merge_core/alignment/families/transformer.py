@@ -38,9 +38,9 @@ class Transformer:
         attention.place(draft, config, self.attentions, transposed)
         neurons.place(draft, self.parts, transposed)
         self._refuse_unknown(config)
-        self._place_joint()
+        joint = self._place_joint()
         if with_residual and not draft.is_refused:
-            residual.place(draft)
+            residual.place(draft, self.attentions, self.parts, transposed, joint)
 
     def _transposed(self) -> frozenset[str]:
         """Linear layers that keep their weights as (in, out), which shows where a bias is as long as the columns."""
@@ -67,8 +67,11 @@ class Transformer:
             elif neurons.FEED_FORWARD.search(name) and not neurons.ROUTER.search(name) and not is_embedding(name):
                 draft.refuse(name, "it is part of a feed-forward layer, and its role is not known")
 
-    def _place_joint(self) -> set[str]:
-        """Two towers that meet in one space: the rows of both projections follow one permutation. Their names."""
+    def _place_joint(self) -> dict[str, tuple[str, int]]:
+        """Two towers that meet in one space: the outputs of both projections follow one permutation.
+
+        Text and image → the weight, and which of its axes the outputs are.
+        """
         draft = self.draft
         found = {}
         for side, wanted in _PROJECTIONS.items():
@@ -78,9 +81,9 @@ class Transformer:
                 rows = 0 if name.endswith(".weight") else 1  # a bare parameter is multiplied from the right
                 found[side] = (fitting[0], name, rows)
         if len(found) != 2:
-            return set()
+            return {}
         sizes = {draft.shapes[name][rows] for _, name, rows in found.values()}
         if len(sizes) == 1 and all(module.parameters.keys() == {"weight"} for module, _, _ in found.values()):
             for _, name, rows in found.values():
                 draft.put(name, rows, draft.permutation("joint", next(iter(sizes))))
-        return {name for _, name, _ in found.values()}
+        return {side: (name, rows) for side, (_, name, rows) in found.items()}
