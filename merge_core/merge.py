@@ -81,7 +81,7 @@ def merge(
     where = _device(device)
     share_one_heap()
     try:
-        _check_output(out, partial)
+        check_output(out, partial)
         with opened(recipe, roots) as checkpoints, opened_patches(recipe, roots) as patches:
             plan, models, stages = _planned(
                 recipe,
@@ -162,7 +162,7 @@ class _Work:
                 sources=hashes,
                 warnings=warnings,
             )
-            _appear(partial, out)
+            appear(partial, out)
         except OSError as error:
             raise disk_error(error, Path(error.filename or partial), 0) from error
         return Artifact(out, tuple(files), written.tensors, warnings, written.resumed)
@@ -212,7 +212,7 @@ class _Work:
         return _Written(execution.files, execution.digests, execution.warnings, execution.resumed)
 
 
-def _check_output(out: Path, partial: Path) -> None:
+def check_output(out: Path, partial: Path) -> None:
     """Raise `OutputExists` for anything that would keep the finished folder from appearing, before work is begun."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise OutputExists(f"{out} exists and is not an empty folder; give another name or remove it")
@@ -251,7 +251,7 @@ def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[Mod
                 places[ref] = pointer
                 is_merged = not written.startswith("#/tokenizer")
                 try:
-                    found[ref] = stack.enter_context(_open(ref, pointer, roots, weights=is_merged))
+                    found[ref] = stack.enter_context(open_model(ref, pointer, roots, weights=is_merged))
                 except CheckpointError as error:
                     raise error.as_written(roots or (), pointer) from None
         alone = [ref for ref, weights in found.items() if isinstance(weights, Placed)]
@@ -298,7 +298,7 @@ def _planned(
         raise error.as_written(roots or (), error.problems[0].pointer or "#/tokenizer") from None
 
 
-def _open(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, weights: bool) -> Weights:
+def open_model(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, weights: bool) -> Weights:
     """A model, with the adapter or delta on it where it names one, or an adapter alone."""
     for path, revision in ((ref.path, ref.revision), (ref.adapter, ref.adapter_revision)):
         if revision:
@@ -343,7 +343,7 @@ def adopt(out: Path) -> Artifact:
     return read_artifact(out)
 
 
-def _appear(partial: Path, out: Path) -> None:
+def appear(partial: Path, out: Path) -> None:
     """Make the finished folder appear under its name in one step; until then the journal shows whose it is."""
     fsync_folder(partial)
     out.parent.mkdir(parents=True, exist_ok=True)

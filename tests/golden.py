@@ -28,6 +28,7 @@ from merge_core.coefficients.greedy_soup import greedy_soup
 from merge_core.merge import merge
 from merge_core.method import Randomness
 from merge_core.methods import METHODS
+from merge_core.patching import Patch, patch
 from merge_core.recipe import Recipe
 from merge_core.weights import Weights
 
@@ -432,6 +433,8 @@ def run_case(folder: Path, case: Case, scratch: Path) -> str:
         return _greedy_soup(folder, case, scratch)
     if case["method"] in ALIGNMENTS:
         return ALIGNMENTS[case["method"]](folder, case)
+    if case["method"] == "rws":
+        return _signatures(folder, case, scratch)
     if case["method"] not in ADAPTERS:
         raise Skip(f"no method {case['method']} here yet")
     run = ADAPTERS[case["method"]](case)
@@ -526,6 +529,33 @@ def _all_rows(model: Weights) -> dict[str, Tensor]:
 
 
 ALIGNMENTS = {"weight_matching": _weight_matching, "merge_many": _merge_many}
+
+
+def _signatures(folder: Path, case: Case, scratch: Path) -> str:
+    """A signature for each corruption, put on the clean model or another. The official weights are those of which ours
+    are the squares.
+    """
+    params, inputs = case["params"], case["inputs"]
+    stored: dict[str, Any] = {"encoding": "dense"}
+    if "quantization" in params:
+        stored = {"levels": params["quantization"], "scale": params["quantization_type"]}
+    patches = []
+    for i, weight in enumerate(params["weight"]):
+        document = {
+            "operation": "extract",
+            "base_model": str(folder / inputs["pretrained"]),
+            "clean": str(folder / inputs["clean"]),
+            "corrupted": [str(folder / inputs["corrupted"][i])],
+            "layers": params["keep_num"],
+            **stored,
+        }
+        patch(Patch.from_data(document), scratch / f"signature-{i}")
+        patches.append({"patch": str(scratch / f"signature-{i}"), "strength": weight**2})
+    target = inputs["clean" if params["target"] == "clean" else "patched_target"]
+    apply = {"operation": "apply", "model": str(folder / target), "patches": patches}
+    patch(Patch.from_data(apply), scratch / "out")
+    ours = load_file(scratch / "out" / "model.safetensors")
+    return _compare(ours, load_file(folder / case["output"]), case["tolerance"], {})
 
 
 def _run_whole_recipe(folder: Path, case: Case, scratch: Path) -> str:

@@ -10,9 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from app.cli import main
 from merge_core import kernels
 from tests.conftest import method_recipe
 from tests.services import running_service
@@ -55,6 +58,33 @@ def test_merge_and_plan(models: Path, recipe: Path) -> None:
     shards = sorted((models / "out").glob("*.safetensors"))
     assert len(shards) > 1 and sum(len(load_file(shard)) for shard in shards) == 20
     assert "is not an empty folder" in weightsmith("merge", recipe, "out", cwd=models, status=1).stderr
+
+
+def test_patches_go_on_and_come_off(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: starting others takes most of the time of such a test."""
+    monkeypatch.chdir(models)
+
+    def ran(*arguments: object, status: int = 0) -> str:
+        result = CliRunner().invoke(main, ["patch", *map(str, arguments)])
+        assert result.exit_code == status, result.output
+        return result.output
+
+    asked = ["--base", "base", "--clean", "m0", "--corrupted", "m1", "--layer", "q_proj", "--levels", 16]
+    assert ran("extract", "signature", *asked).startswith("signature: 6 tensors")
+    told = ran("inspect", "signature")
+    assert told.startswith("robust weight signature: 3 tensors in") and "corrupted   m1" in told
+    assert "model.layers.2.self_attn.q_proj.weight  bfloat16[24, 24]  levels, 296 bytes" in told
+    assert json.loads(ran("inspect", "signature", "--json"))["provenance"]["clean"] == "m0"
+
+    ran("apply", "m2", "on", "-p", "signature", 0.5)
+    ran("remove", "on", "off")
+
+    on, off = (load_file(models / name / "model.safetensors") for name in ("on", "off"))
+    assert sum(not torch.equal(on[name], off[name]) for name in off) == 3
+    before = load_file(models / "m2" / "model-00001-of-00002.safetensors")
+    assert all(torch.equal(off[name], before[name]) for name in before)
+    assert "m2 has no reversal.safetensors and no merge.lock.json" in ran("remove", "m2", "again", status=1)
+    assert "either --layers or --layer" in ran("extract", "more", *asked, "--layers", 1, status=2)
 
 
 def test_mistakes_are_one_message(models: Path, recipe: Path) -> None:

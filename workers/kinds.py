@@ -97,6 +97,13 @@ def _merge() -> Work:
     return Work(Recipe, plan_only, merge, in_stages=True)
 
 
+def _patch() -> Work:
+    from merge_core.patching import Patch, patch, plan_patch
+
+    return Work(Patch, plan_patch, patch)
+
+
 WORK: Mapping[JobKind, Callable[[], Work]] = {
     JobKind.MERGE: _merge,
+    JobKind.PATCH: _patch,
 }

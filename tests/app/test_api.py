@@ -21,6 +21,7 @@ from tests.conftest import METHOD_RECIPES, method_recipe
 from workers.jobs import JobStore
 from workers.queue import artifact_folder
 from workers.settings import Settings
+from workers.tasks import run_job
 
 
 @pytest.fixture
@@ -167,6 +168,35 @@ def test_cancel(client: TestClient) -> None:
     assert client.post(job["urls"]["cancel"]).status_code == 200
     refused = client.get(job["urls"]["files"])
     assert refused.status_code == 409 and refused.json()["code"] == "invalid-state"
+
+
+def test_patches_are_jobs_too(
+    client: TestClient, settings: Settings, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEIGHTSMITH_DATA", str(settings.data))
+    monkeypatch.setenv("WEIGHTSMITH_MODEL_ROOTS", str(models))
+    extract = {"operation": "extract", "base_model": "base", "clean": "m0", "corrupted": ["m1", "m2"], "layers": 1}
+    answer = client.post("/v1/patches", json=extract)
+    assert answer.status_code == 202, answer.text
+    job = answer.json()
+    assert job["id"].startswith("pat_") and answer.headers["location"] == f"/v1/patches/{job['id']}"
+    assert job["plan"]["operation"] == "extract" and job["plan"]["tensors"] == 4
+
+    run_job(job["id"])
+
+    done = client.get(answer.headers["location"]).json()
+    assert done["status"] == "succeeded", done["error"]
+    assert done["progress"]["fraction"] == 1
+    file, *_ = client.get(done["urls"]["files"]).json()["data"]
+    content = client.get(file["url"]).content
+    assert file["path"] == "delta.safetensors" and hashlib.sha256(content).hexdigest() == file["sha256"]
+    (models / "signature.safetensors").write_bytes(content)
+    apply = {"operation": "apply", "model": "m0", "patches": [{"patch": "signature.safetensors", "strength": 0.5}]}
+    planned = client.post("/v1/patches", json=apply).json()
+    assert planned["plan"]["patches"] == [{"patch": "signature.safetensors", "strength": 0.5, "tensors": 4}]
+    refused = client.post("/v1/patches", json={**apply, "model": "old", "layers": 3})
+    assert refused.status_code == 422 and refused.json()["errors"][0]["pointer"] == "#/layers"
+    assert client.get(f"/v1/merges/{job['id']}").status_code == 404
 
 
 def test_paging(client: TestClient) -> None:

@@ -336,7 +336,7 @@ def test_what_a_killed_merge_left_is_proved_before_it_is_used(models: Path, tmp_
     assert run(models, tmp_path / "out", "linear") == whole
 
 
-@pytest.mark.parametrize("step", ["fsync_folder", "write_companions", "_appear"])
+@pytest.mark.parametrize("step", ["fsync_folder", "write_companions", "appear"])
 def test_killed_at_its_very_end(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """All is written; what follows is the folder's appearance."""
     whole = run(models, tmp_path / "whole", "linear")

@@ -1,0 +1,347 @@
+"""Patches as work of their own: extract a signature, apply patches to a model, remove them again.
+
+Usage: `patch(Patch.from_text(text), "out")`. To apply is a merge that copies one model and has `patches`. To remove is
+one that puts the reversal on, or that makes the model again without its patches, from sources that its lock proves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field
+
+from merge_core.artifact import LOCK_NAME, Artifact
+from merge_core.documents import Keys, load_documents, read_as, unknown_keys
+from merge_core.errors import Canceled, IncompatibleModels, Problem, RecipeError, WeightsmithError
+from merge_core.extraction import SignaturePlan, Wanted, extract_signature, plan_signature
+from merge_core.headers import clip, read_json
+from merge_core.keys import DTypeName, Limits, PatchEntry
+from merge_core.merge import locate, merge, opened, plan_only
+from merge_core.patches.delta import Delta
+from merge_core.patches.encoding import Encoding
+from merge_core.patches.encodings.dense import Dense
+from merge_core.patches.encodings.levels import MOST_LEVELS, Levels
+from merge_core.patches.signatures import BatchNorm
+from merge_core.plan import Plan
+from merge_core.progress import Report
+from merge_core.recipe import Recipe
+from merge_core.references import ModelRef
+from merge_core.reversal import KIND, REVERSAL_NAME
+from merge_core.sizes import Bytes
+
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "extract": ("base_model", "clean", "corrupted", "layers"),
+    "apply": ("model", "patches"),
+    "remove": ("model",),
+}
+_ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "extract": ("batch_norm", "encoding", "levels", "scale"),
+    "apply": ("reversible", "dtype", "max_shard_size"),
+    "remove": ("reversal", "sources", "max_shard_size"),
+}
+_READ = 2**22
+
+
+class Patch(Keys):
+    """What is to be done with patches: `operation` says what, and with it which other keys there are."""
+
+    operation: Literal["extract", "apply", "remove"]
+
+    base_model: ModelRef | None = Field(None, description="extract: what the other models were tuned from")
+    clean: ModelRef | None = Field(None, description="extract: tuned on clean data")
+    corrupted: list[ModelRef] = Field(
+        [], max_length=64, description="extract: tuned on corrupted data; their mean counts"
+    )
+    layers: Annotated[int, Field(ge=1, strict=True)] | list[str] | None = Field(
+        None, description="extract: so many from the input on, or pieces of tensor names"
+    )
+    batch_norm: BatchNorm = Field("replace", description="extract: what becomes of all BatchNorms")
+    encoding: Literal["levels", "dense"] = Field("levels", description="extract: quantised, or all numbers in float32")
+    levels: int = Field(256, ge=2, le=MOST_LEVELS, description="extract: how many; 256 take a byte each")
+    scale: Literal["linear", "log"] = Field("linear", description="extract: how levels lie between the extremes")
+
+    model: ModelRef | None = Field(None, description="apply, remove: the model")
+    patches: list[PatchEntry] = Field(
+        [], max_length=64, description="apply: deltas and signatures, each with its strength"
+    )
+    reversible: bool = Field(True, description="apply: keep beside the model what the patches changed")
+    dtype: DTypeName | None = Field(None, description="apply: number format of the output")
+    max_shard_size: Bytes | None = Field(None, ge=1, description="apply, remove: most bytes of tensors in one file")
+
+    reversal: ModelRef | None = Field(None, description="remove: the file, if it is not in the model's folder")
+    sources: dict[str, ModelRef] = Field(
+        {}, description="remove: where models that the lock names are now, if there is no reversal"
+    )
+
+    limits: Limits = Limits()
+
+    @classmethod
+    def from_text(cls, text: str | bytes) -> Self:
+        """Read YAML or JSON. Raises `RecipeError`."""
+        documents = load_documents(text, "patch")
+        if len(documents) > 1:
+            raise RecipeError(f"a patch is one document, not {len(documents)}")
+        return cls.from_data(next(iter(documents), None))
+
+    @classmethod
+    def from_data(cls, data: Any) -> Self:
+        """Read parsed YAML or JSON. Raises `RecipeError` naming every key that is wrong."""
+        if not isinstance(data, Mapping):
+            raise RecipeError("a patch is a mapping with an operation: extract, apply or remove")
+        document = read_as(cls, data, missing={"operation": "say which: extract, apply or remove"})
+        problems = [*document._structure(), *unknown_keys(document, "#")]
+        if problems:
+            raise RecipeError.of(problems)
+        return document
+
+    def to_data(self) -> dict[str, Any]:
+        """The document as it was given, tidied: plain data that `from_data` reads back."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def to_yaml(self) -> str:
+        """`to_data` as text."""
+        return yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True)
+
+    def _structure(self) -> Iterator[Problem]:
+        needed, allowed = _NEEDED[self.operation], _ALLOWED[self.operation]
+        for key in needed:
+            if getattr(self, key) in (None, [], {}):
+                yield Problem(f"{self.operation} needs {key}", f"#/{key}")
+        for key in sorted(self.model_fields_set - {*needed, *allowed, "operation", "limits"}):
+            if key in type(self).model_fields:
+                keys = ", ".join((*needed, *allowed))
+                yield Problem(f"{self.operation} has no {key}; it has {keys}", f"#/{key}")
+        for i, piece in enumerate(self.layers if isinstance(self.layers, list) else []):
+            if not piece:
+                yield Problem("an empty piece is in every name", f"#/layers/{i}")
+        if self.encoding == "dense":
+            for key in ("levels", "scale"):
+                if key in self.model_fields_set:
+                    yield Problem("dense stores all numbers; leave this away", f"#/{key}")
+        elif self.scale == "log" and self.levels < 3:
+            yield Problem("log takes 3 levels at least: one for zero and one for each sign", "#/levels")
+        if self.sources and self.reversal is not None:
+            yield Problem("a reversal needs no sources; leave them away", "#/sources")
+
+    def wanted(self) -> Wanted:
+        """The signature to be extracted."""
+        assert self.base_model is not None and self.clean is not None and self.layers is not None
+        encoding: Encoding = Dense() if self.encoding == "dense" else Levels(levels=self.levels, scale=self.scale)
+        layers = self.layers if isinstance(self.layers, int) else tuple(self.layers)
+        return Wanted(self.base_model, self.clean, tuple(self.corrupted), layers, self.batch_norm, encoding)
+
+    def applying(self) -> Recipe:
+        """The recipe that puts the patches on the model. Raises `RecipeError`."""
+        data = self.to_data()
+        return _recipe(
+            [{"model": data["model"]}],
+            {
+                "patches": data["patches"],
+                "outputs": {"reversible": self.reversible, **self._shards},
+                **({"dtype": self.dtype} if self.dtype else {}),
+                "limits": data.get("limits"),
+            },
+        )
+
+    @property
+    def _shards(self) -> dict[str, Any]:
+        return {} if self.max_shard_size is None else {"max_shard_size": self.max_shard_size}
+
+
+def plan_patch(
+    document: Patch, *, roots: Sequence[Path] | None, memory: int | None = None, threads: int | None = None
+) -> Plan | SignaturePlan:
+    """The plan alone: headers are read, no weights. Raises `WeightsmithError`."""
+    if document.operation == "extract":
+        limit = memory or document.limits.memory
+        return plan_signature(document.wanted(), roots=roots, limit=limit, threads=threads or document.limits.threads)
+    recipe = document.applying() if document.operation == "apply" else _Removal(document, roots).recipe
+    with _as_asked():
+        return plan_only(recipe, roots=roots, memory=memory, threads=threads)
+
+
+def patch(
+    document: Patch,
+    out: str | Path,
+    *,
+    roots: Sequence[Path] | None = None,
+    partial: Path | None = None,
+    memory: int | None = None,
+    threads: int | None = None,
+    cache: Path | None = None,
+    device: str = "cpu",
+    report: Report = lambda progress: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Artifact:
+    """Do what a document says into the folder `out`, which appears whole or not at all; see `merge`."""
+    out = Path(out).absolute()
+    partial = partial or out.parent / f".{out.name}.partial"
+    if document.operation == "extract":
+        return extract_signature(
+            document.wanted(),
+            out,
+            document=document.to_data(),
+            roots=roots,
+            partial=partial,
+            limit=memory or document.limits.memory,
+            threads=threads or document.limits.threads,
+            report=report,
+            stop=stop,
+        )
+    if document.operation == "apply":
+        recipe = document.applying()
+    else:
+        removal = _Removal(document, roots)
+        removal.prove(stop)
+        recipe = removal.recipe
+    with _as_asked():
+        return merge(
+            recipe,
+            out,
+            roots=roots,
+            partial=partial,
+            memory=memory,
+            threads=threads,
+            cache=cache,
+            device=device,
+            report=report,
+            stop=stop,
+        )
+
+
+def describe(delta: Delta) -> dict[str, Any]:
+    """What a patch is, as plain data: where it comes from, and of each tensor how it is stored."""
+    tensors = [
+        {
+            "tensor": name,
+            "encoding": tensor.entry.encoding,
+            "shape": list(tensor.entry.shape),
+            "dtype": str(tensor.entry.dtype),
+            "bytes": sum(info.nbytes for info in tensor.entry.parts.values()),
+            **tensor.entry.settings,
+        }
+        for name, tensor in delta.tensors.items()
+    ]
+    return {
+        "kind": delta.provenance.get("kind", "delta"),
+        "bytes": sum(shard.size for shard in delta.file.shards.values()),
+        "provenance": dict(delta.provenance),
+        "removed": list(delta.removed),
+        "tensors": tensors,
+    }
+
+
+class _Removal:
+    """How the patches of a model come off: `recipe` makes it without them. Raises `RecipeError` where nothing can."""
+
+    def __init__(self, document: Patch, roots: Sequence[Path] | None) -> None:
+        assert document.model is not None
+        self.document, self.roots, self.model = document, roots, document.model
+        self.lock: Mapping[str, Any] | None = None
+        if self.model.revision or self.model.adapter:
+            raise RecipeError.of([Problem(f"{self.model} is not the folder of a patched model", "#/model")])
+        folder = locate(self.model.path, roots)
+        reversal = document.reversal
+        if reversal is None and not document.sources and (folder / REVERSAL_NAME).is_file():
+            reversal = ModelRef(path=f"{self.model.path.rstrip('/')}/{REVERSAL_NAME}")
+        self.recipe = self._by_reversal(reversal) if reversal is not None else self._by_lock(folder)
+
+    def _by_reversal(self, reversal: ModelRef) -> Recipe:
+        with Delta.open(locate(reversal.path, self.roots), roots=self.roots) as delta:
+            if delta.provenance.get("kind") != KIND:
+                detail = f"{reversal} is a patch but no reversal, which a model gets when patches are applied"
+                raise RecipeError.of([Problem(detail, "#/reversal")])
+        both = {"model": {"path": self.model.path}, "lora": {"path": reversal.path}}
+        return _recipe([{"model": both}], self._keys)
+
+    def _by_lock(self, folder: Path) -> Recipe:
+        """What the lock says was done, without patches, once `prove` has shown that the sources are those it names."""
+        if not (folder / LOCK_NAME).is_file():
+            detail = (
+                f"{self.model} has no {REVERSAL_NAME} and no {LOCK_NAME}, so nobody knows what it was before; give its "
+                "reversal, or use the model that the patches were put on"
+            )
+            raise RecipeError.of([Problem(detail, "#/model")])
+        self.lock = read_json(folder / LOCK_NAME)
+        written = self.lock.get("recipe")
+        found = written if isinstance(written, list) else [written]
+        documents = [dict(each) for each in found if isinstance(each, Mapping)]
+        if not documents or not documents[-1].pop("patches", None):
+            raise RecipeError.of([Problem(f"{self.model} was made without patches, says its lock", "#/model")])
+        documents[-1] |= {key: value for key, value in self._keys.items() if value}
+        moved = [
+            _moved(each, {name: ref.model_dump() for name, ref in self.document.sources.items()}) for each in documents
+        ]
+        return Recipe.from_data(moved if len(moved) > 1 else moved[0])
+
+    @property
+    def _keys(self) -> dict[str, Any]:
+        return {"outputs": self.document._shards, "limits": self.document.to_data().get("limits")}
+
+    def prove(self, stop: Callable[[], bool]) -> None:
+        """Read the sources and raise `IncompatibleModels` unless they are the files that the lock names."""
+        if self.lock is None:
+            return
+        sources = self.lock.get("sources")
+        listed = [
+            source.get("files")
+            for source in (sources if isinstance(sources, list) else ())
+            if isinstance(source, Mapping)
+        ]
+        files = [file for each in listed if isinstance(each, list) for file in each if isinstance(file, Mapping)]
+        hashes = {str(file.get("sha256")) for file in files}
+        with opened(self.recipe, self.roots) as models:
+            for ref, weights in models.items():
+                for name, shard in weights.shards.items():
+                    digest, descriptor = hashlib.sha256(), weights.descriptor(name)
+                    for start in range(0, shard.size, _READ):
+                        if stop():
+                            raise Canceled("the removal was canceled")
+                        digest.update(os.pread(descriptor, _READ, start))
+                    if digest.hexdigest() not in hashes:
+                        detail = (
+                            f"{ref}: {clip(name)} is not the file that {self.model} was made from, says its lock; give "
+                            "the reversal, or say under sources where that model is now"
+                        )
+                        raise IncompatibleModels(detail, [Problem(detail, "#/sources", file=name)])
+
+
+def _recipe(models: list[dict[str, Any]], keys: Mapping[str, Any]) -> Recipe:
+    with _as_asked():
+        given = {key: value for key, value in keys.items() if value not in (None, {})}
+        return Recipe.from_data({"merge_method": "passthrough", "models": models, **given})
+
+
+def _moved(data: Any, places: Mapping[str, Any]) -> Any:
+    """A recipe's data with other places for the models of some names."""
+    if isinstance(data, Mapping):
+        named = ("model", "base_model")
+        return {
+            key: places.get(value, value) if key in named and isinstance(value, str) else _moved(value, places)
+            for key, value in data.items()
+        }
+    return [_moved(value, places) for value in data] if isinstance(data, list) else data
+
+
+@contextmanager
+def _as_asked() -> Iterator[None]:
+    """Problems of the recipe that was made of a document, with the places that they have in the document."""
+    try:
+        yield
+    except (RecipeError, IncompatibleModels) as error:
+        raise type(error).of(map(_in_document, error.problems)) from None
+    except WeightsmithError as error:
+        error.problems = tuple(map(_in_document, error.problems))
+        raise
+
+
+def _in_document(problem: Problem) -> Problem:
+    pointer = (problem.pointer or "").replace("#/models/0/model", "#/model").replace("#/outputs/", "#/")
+    return replace(problem, pointer=pointer or None)
