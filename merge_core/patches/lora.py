@@ -193,7 +193,7 @@ def _config(ranks: Mapping[str, int], saved: Sequence[str], extraction: AdapterE
     others = [_module(difference.name) for difference, _ in extraction.pairs]
     meant = {module for module in (*matrices, *others) if module.rpartition(".")[2] in ends}
     architectures = extraction.config.get("architectures") or [""]
-    is_causal = isinstance(architectures, list) and str(architectures[0]).endswith("ForCausalLM")
+    is_causal = isinstance(architectures, list) and str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
     return lora_config(
         ranks,
         dict(ranks),
@@ -218,6 +218,8 @@ def _warnings(
         found.append(f"{named}: changed, but a LoRA adapter cannot hold it; it stays as in the base")
     embeddings = [module for module in saved if is_embedding(f"{module}.weight")]
     if embeddings and config.get("tie_word_embeddings") is True:
-        named = ", ".join(embeddings)
-        found.append(f"{named}: stored whole; the config ties the head to it, which PEFT may leave as it was")
+        what = (
+            f"{', '.join(embeddings)}: stored whole, but PEFT leaves a head that is tied to an embedding as in the base"
+        )
+        found.append(f"{what}; exclude the embedding, or write kind: delta")
     return found

@@ -9,21 +9,33 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from merge_core.checkpoint import Checkpoint
-from merge_core.errors import IncompatibleModels
+from merge_core.errors import (
+    Canceled,
+    CheckpointError,
+    IncompatibleModels,
+    MemoryLimitExceeded,
+    NonFinite,
+    WeightsmithError,
+)
 from merge_core.journal import JOURNAL, Journal
 from merge_core.merge import merge, plan_only
 from merge_core.patches.delta import DELTA_NAME, Delta
 from merge_core.patches.encoding import Encoding
 from merge_core.patches.encodings.dense import Dense
+from merge_core.patches.encodings.low_rank import LowRank
 from merge_core.patches.encodings.sign import Sign
 from merge_core.patches.encodings.sparse import Sparse
 from merge_core.patches.patched import Patch, Patched
 from merge_core.patches.writing import Extraction, assemble, encode_all
+from merge_core.plan import Plan
+from merge_core.progress import Progress
 from merge_core.recipe import Recipe
 from tests.conftest import method_recipe, mixed_tensors, write_checkpoint
 
@@ -363,3 +375,247 @@ def test_what_an_adapter_cannot_be(tmp_path: Path):
     assert {problem.tensor for problem in refused.value.problems} == wanted
     with pytest.raises(IncompatibleModels, match="no matrix inside a layer differs"):
         extracted(tmp_path, base, base | {"model.norm.weight": torch.randn(8)}, "adapter")
+
+
+# What an enemy may send.
+
+BASE_DIGEST = blake3(bytes(64)).hexdigest()
+SPARSE = {"encoding": "sparse", "shape": [4, 4], "dtype": "F32", "base": {"dtype": "F32", "blake3": BASE_DIGEST}}
+SIGN = {**SPARSE, "encoding": "sign", "scale": 1.0}
+LOW_RANK = {**SPARSE, "encoding": "low_rank"}
+
+
+def whole(*values: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("entry", "parts", "message"),
+    [
+        (SPARSE | {"encoding": "magic"}, {}, "encoding we do not know"),
+        (SPARSE | {"shape": [4, -4]}, {}, "a shape that is none"),
+        (SPARSE | {"shape": [2**50, 2**50]}, {}, "more elements than any tensor has"),
+        (SPARSE | {"dtype": "F31"}, {}, "the dtype F31"),
+        (SPARSE | {"base": {"dtype": "F32", "blake3": 7}}, {}, "does not say what the base's w was"),
+        (SPARSE | {"shape": "4"}, {}, "a shape that is none"),
+        (["sparse"], {}, "that could be meant"),
+        (SPARSE, {}, "needs values"),
+        (SPARSE, {"values": torch.ones(3)}, r"stores values as float32 \[3\], not float32 \[16\]"),
+        (SPARSE, {"values": torch.ones(1), "bitmap": whole(1, 0, 0)}, r"stores bitmap as uint8 \[3\]"),
+        (SPARSE, {"values": torch.ones(1), "bitmap": whole(0, 1), "index": whole(1)}, "needs bitmap and values"),
+        (SPARSE, {"values": torch.ones(2), "bitmap": whole(0, 1)}, "marks 1 changed elements, but stores 2"),
+        (SPARSE, {"values": torch.ones(17), "bitmap": whole(255, 255)}, "stores 17 values of 16"),
+        (SPARSE | {"shape": [3, 5], "base": {**SPARSE["base"], "shape": [3, 5]}},
+         {"values": torch.ones(1), "bitmap": whole(0, 128)}, "marks element 15"),
+        (SPARSE, {"values": torch.ones(2), "index": whole(1, 16, dtype=torch.uint32)}, "an index of 16"),
+        (SPARSE, {"values": torch.ones(2), "index": whole(5, 5, dtype=torch.uint32)}, "does not rise"),
+        (SPARSE, {"values": torch.ones(2), "index": whole(5, 2, dtype=torch.uint32)}, "does not rise"),
+        (SPARSE, {"values": torch.ones(2), "index": whole(5, 2, dtype=torch.int32)}, "stores index as int32"),
+        (SPARSE, {"values": torch.ones(2), "index": whole(5, dtype=torch.uint32)}, "stores index as uint32"),
+        (SPARSE | {"base": {**SPARSE["base"], "dtype": "F16"}},
+         {"values": torch.ones(1), "bitmap": whole(0, 1)}, "another in shape or format"),
+        (SIGN | {"scale": float("nan")}, {"signs": whole(0, 0)}, "a scale that is no finite number"),
+        (SIGN | {"scale": "1"}, {"signs": whole(0, 0)}, "a scale that is no finite number"),
+        (SIGN, {"signs": whole(0)}, r"stores signs as uint8 \[1\]"),
+        (LOW_RANK, {"left": torch.ones(4, 2), "right": torch.ones(3, 4)}, r"stores right as float32 \[3, 4\]"),
+        (LOW_RANK, {"left": torch.ones(4, 5), "right": torch.ones(5, 4)}, "a rank of 5"),
+        (LOW_RANK, {"left": torch.ones(4), "right": torch.ones(4)}, "stores left as"),
+        (LOW_RANK, {"left": torch.ones(4, 2)}, "needs left and right"),
+    ],
+)  # fmt: skip
+def test_a_delta_that_lies_is_refused(tmp_path: Path, entry: Any, parts: Tensors, message: str):
+    write_checkpoint(tmp_path / "base", {"w": torch.zeros(entry["shape"] if message == "marks element 15" else (4, 4))})
+    if message == "marks element 15":
+        entry["base"]["blake3"] = blake3(bytes(60)).hexdigest()
+    forge(tmp_path / DELTA_NAME, {f"w::{part}": values for part, values in parts.items()}, {"w": entry})
+
+    with pytest.raises(CheckpointError, match=message) as refused:
+        patched(tmp_path / "base", tmp_path / DELTA_NAME)
+
+    assert refused.value.file.endswith(DELTA_NAME)
+
+
+def forge(path: Path, parts: Tensors, tensors: Any, /, **metadata: str) -> None:
+    said = {"format": "weightsmith-delta", "version": "1", "removed": "[]", "provenance": "{}"}
+    save_file(dict(parts), path, metadata=said | {"tensors": json.dumps(tensors)} | metadata)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "pt"}, "is no delta"),
+        ({"version": "2"}, "version 2"),
+        ({"tensors": "{"}, "'tensors' that is no JSON object"),
+        ({"tensors": "[" * 100_000}, "'tensors' that is no JSON object"),
+        ({"tensors": "{}"}, "stores w::values, which its metadata says nothing of"),
+        ({"removed": '[{"w": 1}]'}, "which it cannot"),
+        ({"removed": '["w"]'}, "removes w"),
+        ({"provenance": "1"}, "'provenance' that is no JSON object"),
+    ],
+)
+def test_metadata_that_lie_are_refused(tmp_path: Path, metadata: dict[str, str], message: str):
+    forge(tmp_path / DELTA_NAME, {"w::values": torch.ones(16)}, {"w": SPARSE}, **metadata)
+
+    with pytest.raises(CheckpointError, match=message):
+        Delta.open(tmp_path)
+
+
+def test_a_delta_with_nan_is_refused_like_a_model_with_nan(tmp_path: Path):
+    write_checkpoint(tmp_path / "base", {"w": torch.zeros(4, 4)})
+    forge(
+        tmp_path / "nan.safetensors",
+        {"w::left": torch.full((4, 1), torch.nan), "w::right": torch.ones(1, 4)},
+        {"w": LOW_RANK},
+    )
+
+    with pytest.raises(NonFinite, match="w of base"):
+        run(tmp_path, "out", {"merge_method": "passthrough", "models": [{"model": "base+nan.safetensors"}]})
+
+
+def test_where_a_delta_cannot_stand(models: Path):
+    run(models, "delta", method_recipe("linear") | {"base_model": "base", "outputs": "delta"})
+
+    def refused(message: str, **recipe: Any) -> None:
+        with pytest.raises(WeightsmithError, match=message):
+            run(models, "out", {"merge_method": "linear", "parameters": {"weight": 1}} | recipe)
+
+    refused("delta is a delta, not a model; write the model it is for before it", models=[{"model": "delta"}])
+    refused(
+        "m0 is a model with something on it|m0\\+delta is a model",
+        models=[{"model": "m1"}],
+        base_model="m0+delta",
+        outputs="delta",
+    )
+    refused("name it as base_model", models=[{"model": "m1"}], outputs="delta")
+    refused(
+        "one file; leave it away",
+        models=[{"model": "m1"}],
+        base_model="base",
+        outputs={"kind": "delta", "max_shard_size": 5},
+    )
+    refused("is not the one that the delta was made from", models=[{"model": "m1+delta"}])
+
+
+# Work that is interrupted, and what it may use.
+
+
+class Killed(BaseException):
+    """As if the process had ended here."""
+
+
+@pytest.mark.parametrize("outputs", ["delta", {"kind": "delta", "encoding": "low_rank", "rank": 2}], ids=str)
+def test_a_killed_extraction_goes_on(models: Path, outputs: Any):
+    recipe = Recipe.from_data(method_recipe("task_arithmetic", outputs=outputs))
+    wanted = merge(recipe, models / "wanted", roots=[models], threads=1)
+
+    def kill(progress: Progress) -> None:
+        if progress.tensors_done == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        merge(recipe, models / "out", roots=[models], threads=1, report=kill)
+    assert not (models / "out").exists()
+    next((models / ".out.partial/parts").glob("000003.*")).write_bytes(b"torn")
+    found = merge(recipe, models / "out", roots=[models], threads=2)
+
+    assert found.resumed_tensors == 5
+    assert found.tensors == wanted.tensors
+    assert found.files[0] == wanted.files[0]
+
+
+def test_a_canceled_extraction_leaves_nothing(models: Path):
+    recipe = Recipe.from_data(method_recipe("task_arithmetic", outputs="delta"))
+    asked = []
+
+    def stop() -> bool:
+        asked.append(True)
+        return len(asked) > 20
+
+    with pytest.raises(Canceled):
+        merge(recipe, models / "out", roots=[models], stop=stop)
+    assert not (models / "out").exists()
+    assert not (models / ".out.partial").exists()
+
+
+def vast(folder: Path, name: str) -> None:
+    """A model of one embedding of 4 GB, of which only the header is there."""
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [2**19, 2**12], "data_offsets": [0, 2**32]}}).encode()
+    (folder / name).mkdir()
+    with (folder / name / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2**32)
+
+
+def test_memory_is_planned(tmp_path: Path):
+    vast(tmp_path, "base")
+    vast(tmp_path, "tuned")
+    recipe = {"merge_method": "passthrough", "base_model": "base", "models": [{"model": "tuned"}]}
+
+    def planned(outputs: Any) -> Plan:
+        limits = {"memory": "512MiB", "threads": 2}
+        return plan_only(Recipe.from_data(recipe | {"outputs": outputs, "limits": limits}), roots=[tmp_path])
+
+    for encoding in ("sparse", "sign", "dense", "levels"):
+        assert planned({"kind": "delta", "encoding": encoding}).memory.peak <= 512 * 2**20
+    assert planned("delta").output_bytes < 2**32 + 10_000
+    with pytest.raises(MemoryLimitExceeded, match="to encode w"):
+        planned({"kind": "delta", "encoding": "low_rank", "rank": 8})
+
+
+# Low ranks.
+
+
+def test_low_rank_is_the_method_of_that_name(models: Path):
+    recipe = {"base_model": "base", "models": [{"model": "m0"}], "dtype": "float64"}
+    covariance = {"statistics": {"covariance": "square.safetensors"}}
+
+    for method, numbers, outputs in (
+        ("low_rank", {}, {}),
+        ("eora", covariance, {"covariance": "square.safetensors"}),
+    ):
+        run(models, method, recipe | numbers | {"merge_method": method, "parameters": {"rank": 3}})
+        outputs = {"kind": "delta", "encoding": "low_rank", "rank": 3, **outputs}
+        run(models, f"{method}-delta", recipe | {"merge_method": "passthrough", "outputs": outputs})
+        model = f"base+{method}-delta"
+        run(
+            models, f"{method}-again", {"merge_method": "passthrough", "models": [{"model": model}], "dtype": "float64"}
+        )
+        wanted, found = tensors_of(models / method), tensors_of(models / f"{method}-again")
+        for name, tensor in wanted.items():
+            if tensor.is_floating_point() and name != "model.double":  # whole is smaller than rank 3
+                torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-4, msg=f"{method} {name}")
+
+
+def test_ranks_by_energy_and_by_one_threshold(tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    values = torch.tensor([8.0, 4.0, 2.0, 1.0] + [0.1] * 20, dtype=torch.float64)
+    base = {name: torch.zeros(24, 24, dtype=torch.float64) for name in ("steep", "flat")}
+    tuned = {"steep": left * values @ right.T, "flat": left @ right.T}
+
+    def ranks(number: int, **rule: float) -> dict[str, int | None]:
+        folder = tmp_path / str(number)
+        with Delta.open(extract(folder, base, tuned, LowRank(**rule))) as delta:
+            found = {name: tensor.entry.parts.get("left") for name, tensor in delta.tensors.items()}
+            return {name: None if info is None else info.shape[1] for name, info in found.items()}
+
+    assert ranks(1, energy=0.93)["steep"] == 2  # 64 + 16 of 85.2
+    assert ranks(2, energy=0.1) == {"steep": 1, "flat": 3}
+    assert ranks(3, threshold=0.12) == {"steep": 4, "flat": None}
+    assert ranks(4, threshold=0.12, min_ratio=0.9)["steep"] is None
+    assert ranks(5, rank=30) == {"steep": None, "flat": None}  # no smaller than the matrix
+
+
+def test_what_was_learned_goes_onto_a_new_base(models: Path):
+    """Fine-tuning transfer, of a fine-tune that is kept as a delta."""
+    recipe = {"merge_method": "transfer", "base_model": "m1"}
+    run(
+        models,
+        "kept",
+        {"merge_method": "passthrough", "base_model": "base", "models": [{"model": "m0"}], "outputs": "delta"},
+    )
+
+    whole = run(models, "whole", recipe | {"models": [{"model": "m0", "base_model": "base"}]})
+    small = run(models, "small", recipe | {"models": [{"model": "base+kept", "base_model": "base"}]})
+
+    assert_same_bits(tensors_of(small), tensors_of(whole))
