@@ -9,7 +9,8 @@ Git Re-Basin, https://arxiv.org/abs/2209.04836, section 3.2, for permutations of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import TypeAlias
 
 import numpy as np
@@ -175,7 +176,51 @@ def _add(chain: Axis, matrix: Matrix, name: str, spec: PermutationSpec, indexed:
             _add(inner, parts[place, :, block], name, spec, indexed, found)
 
 
-def _summed(pairs: Iterator[tuple[Axis, Matrix]]) -> dict[Axis, Matrix]:
+def given(costs: Costs, free: Collection[str], spec: PermutationSpec, indexed: Indexed) -> Costs:
+    """What the `free` permutations are worth when all others are as they are, up to a constant."""
+    pairs = (pair for each in costs.items() for pair in _given(*each, set(free), spec, indexed))
+    return _summed((chain, matrix) for chain, matrix in pairs if chain is not None)
+
+
+def _given(
+    chain: Axis, matrix: Matrix, free: AbstractSet[str], spec: PermutationSpec, indexed: Indexed
+) -> Iterator[tuple[Axis | None, Matrix]]:
+    """What a chain comes to; None for what does not depend on the free permutations, as a matrix of one number."""
+    here = set(names(chain))
+    if here <= free:
+        yield chain, matrix
+        return
+    if here.isdisjoint(free):
+        yield None, np.array([[_picked(matrix, spec.index(chain, indexed))]])
+        return
+    assert isinstance(chain, Blocks)
+    outer, count, size = _root(chain), chain.count, len(matrix) // chain.count
+    parts = matrix.reshape(count, size, count, size)
+    if outer not in free:
+        for place, block in enumerate(indexed[outer]):
+            yield from _given(chain.at(place), parts[place, :, block], free, spec, indexed)
+    elif here & free == {outer}:
+        worth = np.zeros((count, count))
+        _add(chain, matrix, outer, spec, indexed, worth)
+        yield Permuted(outer), worth
+    else:
+        places = range(count)
+        found = [[list(_given(chain.at(i), parts[i, :, k], free, spec, indexed)) for k in places] for i in places]
+        if len({tuple(inner is None for inner, _ in of_place[0]) for of_place in found}) > 1:
+            detail = f"the blocks that {outer} moves hold permutations that stand elsewhere in different ways"
+            raise IncompatibleModels(detail, [Problem(detail)])
+        for number, (inner, _) in enumerate(found[0][0]):
+            whole = np.stack([np.stack([block[number][1] for block in of_place], axis=1) for of_place in found])
+            units = count * whole.shape[1]
+            if inner is None:
+                yield Permuted(outer), whole.reshape(units, units)
+            else:
+                chains = tuple(of_place[0][number][0] or inner for of_place in found)
+                of = chains if isinstance(chain.inner, tuple) else inner
+                yield Blocks(outer, count, of), whole.reshape(units, units)
+
+
+def _summed(pairs: Iterable[tuple[Axis, Matrix]]) -> dict[Axis, Matrix]:
     found: dict[Axis, Matrix] = {}
     for chain, matrix in pairs:
         found[chain] = found[chain] + matrix if chain in found else matrix

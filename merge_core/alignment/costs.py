@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from merge_core import kernels
-from merge_core.alignment.assignment import Check, Costs, Matrix
+from merge_core.alignment.assignment import Check, Costs, Matrix, given
 from merge_core.alignment.permutations import gather
 from merge_core.alignment.spec import Axis, Blocks, Concat, Fixed, Indexed, Indices, PermutationSpec, Permuted, names
 from merge_core.dtypes import FLOAT64
@@ -36,6 +36,8 @@ _BLOCK = 2**21
 _PANEL = 2**22
 """Elements of a tensor that are read at once, at least a row."""
 
+_LIBRARIES = 2**25
+"""Bytes that the assignment solver and the linear algebra library take once they are used."""
 
 _Job = TypeVar("_Job")
 
@@ -54,7 +56,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Permutations that are found together, as some stand inside the others' blocks, and all that they move."""
+    """Permutations that are found together, as some stand inside the others' blocks, and all that they move; of blocks
+    other permutations may stand inside too.
+    """
 
     names: tuple[str, ...]
     terms: tuple[Term, ...]
@@ -70,44 +74,62 @@ class Bundle:
 
 
 def bundles(spec: PermutationSpec, measured: Iterable[str]) -> list[Bundle]:
-    """Everything that can be found out, in the spec's order. Raises `IncompatibleModels` for what cannot: permutations
-    of one bundle on two axes of a tensor, and such as stand inside one another.
+    """Everything that can be found out, in the spec's order.
+
+    Permutations are found together if one stands inside the other's blocks, unless they stand on two axes of a tensor.
+    Raises `IncompatibleModels` for such as stand inside one another.
     """
     terms = [term for tensor in measured for term in _terms(spec, tensor)]
-    parts: list[tuple[set[str], list[Term]]] = []
-    for term in terms:
-        touched, joined = set(names(term.chain)), [term]
-        for part in [part for part in parts if part[0] & touched]:
-            parts.remove(part)
-            touched, joined = touched | part[0], part[1] + joined
-        parts.append((touched, joined))
     order = {name: number for number, name in enumerate(spec.permutations)}
-    found = [
-        Bundle(tuple(sorted(touched, key=order.__getitem__)), tuple(sorted(joined, key=lambda term: term.tensor)))
-        for touched, joined in parts
-    ]
-    if problems := [problem for bundle in found for problem in _problems(bundle)]:
-        raise IncompatibleModels.of(problems)
-    return sorted(found, key=lambda bundle: order[bundle.names[0]])
+    parts: list[set[str]] = []
+    for touched in (set(names(term.chain)) for term in terms):
+        meeting = [part for part in parts if part & touched]
+        parts = [part for part in parts if not part & touched] + [touched.union(*meeting)]
+    apart = _apart(terms)
+    found: list[list[str]] = []
+    for part in parts:
+        of_part: list[list[str]] = []
+        for name in sorted(part, key=order.__getitem__):
+            together = next((each for each in of_part if apart.get(name, set()).isdisjoint(each)), None)
+            if together is None:
+                of_part.append([name])
+            else:
+                together.append(name)
+        found += of_part
+    _check_nesting(terms)
+    holding: dict[str, list[Term]] = {}
+    for term in terms:
+        for name in dict.fromkeys(names(term.chain)):
+            holding.setdefault(name, []).append(term)
+    made = [Bundle(tuple(each), tuple({id(t): t for name in each for t in holding[name]}.values())) for each in found]
+    return sorted(made, key=lambda bundle: order[bundle.names[0]])
 
 
-def _problems(bundle: Bundle) -> Iterator[Problem]:
-    axes: dict[str, set[int]] = {}
-    for term in bundle.terms:
-        axes.setdefault(term.tensor, set()).add(term.axis)
-    for tensor in (tensor for tensor, found in axes.items() if len(found) > 1):
-        some = ", ".join(bundle.names[:3])
-        detail = f"permutations that are found together ({some}, …) stand on two axes of {tensor}"
-        yield Problem(detail, tensor=tensor)
-    inside = {name: set[str]() for name in bundle.names}
-    for term in bundle.terms:
+def _apart(terms: Iterable[Term]) -> dict[str, set[str]]:
+    """Of each permutation those that stand on another axis of a tensor: what both are worth is no sum."""
+    on_axes: dict[str, dict[int, set[str]]] = {}
+    for term in terms:
+        on_axes.setdefault(term.tensor, {}).setdefault(term.axis, set()).update(names(term.chain))
+    apart: dict[str, set[str]] = {}
+    for axes in on_axes.values():
+        for axis, here in axes.items():
+            for other in (other for other in axes if other != axis):
+                for name in here:
+                    apart.setdefault(name, set()).update(axes[other])
+    return apart
+
+
+def _check_nesting(terms: Iterable[Term]) -> None:
+    inside: dict[str, set[str]] = {}
+    for term in terms:
         for outer, name in _nested(term.chain):
-            inside[outer].add(name)
+            inside.setdefault(outer, set()).add(name)
     while free := [name for name in inside if not any(name in others for others in inside.values())]:
         for name in free:
             del inside[name]
     if inside:
-        yield Problem(f"the permutations {', '.join(inside)} stand inside one another's blocks")
+        detail = f"the permutations {', '.join(inside)} stand inside one another's blocks"
+        raise IncompatibleModels(detail, [Problem(detail)])
 
 
 def _nested(chain: Axis) -> Iterator[tuple[str, str]]:
@@ -188,7 +210,7 @@ class Products:
     check: Check = lambda: None
 
     def costs(self, bundle: Bundle, indexed: Indexed) -> Costs:
-        """What the permutations of a bundle are worth, given the others. Raises `NonFinite`."""
+        """What the permutations of a bundle are worth, all others being as they are. Raises `NonFinite`."""
         found: dict[Axis, Matrix] = {}
         for term in bundle.terms:
             size = len(term.positions)
@@ -198,7 +220,7 @@ class Products:
             indices[term.axis] = None
             add = self._add_rows if term.axis == 0 else self._add_columns
             add(term, indices, torch.from_numpy(found[term.chain]))
-        return found
+        return given(found, bundle.names, self.spec, indexed)
 
     def _add_rows(self, term: Term, indices: Sequence[Indices | None], out: Tensor) -> None:
         """Of a tensor whose rows are permuted: tiles of all pairs of rows."""
@@ -334,4 +356,4 @@ def working_bytes(
             elements = min(info.elements, max(_PANEL, _TILE * row, widest * row))
             needed = elements * (2 * info.dtype.itemsize + weights.temporary(info)) + weights.thread_bytes(info)
             most = max(most, math.ceil(needed))
-    return threads * (2 * most + 4 * 8 * _TILE * _TILE)
+    return _LIBRARIES + threads * (2 * most + 4 * 8 * _TILE * _TILE)

@@ -24,7 +24,7 @@ from merge_core.alignment.assignment import RELATIVE, best, is_more, value
 from merge_core.alignment.costs import EXACT, Bundle, Distance, Products, bundles, measured_tensors, working_bytes
 from merge_core.alignment.mean import MeanOf
 from merge_core.alignment.permutations import Permuted
-from merge_core.alignment.spec import Indexed, Indices, PermutationSpec
+from merge_core.alignment.spec import Indexed, Indices, PermutationSpec, names
 from merge_core.errors import Canceled
 from merge_core.progress import Progress, Report
 from merge_core.random import permutation, stream_key
@@ -178,17 +178,18 @@ class _Matcher:
         largest = max((bundle.nbytes for bundle in self.bundles), default=0)
         working = working_bytes(spec, self.measured, reference, model, work.workers)
         self._room = _Room(None if work.memory is None else max(largest, work.memory - working))
-        axes: dict[str, dict[int, set[int]]] = {}
-        for number, bundle in enumerate(self.bundles):
-            for term in bundle.terms:
-                axes.setdefault(term.tensor, {}).setdefault(term.axis, set()).add(number)
-        self._neighbors: list[set[int]] = [set() for _ in self.bundles]
-        for found in axes.values():
-            for axis, here in found.items():
-                for number in here:
-                    self._neighbors[number] |= {other for each in found if each != axis for other in found[each]}
+        self._neighbors = [self._neighbors_of(number) for number in range(len(self.bundles))]
         self._versions = [0] * len(self.bundles)
         self._seen: list[list[int] | None] = [None] * len(self.bundles)
+
+    def _neighbors_of(self, number: int) -> list[int]:
+        """The bundles on which depends what the permutations of one are worth."""
+        here = self.bundles[number]
+        others = {name for term in here.terms for name in names(term.chain)}
+        for tensor, number_of_axis in {(term.tensor, term.axis) for term in here.terms}:
+            axes = (axis for i, axis in enumerate(self.spec.axes[tensor]) if i != number_of_axis and axis is not None)
+            others.update(names(*axes))
+        return [i for i, bundle in enumerate(self.bundles) if i != number and not others.isdisjoint(bundle.names)]
 
     def __enter__(self) -> _Matcher:
         self._threads = torch.get_num_threads()
@@ -228,7 +229,7 @@ class _Matcher:
             self.work.progress.tensors_total += len(order)
         visits: dict[int, Future[None]] = {}
         for number in order:
-            earlier = [visits[other] for other in sorted(self._neighbors[number]) if other in visits]
+            earlier = [visits[other] for other in self._neighbors[number] if other in visits]
             visits[number] = self._solving.submit(self._visit, number, earlier, found)
         self._wait(list(visits.values()))
 
@@ -237,7 +238,7 @@ class _Matcher:
         for visit in earlier:
             visit.result()
         bundle = self.bundles[number]
-        versions = [self._versions[other] for other in sorted(self._neighbors[number])]
+        versions = [self._versions[other] for other in self._neighbors[number]]
         has_moved, proved = False, False
         if is_due := self._seen[number] != versions:
             self._seen[number] = versions
@@ -270,9 +271,9 @@ class _Matcher:
 
     def distances(self, indexed: Indexed, tensors: Sequence[str] | None = None) -> dict[str, Distance]:
         """How far tensors are from the reference's (None: all that are measured)."""
-        names = self.measured if tensors is None else tensors
+        wanted = self.measured if tensors is None else tensors
         with self._counting:
-            self.work.progress.bytes_read_total += sum(map(self._bytes_of, names))
+            self.work.progress.bytes_read_total += sum(map(self._bytes_of, wanted))
 
         def measure(name: str) -> Distance:
             distance = self._products.distance(name, indexed)
@@ -280,9 +281,9 @@ class _Matcher:
                 self.work.progress.bytes_read += self._bytes_of(name)
             return distance
 
-        futures = [self._multiplying.submit(measure, name) for name in names]
+        futures = [self._multiplying.submit(measure, name) for name in wanted]
         self._wait(futures)
-        return {name: future.result() for name, future in zip(names, futures, strict=True)}
+        return {name: future.result() for name, future in zip(wanted, futures, strict=True)}
 
     def _wait(self, futures: Sequence[Future[None]] | Sequence[Future[Distance]]) -> None:
         """Report and listen while others work; raises what the first of them raised."""
