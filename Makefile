@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test golden recipes oracle bench bench-peer bench-scale bench-cuda lint lock serve clean
+.PHONY: help setup demo test golden recipes oracle bench bench-peer bench-scale bench-cuda science lint lock serve clean
 PEER := .venv-peer
 
 help:  ## List the targets
@@ -47,6 +47,9 @@ bench-scale: $(READY)  ## Measure cost and memory from 0.1 to 8 billion paramete
 
 bench-cuda: $(READY)  ## Measure merges on a CUDA device against the rate of copies to it
 	$(BIN)/python -m benchmarks.cuda
+
+science: $(READY)  ## Train small models and hold what aligning, patching and transferring do to them against bars
+	$(BIN)/python -m benchmarks.science
 
 lint: $(READY)  ## Check style, types and who imports whom
 	$(BIN)/ruff check .
