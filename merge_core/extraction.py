@@ -255,7 +255,7 @@ class _Work:
         progress.phase = "writing"
         provenance = {
             "kind": KIND,
-            "paper": "https://arxiv.org/abs/2306.13368",
+            "paper": "https://arxiv.org/abs/2302.12480",
             "made_with": f"weightsmith {__version__}",
             **plan.wanted.to_dict(),
             "sources": sources,

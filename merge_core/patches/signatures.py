@@ -3,7 +3,7 @@
     a = θ_clean − θ₀      d = mean θ_corrupted − θ₀      v = d − (⟨d, a⟩ / ⟨a, a⟩) a      patched = θ + strength · v
 
 per parameter tensor: v is the part of d that is orthogonal to what training on clean images did. Of BatchNorms the
-corrupted models' values, running statistics too, are put in place instead. https://arxiv.org/abs/2306.13368
+corrupted models' values, running statistics too, are put in place instead. https://arxiv.org/abs/2302.12480
 
 The official code applies a weight twice, so that its weights are the square roots of our strengths.
 """

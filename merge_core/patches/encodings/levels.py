@@ -94,7 +94,7 @@ class Levels(Encoding):
 
     name: ClassVar[str] = "levels"
     title: ClassVar[str] = "Levels (robust weight signatures)"
-    paper: ClassVar[str] = "https://arxiv.org/abs/2306.13368"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2302.12480"
     tensor: ClassVar[type[DeltaTensor]] = LevelsTensor
 
     levels: int = Field(256, ge=2, le=MOST_LEVELS, description="how many; 256 take a byte, 16 half of one")

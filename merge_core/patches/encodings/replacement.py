@@ -38,7 +38,7 @@ class Replacement(Encoding):
 
     name: ClassVar[str] = "replacement"
     title: ClassVar[str] = "New values for any base"
-    paper: ClassVar[str] = "https://arxiv.org/abs/2306.13368"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2302.12480"
     tensor: ClassVar[type[DeltaTensor]] = ReplacementTensor
 
     def takes(self, difference: Difference) -> bool:
