@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merge_core.alignment.spec import Axis, Blocks, Indexed, Indices, PermutationSpec, Permuted, names
+from merge_core.errors import IncompatibleModels, Problem
 
 Matrix: TypeAlias = NDArray[np.float64]
 Costs: TypeAlias = Mapping[Axis, Matrix]
