@@ -214,6 +214,14 @@ def test_costs_of_some_permutations_are_those_of_all_with_the_others_as_they_are
     assert value(some, spec, new) - value(some, spec, old) == pytest.approx(gained)
 
 
+def test_blocks_that_differ_in_what_is_free_are_refused() -> None:
+    chain = Blocks("o", 2, (Blocks("x", 2, Moved("a")), Blocks("y", 2, Moved("b"))))
+    spec = PermutationSpec(dict.fromkeys("oxyab", 2), {"w": (chain,)})
+
+    with pytest.raises(IncompatibleModels, match="in different ways"):
+        given_others({chain: np.ones((8, 8))}, ["o", "a"], spec, spec.identity())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_large_costs_are_added_up_in_tiles(opened: Opened, dtype: torch.dtype) -> None:
     spec = mlp(3, 1300, 2)
