@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from merge_core.artifact import LOCK_NAME, Artifact
 from merge_core.documents import Keys, load_documents, read_as, unknown_keys
@@ -49,6 +49,13 @@ _ALLOWED: Mapping[str, tuple[str, ...]] = {
 _READ = 2**22
 
 
+def _layers(written: Any) -> Any:
+    is_count = type(written) is int and written >= 1
+    if not is_count and not (isinstance(written, list) and all(isinstance(piece, str) for piece in written)):
+        raise ValueError("a number of layers, 1 or more, or a list of pieces of tensor names")
+    return written
+
+
 class Patch(Keys):
     """What is to be done with patches: `operation` says what, and with it which other keys there are."""
 
@@ -59,7 +66,7 @@ class Patch(Keys):
     corrupted: list[ModelRef] = Field(
         [], max_length=64, description="extract: tuned on corrupted data; their mean counts"
     )
-    layers: Annotated[int, Field(ge=1, strict=True)] | list[str] | None = Field(
+    layers: Annotated[int | list[str] | None, BeforeValidator(_layers)] = Field(
         None, description="extract: so many from the input on, or pieces of tensor names"
     )
     batch_norm: BatchNorm = Field("replace", description="extract: what becomes of all BatchNorms")

@@ -19,6 +19,7 @@ from merge_core.merge import merge, plan_only
 from merge_core.patches.encodings.dense import Dense
 from merge_core.patches.encodings.levels import Levels
 from merge_core.patches.encodings.sparse import Sparse
+from merge_core.progress import Progress
 from merge_core.recipe import Recipe
 from tests.conftest import FORMS, kernels_in, mixed_tensors, write_checkpoint
 from tests.merge_core.test_deltas import assert_same_bits, extract
@@ -158,6 +159,11 @@ def test_strengths_add_up(tmp_path_factory: pytest.TempPathFactory, a: float, b:
         ({"patches": [{"patch": "p", "strenght": 1}]}, RecipeError, "did you mean strength"),
         ({"patches": [{"patch": "p", "strength": float("inf")}]}, RecipeError, "patches/0/strength"),
         ({"outputs": {"reversible": True}}, RecipeError, "outputs/reversible: there are no patches"),
+        (
+            {"outputs": {"kind": "delta", "reversible": True}, "patches": [{"patch": "p"}]},
+            RecipeError,
+            "outputs: .*leave reversible away",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -195,6 +201,25 @@ def test_a_reversal_takes_the_patches_off_bit_for_bit(folder: Path, scope: str) 
     assert_same_bits(merged(folder, off), merged(folder, {**TIES, "scope": scope}))
     with pytest.raises(IncompatibleModels, match="for its own base alone"):
         merged(folder, {**off, "models": [{"model": "m0+out/reversal.safetensors"}]})
+
+
+def test_a_killed_reversal_is_made_again(folder: Path) -> None:
+    recipe = Recipe.from_data(on_ties(("p", 0.5), outputs={"reversible": True}))
+    whole = merge(recipe, folder / "whole", roots=[folder])
+
+    def killed(progress: Progress) -> None:
+        if progress.phase.startswith("keeping"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, folder / "out", roots=[folder], report=killed)
+    again = merge(recipe, folder / "out", roots=[folder])
+
+    assert again.resumed_tensors == len(again.tensors)
+    for file, other in zip(again.files, whole.files, strict=True):
+        assert file.path == other.path
+        if file.path.endswith(".safetensors"):
+            assert file.sha256 == other.sha256
 
 
 def test_a_patch_of_no_strength_changes_nothing(folder: Path) -> None:
