@@ -16,11 +16,13 @@ from merge_core.errors import WeightsmithError
 from merge_core.imports import quick_imports
 
 if TYPE_CHECKING:
+    from merge_core.artifact import Artifact
     from merge_core.progress import Progress as MergeProgress
     from merge_core.recipe import Recipe
     from workers.supervisor import Supervisor
 
 RECIPE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 URL = click.option(
     "--url", default="http://127.0.0.1:8000", envvar="WEIGHTSMITH_URL", show_default=True, help="The service."
 )
@@ -112,14 +114,11 @@ def merge(
                 memory=most,
                 threads=threads,
                 max_shard_size=shard,
-                cache=Path(click.get_app_dir("weightsmith")) / "cache",
+                cache=_cache(),
                 device=device,
                 report=report,
             )
-    for warning in artifact.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    size = sum(file.size for file in artifact.files)
-    click.echo(f"{out}: {len(artifact.tensors)} tensors, {_bytes(size)} in {len(artifact.files)} files")
+    _tell_of(artifact, out)
 
 
 @main.command()
@@ -148,6 +147,8 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
     click.echo(f"models      {', '.join(roles)}")
     for put in made.get("patches", []):
         click.echo(f"patch       {put['strength']:g} · {put['patch']} on {put['tensors']} tensors")
+    for each in (made, *made.get("stages", [])):
+        _tell_alignment(each.get("alignment"))
     copied = made["tensors"] - made["tensors_merged"]
     click.echo(f"tensors     {made['tensors_merged']} merged, {copied} copied")
     click.echo(f"reads       {_bytes(made['bytes_read'])} in {made['passes']} pass{'es' if made['passes'] > 1 else ''}")
@@ -307,13 +308,142 @@ def _patch(document: dict[str, Any], out: Path, memory: str | None, threads: int
                 out,
                 memory=most,
                 threads=threads,
-                cache=Path(click.get_app_dir("weightsmith")) / "cache",
+                cache=_cache(),
                 report=report,
             )
-    for warning in artifact.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    size = sum(file.size for file in artifact.files)
-    click.echo(f"{out}: {len(artifact.tensors)} tensors, {_bytes(size)} in {len(artifact.files)} files")
+    _tell_of(artifact, out)
+
+
+@main.command()
+@click.argument("given", nargs=-1, required=True, metavar="RECIPE OUT | MODEL MODEL… -o OUT")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder for what is found, with models named directly."
+)
+@click.option(
+    "--to", type=click.Choice(["base", "first", "mean"]), help="What to match with.  [default: base, else first]"
+)
+@click.option("--base", metavar="MODEL", help="The base that all models are matched with.")
+@click.option("--spec", metavar="FILE", help="Which permutations there are, as JSON.  [default: derived]")
+@click.option("--residual", is_flag=True, help="Permute the residual stream too: for models of different starts.")
+@click.option("--seed", type=click.IntRange(0), help="Of the order of visits.  [default: 0]")
+@click.option("--full-report", is_flag=True, help="Compare the strong directions of every matrix too.")
+@click.option("--plan", "only_plan", is_flag=True, help="Show what it would take; no weight is read.")
+@MEMORY
+@THREADS
+def align(
+    given: tuple[str, ...],
+    out: Path | None,
+    memory: str | None,
+    threads: int | None,
+    only_plan: bool,
+    full_report: bool,
+    **how: Any,
+) -> None:
+    """Find the permutations of neurons that bring models into one order.
+
+    By a document, or with the models named directly. Into the folder OUT come alignment.safetensors, which any recipe
+    takes as `alignment: {permutations: FILE}`, and report.json. Interrupted, the same command goes on where it was.
+    """
+    most = _size(memory)
+    with _told("interrupted; the same command goes on from here"):
+        with quick_imports():
+            from merge_core import align as core
+            from merge_core.aligned import FILE_NAME
+
+        if out is None and len(given) == 2 and not any(how.values()) and Path(given[0]).is_file():
+            document = core.AlignmentDocument.from_text(Path(given[0]).read_bytes())
+            out = Path(given[1])
+        elif out is None:
+            raise click.UsageError("give a document and a folder for what is found, or models and -o FOLDER")
+        else:
+            base, keys = how.pop("base"), {key: value for key, value in how.items() if value}
+            written = {"models": list(given), "alignment": keys, "report": "full" if full_report else None}
+            document = core.AlignmentDocument.from_data(written | ({"base_model": base} if base else {}))
+        if only_plan:
+            _tell_alignment(core.plan_only(document, memory=most, threads=threads).to_dict())
+            return
+        with _progress_bar() as report:
+            core.align(document, out, memory=most, threads=threads, cache=_cache(), report=report)
+    import json
+
+    told = json.loads((out / core.REPORT_NAME).read_text())
+    for model, about in told["models"].items():
+        moved = sum(about["moved"].values())
+        apart = about.get("l2") or [about["analysis"][f"distance_{when}"] for when in ("before", "after")]
+        click.echo(f"{model}: moved {moved:,} neurons; {apart[0]:.4g} from {told['compared_with']}, now {apart[1]:.4g}")
+    click.echo(f"{out / FILE_NAME}")
+
+
+@main.group()
+def permutations() -> None:
+    """Look at, undo or apply permutations that were found: the file alignment.safetensors of an artifact."""
+
+
+@permutations.command("inspect")
+@click.argument("file", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with every permutation and how it was found.")
+def inspect_permutations(file: Path, as_json: bool) -> None:
+    """Show which models FILE permutes, and how much of each it moves."""
+    import json
+
+    with _told():
+        with quick_imports():
+            from merge_core.alignment.permutations import Permutations
+
+        found = Permutations.open(file)
+    moved = {model: found.moved(model) for model in found.models}
+    if as_json:
+        told = {"models": moved, "sizes": dict(found.spec.permutations), "provenance": dict(found.provenance)}
+        click.echo(json.dumps(told, indent=2))
+        return
+    elements = sum(found.spec.permutations.values())
+    click.echo(
+        f"{len(found.spec.permutations)} permutations of {elements:,} elements on {len(found.spec.axes)} tensors"
+    )
+    for model, counts in moved.items():
+        many = sum(count > 0 for count in counts.values())
+        click.echo(f"{model}  moves {sum(counts.values()):,} elements in {many} permutations")
+
+
+@permutations.command("invert")
+@click.argument("file", type=FILE)
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+def invert_permutations(file: Path, out: Path) -> None:
+    """Write to OUT the permutations that undo those in FILE."""
+    with _told():
+        with quick_imports():
+            from merge_core.alignment.permutations import Permutations
+
+        if out.exists():
+            raise click.UsageError(f"{out} exists; give another name or remove it")
+        Permutations.open(file).inverse().save(out)
+
+
+@permutations.command("apply")
+@click.argument("file", type=FILE)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--as", "name", metavar="NAME", help="What FILE calls the model, if not what it is called here.")
+@MEMORY
+@THREADS
+def apply_permutations(
+    file: Path, model: str, out: Path, name: str | None, memory: str | None, threads: int | None
+) -> None:
+    """Write MODEL with its neurons in the order that FILE says into the folder OUT.
+
+    The model that comes out computes what MODEL does. The same as a recipe that passes it through with
+    `alignment: {permutations: FILE}`.
+    """
+    most = _size(memory)
+    with _told("interrupted; the same command goes on from here"):
+        with quick_imports():
+            from merge_core import align
+            from merge_core import merge as core
+
+        with _progress_bar() as report:
+            recipe = align.applying(file, model, name)
+            artifact = core.merge(recipe, out, memory=most, threads=threads, cache=_cache(), report=report)
+    _tell_of(artifact, out)
 
 
 @main.command("import")
@@ -336,6 +466,14 @@ def import_(file: Path) -> None:
 @main.command()
 @click.argument("recipe", type=RECIPE)
 @URL
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(["merges", "alignments", "patches"]),
+    default="merges",
+    show_default=True,
+    help="What RECIPE asks for.",
+)
 @click.option("--wait", is_flag=True, help="Watch the job to its end.")
 @click.option(
     "--download",
@@ -343,7 +481,7 @@ def import_(file: Path) -> None:
     metavar="DIR",
     help="Then download the result, checked by sha256 (implies --wait).",
 )
-def submit(recipe: Path, url: str, wait: bool, download: Path | None) -> None:
+def submit(recipe: Path, url: str, kind: str, wait: bool, download: Path | None) -> None:
     """POST RECIPE to a service; prints the job's id."""
     with _told("interrupted; the job goes on without you"):
         from app.client import Client
@@ -352,7 +490,7 @@ def submit(recipe: Path, url: str, wait: bool, download: Path | None) -> None:
         if download:
             download.mkdir(parents=True, exist_ok=True)
         with Client(url) as client:
-            job = client.submit(body)
+            job = client.submit(body, kind)
             click.echo(job["id"])
             if wait or download:
                 with _progress_bar() as report:
@@ -399,6 +537,32 @@ def _read(path: Path) -> Recipe:
     from merge_core.recipe import Recipe
 
     return Recipe.from_text(sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes())
+
+
+def _tell_alignment(made: dict[str, Any] | None) -> None:
+    if made is None:
+        return
+    sizes = ", ".join(f"{each['count']} of {each['size']:,}" for each in made["permutations"][:4])
+    sizes += ", …" if made["permutations"][4:] else ""
+    models = ", ".join(made["models"])
+    if made["stored"]:
+        click.echo(f"aligned     {models} by {made['file']}: permutations {sizes}")
+        return
+    click.echo(f"aligns      {models} with {made['matched_with']}: permutations {sizes}")
+    click.echo(
+        f"            reads {_bytes(made['bytes_per_sweep'])} a sweep, at most {_bytes(made['peak_memory'])} of memory"
+    )
+
+
+def _cache() -> Path:
+    return Path(click.get_app_dir("weightsmith")) / "cache"
+
+
+def _tell_of(artifact: Artifact, out: Path) -> None:
+    for warning in artifact.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    size = sum(file.size for file in artifact.files)
+    click.echo(f"{out}: {len(artifact.tensors)} tensors, {_bytes(size)} in {len(artifact.files)} files")
 
 
 def _size(written: str | None) -> int | None:

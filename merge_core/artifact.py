@@ -21,12 +21,13 @@ import yaml
 
 from merge_core import __version__
 from merge_core.adapters import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from merge_core.aligned import PAPER
 from merge_core.files import WrittenFile, write_text
 from merge_core.merged import leaves
 from merge_core.method import ExactOn
 from merge_core.plan import Plan
 from merge_core.references import ModelRef
-from merge_core.weights import Weights
+from merge_core.weights import Companions, Weights
 
 LOCK_NAME = "merge.lock.json"
 CARD_NAME = "README.md"
@@ -54,6 +55,7 @@ def write_companions(
     tensors: Mapping[str, str],
     sources: Mapping[Path, str],
     warnings: Sequence[str],
+    beside: Mapping[ModelRef, Weights],
 ) -> list[WrittenFile]:
     """Write everything beside the weights into `folder`; the lock, which names all other files, comes last."""
     donor = checkpoints[plan.donor]
@@ -67,15 +69,14 @@ def write_companions(
     files.append(write_text(folder / RECIPE_NAME, plan.recipe.to_yaml()))
     files.append(write_text(folder / CARD_NAME, model_card(plan, warnings)))
     lock = {
-        "version": 1,
-        "made_with": {"weightsmith": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": platform.machine(),
+        **made_here(),
         "exact_on": _exact_on(plan),
         "recipe": plan.recipe.canonical(),
         "seed": plan.recipe.seed,
         "plan": plan.digest,
         "sources": [
-            _source(plan, model, weights, sources) for model, weights in leaves(plan.models, checkpoints).items()
+            source_entry(model, weights, sources, plan.companions)
+            for model, weights in (leaves(plan.models, checkpoints) | dict(beside)).items()
         ],
         "files": [asdict(file) for file in files],
         "tensors": {name: {"blake3": tensors[name]} for name in sorted(tensors)},
@@ -86,17 +87,23 @@ def write_companions(
     return files
 
 
+def made_here() -> dict[str, Any]:
+    """What a lock says of the program and the machine."""
+    versions = {"weightsmith": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"version": 1, "made_with": versions, "machine": platform.machine()}
+
+
 def read_artifact(folder: Path) -> Artifact:
-    """A finished artifact from its lock."""
-    lock_file = folder / LOCK_NAME
+    """A finished artifact from its lock, which is the only file of that kind."""
+    (lock_file,) = folder.glob("*.lock.json")
     raw = lock_file.read_bytes()
     lock = json.loads(raw)
     files = [WrittenFile(**file) for file in lock["files"]]
-    files.append(WrittenFile(LOCK_NAME, len(raw), hashlib.sha256(raw).hexdigest()))
+    files.append(WrittenFile(lock_file.name, len(raw), hashlib.sha256(raw).hexdigest()))
     return Artifact(
         folder,
         tuple(files),
-        {name: entry["blake3"] for name, entry in lock["tensors"].items()},
+        {name: entry["blake3"] for name, entry in lock.get("tensors", {}).items()},
         tuple(lock["warnings"]),
     )
 
@@ -117,10 +124,14 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
     if named:
         front = {"base_model": named, "base_model_relation": "adapter" if plan.is_adapter else "merge"} | front
     title = plan.recipe.name or f"{plan.recipe.merge_method} merge"
+    made = f"Merged with Weightsmith {__version__} by [{method.title}]({method.paper})."
+    if plan.alignment is not None:
+        aligned = f"[weight matching]({PAPER})"
+        made += f" Before that the neurons were brought into one order by {aligned}: `{plan.alignment.file}`."
     paragraphs = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {' '.join(title.split())}",
-        f"Merged with Weightsmith {__version__} by [{method.title}]({method.paper}).",
+        made,
         *_usage(plan),
         "## Models\n\n" + "\n".join(f"- `{model}`{role and f' ({role})'}" for model, role in roles.items()),
         f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```",
@@ -152,20 +163,24 @@ def _usage(plan: Plan) -> list[str]:
 def _exact_on(plan: Plan) -> ExactOn:
     """Where the same recipe gives the same bytes: on any machine, unless a method that was used promises less."""
     used = {type(step.method).exact_on for step in plan.steps if step.method}
+    used |= {"this machine"} if plan.alignment is not None and not plan.alignment.are_stored else set()
     used |= {_exact_on(stage) for stage in plan.stages.values()}
     used |= {plan.difference.exact_on} if plan.difference is not None else set()
     return "this machine" if "this machine" in used else "any machine"
 
 
-def _source(plan: Plan, model: ModelRef, weights: Weights, sources: Mapping[Path, str]) -> dict[str, Any]:
+def source_entry(
+    model: ModelRef, weights: Weights, sources: Mapping[Path, str], copied: Companions | None = None
+) -> dict[str, Any]:
+    """What a lock says of a model: every file that was read, `sources` being those that were hashed, or `copied`."""
     files = [
         {"path": file, "size": shard.size, "sha256": sources[shard.path]}
         for file, shard in weights.shards.items()
         if shard.path in sources
     ]
     small = dict(weights.settings)
-    copied = [file for file in plan.companions.values() if isinstance(file, Path)]
-    small |= {name: file for name, file in weights.companions.items() if file in copied and isinstance(file, Path)}
+    if paths := [file for file in (copied or {}).values() if isinstance(file, Path)]:
+        small |= {name: file for name, file in weights.companions.items() if file in paths and isinstance(file, Path)}
     for name, path in small.items():
         data = path.read_bytes()
         files.append({"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})

@@ -148,6 +148,18 @@ class Checkpoint(Weights):
         return self._descriptors[file]
 
 
+def locate(path: str, roots: Sequence[Path] | None) -> Path:
+    """The path that a recipe means: as it stands, or below the first root that has it."""
+    written = Path(path)
+    if roots is None or written.is_absolute():
+        return written.expanduser() if roots is None else written
+    for root in roots:
+        check_below(root / written, [root])
+        if os.path.lexists(root / written):
+            return root / written
+    raise CheckpointNotFound(path, "is in none of this service's model folders; Hub models are not supported yet")
+
+
 def check_below(path: Path, roots: Sequence[Path] | None) -> None:
     """Raise `PathNotAllowed` unless a path, links resolved, lies in one of the roots (None: anywhere)."""
     if roots is None:

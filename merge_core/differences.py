@@ -17,6 +17,7 @@ import torch
 
 from merge_core import __version__
 from merge_core.adapters import WEIGHTS_NAME
+from merge_core.aligned import Alignment, settle
 from merge_core.blocks import CPU
 from merge_core.errors import Canceled, IncompatibleModels, MemoryLimitExceeded, Problem
 from merge_core.journal import JOURNAL, Journal
@@ -26,7 +27,7 @@ from merge_core.patches.delta import DELTA_NAME
 from merge_core.patches.encoding import Difference
 from merge_core.patches.lora import AdapterExtraction, assemble_adapter
 from merge_core.patches.writing import Extraction, assemble, encode_all
-from merge_core.plan import DifferencePlan, Plan
+from merge_core.plan import AlignmentPlan, DifferencePlan, Plan
 from merge_core.progress import Progress, Report
 from merge_core.references import ModelRef
 from merge_core.shards import check_space
@@ -144,6 +145,7 @@ class DifferenceExecution:
     stop: Callable[[], bool] = lambda: False
     device: torch.device = CPU
     stages: Sequence[MergedWeights] = ()
+    alignments: Sequence[tuple[Alignment, AlignmentPlan]] = ()
 
     def run(self) -> None:
         """Encode every tensor that is not there yet, and write the file."""
@@ -177,6 +179,11 @@ class DifferenceExecution:
                 self._enter("measuring")
                 for stage in stages:
                     stage.check_tied(pool)
+                permutations = []
+                if self.alignments:
+                    self._enter("aligning")
+                    folder, digest = self.partial, self.plan.digest
+                    permutations = settle(self.alignments, folder, digest, self.progress, self.report, self.stop)
                 if self.plan.scope == "model" and extraction.pairs:
                     made.prepare(extraction.pairs[0][0].info, pool)
             self._enter("comparing")
@@ -197,6 +204,7 @@ class DifferenceExecution:
             file, self.digests = assemble(encoded, extraction, self.partial, _provenance(self.plan), stop=self._watch)
             self.files = [file]
         self.progress.bytes_written += sum(file.size for file in self.files)
+        self.files = [*self.files, *permutations]
         self.warnings.sort()
         self.progress.complete()
         self._watch()

@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from merge_core.aligned import Alignment, settle
 from merge_core.blocks import CPU, Blocks, Span
 from merge_core.errors import Canceled
+from merge_core.files import WrittenFile
 from merge_core.layout import Slot
 from merge_core.merged import MergedWeights
 from merge_core.method import Known, Randomness
-from merge_core.plan import Plan, Step
+from merge_core.plan import AlignmentPlan, Plan, Step
 from merge_core.progress import Progress, Report
 from merge_core.shards import ShardWriter
 from merge_core.weights import Weights
@@ -35,7 +37,7 @@ _M_ARENA_MAX = -8
 
 @dataclass
 class Execution:
-    """Carries out a plan on a device.
+    """Carries out a plan on a device; `permutations` are the files of those that were found on the way.
 
     `merged` is told of each tensor whose inputs are done with; `stop` is asked between blocks, a true answer raises
     `Canceled`.
@@ -52,6 +54,8 @@ class Execution:
     device: torch.device = CPU
     warnings: list[str] = field(default_factory=list)
     stages: Sequence[MergedWeights] = ()
+    alignments: Sequence[tuple[Alignment, AlignmentPlan]] = ()
+    permutations: list[WrittenFile] = field(default_factory=list)
 
     def run(self) -> None:
         """Measure and merge every tensor that is not in the output yet."""
@@ -73,6 +77,10 @@ class Execution:
                 self.blocks.check_tied(pool, pair)
             for stage in self.stages:
                 stage.check_tied(pool)
+            if self.alignments:
+                self.enter("aligning")
+                folder, digest = self.writer.folder, self.plan.digest
+                self.permutations = settle(self.alignments, folder, digest, self.progress, self.report, self.stop)
             known = self._measure_model(pool)
             self.enter("merging")
             self._merge_all(pool, known)

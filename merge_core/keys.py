@@ -133,6 +133,46 @@ class PatchEntry(Keys):
         return self
 
 
+def _file(written: Any) -> Any:
+    if isinstance(written, str) and (not written or "\0" in written):
+        raise ValueError(f"{written[:200]!r} names no file")
+    return written
+
+
+FileName = Annotated[str, BeforeValidator(_file)]
+"""A path as models have it: from the working directory, or below one of a service's model folders."""
+
+
+class AlignmentKeys(Keys):
+    """How models are permuted before anything else is done with them, so that what corresponds has the same place."""
+
+    method: Literal["weight_matching"] = "weight_matching"
+    to: Literal["base", "first", "mean"] | None = Field(
+        None,
+        description="what the models are matched with: the base (the default, if there is one), the first, or "
+        "the mean of all others in turn",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of the order in which permutations are visited")
+    max_sweeps: int = Field(100, ge=1, le=10_000, description="visits of every permutation at most")
+    residual: bool = Field(
+        False, description="permute the residual stream too, which only models trained from different starts need"
+    )
+    spec: FileName | dict[str, Any] | None = Field(
+        None,
+        description="which permutations there are, as JSON or a file of it; without it, what is known of the "
+        "model's family",
+    )
+    permutations: FileName | None = Field(
+        None, description="permutations that were found before: alignment.safetensors"
+    )
+    names: dict[str, str] = Field({}, description="what that file calls a model, where it is not as here")
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the permutations are read and not found."""
+        return self.permutations is not None
+
+
 class Outputs(Keys):
     """What the result is and how it is stored: `full`, `delta` and `adapter` alone are read as the kind.
 

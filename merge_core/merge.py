@@ -5,7 +5,6 @@ Usage: `merge(Recipe.from_text(text), "merged")`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -18,13 +17,13 @@ from merge_core import kernels
 from merge_core.adapted import Adapted
 from merge_core.adapter_sums import Placed
 from merge_core.adapters import Adapter, is_adapter
+from merge_core.aligned import Alignment
 from merge_core.artifact import Artifact, read_artifact, write_companions
 from merge_core.blocks import CPU
-from merge_core.checkpoint import Checkpoint, check_below
+from merge_core.checkpoint import Checkpoint, locate
 from merge_core.differences import DifferenceExecution, plan_difference, read_beside
 from merge_core.errors import (
     CheckpointError,
-    CheckpointNotFound,
     DeviceNotFound,
     IncompatibleModels,
     OutputExists,
@@ -39,7 +38,7 @@ from merge_core.merged import MergedWeights, Unrounded, make_plan_in_stages
 from merge_core.method import Randomness
 from merge_core.patches.delta import Delta, find_delta
 from merge_core.patches.patched import Patch, Patched
-from merge_core.plan import Plan, Step
+from merge_core.plan import AlignmentPlan, Plan, Step
 from merge_core.progress import Progress, Report
 from merge_core.recipe import Recipe, referenced_models
 from merge_core.references import ModelRef
@@ -83,7 +82,7 @@ def merge(
     try:
         check_output(out, partial)
         with opened(recipe, roots) as checkpoints, opened_patches(recipe, roots) as patches:
-            plan, models, stages = _planned(
+            plan, models, stages, alignments = _planned(
                 recipe,
                 checkpoints,
                 patches,
@@ -97,7 +96,7 @@ def merge(
             inputs = [models[model] for model in plan.models]
             with unfinished(partial):
                 draws = randomness or Randomness(recipe.seed)
-                work = _Work(plan, inputs, checkpoints, stages, draws, where, report, stop)
+                work = _Work(plan, inputs, checkpoints, stages, alignments, draws, where, report, stop)
                 return work.carry_out(partial, out, cache)
     except OSError as error:
         raise disk_error(error, Path(error.filename or out), 0) from error
@@ -135,6 +134,7 @@ class _Work:
     inputs: Sequence[Weights]
     opened: Mapping[ModelRef, Weights]
     stages: Sequence[MergedWeights]
+    alignments: Sequence[tuple[Alignment, AlignmentPlan]]
     randomness: Randomness
     device: torch.device
     report: Report
@@ -143,8 +143,10 @@ class _Work:
     def carry_out(self, partial: Path, out: Path, cache: Path | None) -> Artifact:
         plan = self.plan
         beside = [] if plan.difference is None else read_beside(plan, self.opened)
+        compared = self._compared()
+        beside += compared.values()
         try:
-            with closing(Sources(plan, self.inputs, cache, self.stop, beside)) as sources:
+            with closing(Sources.of(plan, self.inputs, cache, self.stop, beside)) as sources:
                 if self.device == CPU and any(step.is_fused for made in self._plans for step in made.steps):
                     kernels.load()
                 write = self._write_model if plan.difference is None else self._write_difference
@@ -161,11 +163,17 @@ class _Work:
                 tensors=written.tensors,
                 sources=hashes,
                 warnings=warnings,
+                beside=compared,
             )
             appear(partial, out)
         except OSError as error:
             raise disk_error(error, Path(error.filename or partial), 0) from error
         return Artifact(out, tuple(files), written.tensors, warnings, written.resumed)
+
+    def _compared(self) -> dict[ModelRef, Weights]:
+        """The models that are read to bring others into their order, whether they are merged or not."""
+        found = [ref for alignment, plan in self.alignments if not plan.are_stored for ref in alignment.models]
+        return {ref: self.opened[ref] for ref in found if ref in self.opened}
 
     @property
     def _plans(self) -> Iterator[Plan]:
@@ -185,9 +193,10 @@ class _Work:
                 self.stop,
                 self.device,
                 stages=self.stages,
+                alignments=self.alignments,
             )
             execution.run()
-            files = writer.finish()
+            files = [*writer.finish(), *execution.permutations]
             if self.plan.recipe.outputs.reversible:
                 execution.enter("keeping what the patches changed")
                 before = self.stages[-1]
@@ -207,6 +216,7 @@ class _Work:
             self.stop,
             self.device,
             self.stages,
+            self.alignments,
         )
         execution.run()
         return _Written(execution.files, execution.digests, execution.warnings, execution.resumed)
@@ -258,6 +268,9 @@ def opened(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Mapping[Mod
         if alone and (len(alone) < len(found) or recipe.stages):
             detail = f"{alone[0]} is an adapter, not a model; write the model it is for before it: base+{alone[0]}"
             raise RecipeError.of([Problem(detail, places[alone[0]])])
+        if alone and recipe.alignment is not None:
+            detail = "adapters alone have no neurons that could be aligned; write the models they are for before them"
+            raise RecipeError.of([Problem(detail, "#/alignment")])
         if alone and (recipe.vocabulary or recipe.chat_template):
             key = "chat_template" if recipe.chat_template else "tokenizer"
             raise RecipeError.of([Problem("adapters have no vocabulary of their own; leave this away", f"#/{key}")])
@@ -286,14 +299,14 @@ def _planned(
     patches: Mapping[ModelRef, Delta],
     roots: Sequence[Path] | None,
     **how: Any,
-) -> tuple[Plan, Mapping[ModelRef, Weights], Sequence[MergedWeights]]:
-    """The plan, its models, and its stages; errors as the recipe sees the world."""
+) -> tuple[Plan, Mapping[ModelRef, Weights], Sequence[MergedWeights], Sequence[tuple[Alignment, AlignmentPlan]]]:
+    """The plan, its models, its stages and their alignments; errors as the recipe sees the world."""
     try:
-        plan, models, stages = make_plan_in_stages(recipe, checkpoints, patches, **how)
+        plan, models, stages, alignments = make_plan_in_stages(recipe, checkpoints, patches, roots, **how)
         if recipe.outputs.kind != "full":
             inputs = [models[model] for model in plan.models]
             plan = plan_difference(plan, inputs, checkpoints, how.get("memory"))
-        return plan, models, stages
+        return plan, models, stages, alignments
     except CheckpointError as error:
         raise error.as_written(roots or (), error.problems[0].pointer or "#/tokenizer") from None
 
@@ -323,18 +336,6 @@ def open_model(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, wei
         return Adapted(base, Adapter.open(added, roots=roots), ref.adapter)
     except IncompatibleModels as error:
         raise IncompatibleModels.of(replace(problem, pointer=pointer) for problem in error.problems) from None
-
-
-def locate(path: str, roots: Sequence[Path] | None) -> Path:
-    """The path that a recipe means: as it stands, or below the first root that has it."""
-    written = Path(path)
-    if roots is None or written.is_absolute():
-        return written.expanduser() if roots is None else written
-    for root in roots:
-        check_below(root / written, [root])
-        if os.path.lexists(root / written):
-            return root / written
-    raise CheckpointNotFound(path, "is in none of this service's model folders; Hub models are not supported yet")
 
 
 def adopt(out: Path) -> Artifact:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_core.aligned import FILE_NAME, Alignment, align_models, plan_alignment
 from merge_core.blocks import CPU, Blocks
 from merge_core.dtypes import DType
 from merge_core.errors import IncompatibleModels, Problem, RecipeError
@@ -26,13 +27,14 @@ from merge_core.keys import ModelEntry
 from merge_core.method import Known, Randomness
 from merge_core.patches.delta import Delta
 from merge_core.patches.patched import Patch, Patched
-from merge_core.plan import MemoryPlan, Plan, PlannedPatch, Step
+from merge_core.plan import AlignmentPlan, MemoryPlan, Plan, PlannedPatch, Step
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, referenced_models
 from merge_core.references import ModelRef
+from merge_core.runs import digest_of
 from merge_core.vocabularies import Gathered, in_equal_rows, in_one_vocabulary
-from merge_core.weights import Companions, Weights
+from merge_core.weights import Companions, Derived, Weights
 
 _NO_LIMIT = 2**62
 """A stage's memory is part of the plan of the merge that reads it."""
@@ -42,9 +44,11 @@ def make_plan_in_stages(
     recipe: Recipe,
     checkpoints: Mapping[ModelRef, Weights],
     patches: Mapping[ModelRef, Delta] | None = None,
+    roots: Sequence[Path] | None = None,
     **how: Any,
-) -> tuple[Plan, Mapping[ModelRef, Weights], list[MergedWeights]]:
-    """Plan a recipe and before it the stages it reads; returns also the models of the plan, and all the stages.
+) -> tuple[Plan, Mapping[ModelRef, Weights], list[MergedWeights], list[tuple[Alignment, AlignmentPlan]]]:
+    """Plan a recipe and before it the stages it reads; returns also the models of the plan, all the stages, and how
+    the models of each document come to be in one order, in the order in which that is found out.
 
     `patches` are those that the documents name. `how` is what `make_plan` takes. A problem's JSON pointer starts with
     the number of its document.
@@ -52,17 +56,29 @@ def make_plan_in_stages(
     found = dict(checkpoints)
     stages: dict[ModelRef, Plan] = {}
     made: list[MergedWeights] = []
-    for document in (*recipe.stages, recipe):
+    alignments: list[tuple[Alignment, AlignmentPlan]] = []
+    memory, threads = how.get("memory") or recipe.limits.memory, how.get("threads") or recipe.limits.threads
+    for number, document in enumerate((*recipe.stages, recipe), 1):
         try:
             models = in_one_vocabulary(document, {model: found[model] for model in referenced_models(document)})
             models = in_equal_rows(document, models)
+            alignment = aligning = None
+            if document.alignment is not None:
+                named, base = document.aligned_models(), document.base_model
+                alignment = align_models(document.alignment, named, models, base, roots)
+                file = FILE_NAME if document is recipe else f"alignment-{number}.safetensors"
+                aligning = plan_alignment(alignment, file, memory, threads)
+                alignments.append((alignment, aligning))
+                models = {**models, **alignment.moved}
             if document.patches:
                 before, models = _before_patches(document, models, patches or {})
                 stages[next(iter(models))] = before.plan
                 made.append(before)
             if document is recipe:
-                return _plan(recipe, models, stages=stages, **how), models, made
-            plan = _plan(document, models, memory=_NO_LIMIT, threads=1)
+                plan = _with_alignment(_plan(recipe, models, stages=stages, **how), alignment, aligning)
+                peak = max([plan.memory.peak, *(aligning.peak for _, aligning in alignments)])
+                return replace(plan, memory=replace(plan.memory, peak=peak)), models, made, alignments
+            plan = _with_alignment(_plan(document, models, memory=_NO_LIMIT, threads=1), alignment, aligning)
         except (RecipeError, IncompatibleModels) as error:
             raise type(error).of(document.located(problem) for problem in error.problems) from None
         ref = ModelRef(path=document.name or "")
@@ -70,6 +86,14 @@ def make_plan_in_stages(
         made.append(MergedWeights(str(ref), plan, [models[model] for model in plan.models]))
         found[ref] = made[-1]
     raise AssertionError("a recipe comes after its stages")
+
+
+def _with_alignment(plan: Plan, alignment: Alignment | None, aligning: AlignmentPlan | None) -> Plan:
+    """A plan and how its models come to be in one order, by models that it may not read itself."""
+    if alignment is None:
+        return plan
+    digest = f"{plan.sources_digest} {digest_of(list(alignment.models), alignment.models)}"
+    return replace(plan, alignment=aligning, sources_digest=hashlib.sha256(digest.encode()).hexdigest())
 
 
 def _before_patches(
@@ -133,7 +157,9 @@ def leaves(models: Sequence[ModelRef], inputs: Sequence[Weights]) -> dict[ModelR
     """The models that stages are made from in the end, and those that are none, each once."""
     found: dict[ModelRef, Weights] = {}
     for model, weights in zip(models, inputs, strict=True):
-        stage = weights.inner if isinstance(weights, Gathered) else weights
+        stage = weights
+        while isinstance(stage, Gathered | Derived):
+            stage = stage.inner
         put = stage.patches if isinstance(stage, Patched) and isinstance(stage.base, MergedWeights) else ()
         stage = stage.base if isinstance(stage, Patched) and put else stage
         below = leaves(stage.plan.models, stage.inputs) if isinstance(stage, MergedWeights) else {model: weights}

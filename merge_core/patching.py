@@ -18,12 +18,13 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from merge_core.artifact import LOCK_NAME, Artifact
+from merge_core.checkpoint import locate
 from merge_core.documents import Keys, load_documents, read_as, unknown_keys
 from merge_core.errors import Canceled, IncompatibleModels, Problem, RecipeError, WeightsmithError
 from merge_core.extraction import SignaturePlan, Wanted, extract_signature, plan_signature
 from merge_core.headers import clip, read_json
 from merge_core.keys import DTypeName, Limits, PatchEntry
-from merge_core.merge import locate, merge, opened, plan_only
+from merge_core.merge import merge, opened, plan_only
 from merge_core.patches.delta import Delta
 from merge_core.patches.encoding import Encoding
 from merge_core.patches.encodings.dense import Dense

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -189,6 +190,42 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
+class AlignmentPlan:
+    """How the models of a document are brought into one order before anything else is done with them.
+
+    `file`: where the permutations are found, or put, and whether they `are_stored` already. `moved`: the models that
+    are permuted, matched with the `reference`, or with the mean of the others in turn where there is none. `sizes`: of
+    the permutations. `peak`: memory of the whole process meanwhile (bytes), of which `assignment` for the largest
+    linear assignment problem may go beyond the limit. `read`: bytes read in one sweep over all permutations.
+    """
+
+    file: str
+    are_stored: bool
+    moved: tuple[ModelRef, ...]
+    reference: ModelRef | None
+    sizes: tuple[int, ...]
+    threads: int = 1
+    peak: int = 0
+    assignment: int = 0
+    read: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan for people and for JSON."""
+        sizes = Counter(self.sizes)
+        told: dict[str, Any] = {
+            "file": self.file,
+            "stored": self.are_stored,
+            "models": [str(model) for model in self.moved],
+            "permutations": [{"size": size, "count": sizes[size]} for size in sorted(sizes, reverse=True)],
+        }
+        if not self.are_stored:
+            matched = "the mean of the others" if self.reference is None else str(self.reference)
+            told |= {"matched_with": matched, "bytes_per_sweep": self.read}
+            told |= {"peak_memory": self.peak, "largest_assignment": self.assignment}
+        return told
+
+
+@dataclass(frozen=True)
 class ConfigEdit:
     """What `config.json` must say differently where layers were sliced: new `values` in a `section`, or at the top."""
 
@@ -235,6 +272,7 @@ class Plan:
     """Where there are any, the one model is a stage: all that comes before them."""
     is_before_patches: bool = False
     difference: DifferencePlan | None = None
+    alignment: AlignmentPlan | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Step]:
@@ -341,6 +379,8 @@ class Plan:
         }
         if self.difference is not None:
             plan["outputs"] = {"kind": self.difference.kind, "encoding": self.difference.encoding}
+        if self.alignment is not None:
+            plan["alignment"] = self.alignment.to_dict()
         if stages := {name: stage for name, stage in self.stages.items() if not stage.is_before_patches}:
             plan["stages"] = [{"name": str(name), **stage._stage_dict()} for name, stage in stages.items()]
         if self.patches:
@@ -357,7 +397,7 @@ class Plan:
 
     def _stage_dict(self) -> dict[str, Any]:
         kept = ("method", "semantics", "scope", "models", "donor", "tensors", "tensors_merged", "left_out", "warnings")
-        return {key: value for key, value in self.to_dict().items() if key in kept}
+        return {key: value for key, value in self.to_dict().items() if key in (*kept, "alignment")}
 
     def _step_dict(self, step: Step) -> dict[str, Any]:
         if self.patches:

@@ -2,8 +2,8 @@
 
 A recipe is YAML or the same as JSON. Of several documents one is the output and the others are stages, whose names are
 models for one another. Unknown keys are refused with a suggestion, or listed as warnings under `unknown_keys: warn`.
-Keys of ours: `seed`, `semantics`, `scope`, `statistics`, `exclude`, `allow_nonfinite`, `patches`, `outputs`, `limits`,
-`unknown_keys`, and beside a model its own `base_model`.
+Keys of ours: `seed`, `semantics`, `scope`, `statistics`, `alignment`, `exclude`, `allow_nonfinite`, `patches`,
+`outputs`, `limits`, `unknown_keys`, and beside a model its own `base_model`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from merge_core.documents import Keys, escaped, load_documents, read_as, suggest
 from merge_core.errors import Problem, RecipeError
 from merge_core.keys import (
     EMPTY_IS_NONE,
+    AlignmentKeys,
     DTypeName,
     Limits,
     ModelEntry,
@@ -70,6 +71,7 @@ class Recipe(Keys):
     semantics: Semantics = Field("mergekit", description="whose meaning of a method name counts where two differ")
     scope: Scope | None = Field(None, description="whether thresholds are taken per tensor or over the whole model")
     statistics: Statistics = Field({}, description="files of numbers that the method asks for: name → safetensors")
+    alignment: AlignmentKeys | None = Field(None, description="permute the models first, so that their neurons meet")
     exclude: list[str] = Field([], max_length=1000, description="pieces of tensor names that are copied from the base")
     allow_nonfinite: bool = Field(False, description="let NaN and infinity through instead of refusing them")
     patches: list[PatchEntry] = Field([], max_length=64, description="deltas and signatures to add to what was merged")
@@ -263,6 +265,8 @@ class Recipe(Keys):
                 yield Problem(f"{put.patch} is listed twice; give it one strength", f"#/patches/{i}/patch")
         if self.outputs.reversible and not self.patches:
             yield Problem("there are no patches that could be taken off again", "#/outputs/reversible")
+        if self.alignment is not None:
+            yield from self._alignment_structure(self.alignment)
         for i, pattern in enumerate(self.exclude):
             if not pattern:
                 yield Problem("an empty pattern would exclude every tensor", f"#/exclude/{i}")
@@ -291,6 +295,33 @@ class Recipe(Keys):
             names = ("auto", *CHAT_TEMPLATES)
             detail = f"{text[:60]!r} is neither {', '.join(names)} nor a Jinja template{suggestion(text, names)}"
             yield Problem(detail, "#/chat_template")
+
+    def aligned_models(self) -> dict[ModelRef, str]:
+        """Every model whose weights are merged, the base first, and the JSON pointer of its first mention."""
+        found = {} if self.base_model is None else {self.base_model: "#/base_model"}
+        for pointer, part in self.parts().values():
+            for i, piece in enumerate(part.slices or []):
+                if piece.base_model:
+                    found.setdefault(piece.base_model, f"{pointer}/slices/{i}/base_model")
+        for pointer, taken in self.taken_models():
+            found.setdefault(taken.model, f"{pointer}/model")
+        return found
+
+    def _alignment_structure(self, keys: AlignmentKeys) -> Iterator[Problem]:
+        yield from alignment_structure(keys, has_base=self.base_model is not None, models=len(self.aligned_models()))
+        for pointer, part in self.parts().values():
+            for i, piece in enumerate(part.slices or []):
+                if len({source.layer_range for source in piece.sources}) > 1:
+                    detail = "aligned models meet layer by layer, so all sources of a slice must take the same layers"
+                    yield Problem(detail, f"{pointer}/slices/{i}/sources")
+        for pointer, statistics, _ in self.statistics_blocks():
+            if statistics:
+                detail = "statistics of a model do not move with its neurons; align the model first, then measure"
+                yield Problem(detail, pointer)
+        for pointer, taken in self.taken_models():
+            if taken.base_model is not None:
+                detail = "a model and its own base must stay as they were to one another; leave alignment away"
+                yield Problem(detail, f"{pointer}/base_model")
 
     def _unknown_parameters(self) -> Iterator[Problem]:
         known = self.method.parameters()
@@ -356,6 +387,23 @@ def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:
     if recipe.outputs.covariance is not None:
         found.setdefault(recipe.outputs.covariance, "#/outputs/covariance")
     return found
+
+
+def alignment_structure(keys: AlignmentKeys, *, has_base: bool, models: int) -> Iterator[Problem]:
+    """What is wrong with the alignment of so many models, the base included."""
+    if keys.is_stored:
+        for name in ("method", "to", "seed", "max_sweeps", "residual", "spec"):
+            if name in keys.model_fields_set:
+                yield Problem("the permutations are read from a file; leave this away", f"#/alignment/{name}")
+        return
+    if keys.names:
+        yield Problem("names are those in a file of permutations, which is not given", "#/alignment/names")
+    if keys.to == "base" and not has_base:
+        yield Problem("there is no base_model to align to; write first or mean", "#/alignment/to")
+    if keys.spec is not None and "residual" in keys.model_fields_set:
+        yield Problem("the spec says which permutations there are; leave this away", "#/alignment/residual")
+    if models < 2:
+        yield Problem("one model alone has nothing to be aligned to; name another, or a base_model", "#/alignment")
 
 
 def _slice_structure(piece: Slice, pointer: str) -> Iterator[Problem]:

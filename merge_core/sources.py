@@ -15,11 +15,11 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from merge_core.errors import Canceled
 from merge_core.files import PAGE
@@ -47,36 +47,56 @@ class _File:
 
 
 class Sources:
-    """The input files of a plan while they are merged. `cache`: where hashes are kept, if anywhere."""
+    """The input files of a merge while it is made. `cache`: where hashes are kept, if anywhere."""
 
     def __init__(
         self,
+        checkpoints: Sequence[Weights],
+        read: Iterable[tuple[int, str]],
+        *,
+        threads: int,
+        output_bytes: int,
+        cache: Path | None,
+        stop: Callable[[], bool],
+    ) -> None:
+        """`read`: which files of which checkpoints; `output_bytes`: what is written meanwhile."""
+        self._cache, self._stop, self._closed, self._opened_ns = cache, stop, False, time.time_ns()
+        self._hashing = ThreadPoolExecutor(threads, thread_name_prefix="sources")
+        self._checkpoints = checkpoints
+        self._files: dict[Path, _File] = {}
+        for model, name in sorted(set(read)):
+            shard = checkpoints[model].shards[name]
+            if shard.path not in self._files:
+                self._files[shard.path] = _File(shard, checkpoints[model].descriptor(name), self._kept(shard))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._most_behind = memory // 4
+        self._leave_cache = sum(file.shard.size for file in self._files.values()) + output_bytes > memory
+
+    @classmethod
+    def of(
+        cls,
         plan: Plan,
         checkpoints: Sequence[Weights],
         cache: Path | None,
         stop: Callable[[], bool],
         beside: Sequence[Weights] = (),
-    ) -> None:
-        """`beside`: what is read besides what the plan's steps read."""
-        self._cache, self._stop, self._closed, self._opened_ns = cache, stop, False, time.time_ns()
-        self._hashing = ThreadPoolExecutor(plan.memory.threads, thread_name_prefix="sources")
-        self._checkpoints = checkpoints
-        self._files: dict[Path, _File] = {}
+    ) -> Self:
+        """The files that a plan's steps read, and all those of what is read `beside`."""
         tied = [Source(pair.model, info) for pair in plan.tied for info in (pair.tensor, pair.partner)]
-        read = {(source.model, name) for step in plan.steps for source in step.reads for name in self._names(source)}
-        read |= {(source.model, name) for source in tied for name in self._names(source)}
+        sources = [*(source for step in plan.steps for source in step.reads), *tied]
+        read = {
+            (source.model, name) for source in sources for name, _, _ in checkpoints[source.model].ranges(source.info)
+        }
         read |= {(model, name) for model, weights in enumerate(checkpoints) for name in weights.always_read()}
-        for model, name in sorted(read):
-            shard = checkpoints[model].shards[name]
-            if shard.path not in self._files:
-                self._files[shard.path] = _File(shard, checkpoints[model].descriptor(name), self._kept(shard))
-        for weights in beside:
-            for name, shard in weights.shards.items():
-                if shard.path not in self._files:
-                    self._files[shard.path] = _File(shard, weights.descriptor(name), self._kept(shard))
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._most_behind = memory // 4
-        self._leave_cache = sum(file.shard.size for file in self._files.values()) + plan.output_bytes > memory
+        read |= {(model, name) for model, weights in enumerate(beside, len(checkpoints)) for name in weights.shards}
+        return cls(
+            [*checkpoints, *beside],
+            read,
+            threads=plan.memory.threads,
+            output_bytes=plan.output_bytes,
+            cache=cache,
+            stop=stop,
+        )
 
     def merged(self, step: Step) -> None:
         """A tensor's inputs are done with; waits if hashing is too far behind for the page cache to hold."""
@@ -88,10 +108,6 @@ class Sources:
             for file in self._files.values():
                 if file.task is not None:
                     file.task.result()
-
-    def _names(self, source: Source) -> Iterator[str]:
-        for name, _, _ in self._checkpoints[source.model].ranges(source.info):
-            yield name
 
     def _merged(self, file: _File, begin: int, end: int) -> None:
         if file.known is None:

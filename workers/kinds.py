@@ -97,6 +97,12 @@ def _merge() -> Work:
     return Work(Recipe, plan_only, merge, in_stages=True)
 
 
+def _alignment() -> Work:
+    from merge_core.align import AlignmentDocument, align, plan_only
+
+    return Work(AlignmentDocument, plan_only, align)
+
+
 def _patch() -> Work:
     from merge_core.patching import Patch, patch, plan_patch
 
@@ -105,5 +111,6 @@ def _patch() -> Work:
 
 WORK: Mapping[JobKind, Callable[[], Work]] = {
     JobKind.MERGE: _merge,
+    JobKind.ALIGNMENT: _alignment,
     JobKind.PATCH: _patch,
 }

@@ -13,19 +13,22 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save
 from torch import Tensor
 
 from merge_core.alignment.spec import Indexed, Indices, PermutationSpec
 from merge_core.checkpoint import Checkpoint
+from merge_core.dtypes import STORED
 from merge_core.errors import CheckpointError, IncompatibleModels, Problem, RecipeError
 from merge_core.files import WrittenFile, write_whole
 from merge_core.headers import TensorInfo, clip, is_usable_name, read_metadata
+from merge_core.layout import Slot, lay_out
 from merge_core.weights import Derived, Weights
 
 FORMAT, VERSION = "weightsmith-permutations", "1"
 _SEPARATOR = "::"
 _MOST_BYTES = 2**30
+_ALIGNMENT = 8
+_ONE_FILE = 2**62
 _PIECE = 2**18
 _GAP = 2**14
 """Bytes that are read in passing rather than skipped: another read costs as much."""
@@ -72,7 +75,7 @@ class Permutations:
     def save(self, path: Path) -> WrittenFile:
         """Write them as one safetensors file, whole or not at all. Raises `StorageFailed`, `InsufficientStorage`."""
         vectors = {
-            f"{number}{_SEPARATOR}{name}": np.ascontiguousarray(index, dtype=np.int32)
+            f"{number}{_SEPARATOR}{name}": index.astype("<i4")
             for number, indexed in enumerate(self.models.values())
             for name, index in indexed.items()
         }
@@ -83,7 +86,9 @@ class Permutations:
             "models": json.dumps(list(self.models)),
             "provenance": json.dumps(self.provenance),
         }
-        return write_whole(path, save(vectors, metadata))
+        slots = [Slot(name, STORED["I32"], index.shape) for name, index in vectors.items()]
+        (layout,) = lay_out(slots, _ONE_FILE, metadata, alignment=_ALIGNMENT)
+        return write_whole(path, layout.header + b"".join(index.tobytes() for index in vectors.values()))
 
     @classmethod
     def open(cls, path: str | Path, *, roots: Sequence[Path] | None = None) -> Self:
