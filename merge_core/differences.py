@@ -155,6 +155,7 @@ class DifferenceExecution:
         self._journal = Journal(self.partial / JOURNAL, self.plan.digest)
         self._journal.open()
         try:
+            self._journal.clear_folder()
             self._run(self.plan.difference)
         finally:
             self._is_over = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ class Journal:
                 self.tensors[line["tensor"]] = line["blake3"]
             elif "note" in line:
                 self.notes[line["note"]] = line["value"]
+
+    def clear_folder(self) -> None:
+        """Remove what lies beside a new journal: another plan's unfinished work."""
+        if not self.is_new:
+            return
+        for left in self.path.parent.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left != self.path:
+                left.unlink()
 
     def tensor(self, name: str, digest: str) -> None:
         self._append({"tensor": name, "blake3": digest})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from merge_core.documents import Keys, suggestion, validated
 from merge_core.patches.encoding import Encoding
@@ -173,11 +173,23 @@ class AlignmentKeys(Keys):
         return self.permutations is not None
 
 
+def _with_encodings(schema: dict[str, Any]) -> None:
+    """Let the schema of outputs show the keys of every encoding, and that a kind may stand alone."""
+    for encoding in ENCODINGS.values():
+        for key, about in encoding.model_json_schema()["properties"].items():
+            schema["properties"].setdefault(key, about | {"description": f"of {encoding.name}: {about['description']}"})
+    whole = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [whole, {"type": "string", "enum": whole["properties"]["kind"]["enum"]}]
+
+
 class Outputs(Keys):
     """What the result is and how it is stored: `full`, `delta` and `adapter` alone are read as the kind.
 
     Besides these keys there are those of the encoding, such as `rank` of `low_rank`, which an adapter is by nature.
     """
+
+    model_config = ConfigDict(json_schema_extra=_with_encodings)
 
     kind: Literal["full", "delta", "adapter"] = Field(
         "full", description="a model, its difference to base_model, or that as a LoRA adapter"

@@ -104,12 +104,7 @@ class ShardWriter:
         check_space(self.plan.output_bytes, self.folder)
         try:
             self.records.open()
-            if self.records.is_new:
-                for left in self.folder.iterdir():
-                    if left.is_dir():
-                        shutil.rmtree(left)
-                    elif left.name != JOURNAL:
-                        left.unlink()
+            self.records.clear_folder()
         except BaseException:
             self.records.close()
             raise

@@ -512,6 +512,9 @@ def test_a_killed_extraction_goes_on(models: Path, outputs: Any):
         if progress.tensors_done == 6:
             raise Killed
 
+    (models / ".out.partial").mkdir()
+    for left in ("journal.jsonl", "model.safetensors"):  # of a merge that was killed there before
+        (models / ".out.partial" / left).write_text("")
     with pytest.raises(Killed):
         merge(recipe, models / "out", roots=[models], threads=1, report=kill)
     assert not (models / "out").exists()
@@ -521,6 +524,7 @@ def test_a_killed_extraction_goes_on(models: Path, outputs: Any):
     assert found.resumed_tensors == 5
     assert found.tensors == wanted.tensors
     assert found.files[0] == wanted.files[0]
+    assert not (models / "out/model.safetensors").exists()
 
 
 def test_a_canceled_extraction_leaves_nothing(models: Path):
