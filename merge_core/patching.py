@@ -129,6 +129,9 @@ class Patch(Keys):
         for i, piece in enumerate(self.layers if isinstance(self.layers, list) else []):
             if not piece:
                 yield Problem("an empty piece is in every name", f"#/layers/{i}")
+        for i, model in enumerate(self.corrupted):
+            if model in self.corrupted[:i]:
+                yield Problem(f"{model} is listed twice", f"#/corrupted/{i}")
         if self.encoding == "dense":
             for key in ("levels", "scale"):
                 if key in self.model_fields_set:
@@ -266,6 +269,9 @@ class _Removal:
             if delta.provenance.get("kind") != KIND:
                 detail = f"{reversal} is a patch but no reversal, which a model gets when patches are applied"
                 raise RecipeError.of([Problem(detail, "#/reversal")])
+            if lossy := [name for name, tensor in delta.tensors.items() if not tensor.replaces]:
+                detail = f"{reversal} holds no bits of {clip(lossy[0])}, only a difference; a reversal holds what was"
+                raise RecipeError.of([Problem(detail, "#/reversal", tensor=lossy[0])])
         both = {"model": {"path": self.model.path}, "lora": {"path": reversal.path}}
         return _recipe([{"model": both}], self._keys)
 
@@ -284,6 +290,13 @@ class _Removal:
         if not documents or not documents[-1].pop("patches", None):
             raise RecipeError.of([Problem(f"{self.model} was made without patches, says its lock", "#/model")])
         documents[-1] |= {key: value for key, value in self._keys.items() if value}
+        try:
+            recipe = Recipe.from_data(documents if len(documents) > 1 else documents[0])
+        except RecipeError as error:
+            detail = f"the recipe in {LOCK_NAME} of {self.model} cannot be made again: {error}"
+            raise RecipeError.of([Problem(detail, "#/model")]) from None
+        if not self.document.sources:
+            return recipe
         moved = [
             _moved(each, {name: ref.model_dump() for name, ref in self.document.sources.items()}) for each in documents
         ]

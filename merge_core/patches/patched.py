@@ -22,6 +22,7 @@ from merge_core.errors import IncompatibleModels, Problem
 from merge_core.headers import TensorInfo
 from merge_core.patches.delta import Delta
 from merge_core.patches.encoding import DeltaTensor, digest_of
+from merge_core.patches.encodings.replacement import ReplacementTensor
 from merge_core.weights import Companions, Weights
 
 
@@ -60,6 +61,7 @@ class Patched(Weights):
             self._add(number, patch)
         if self._problems:
             raise IncompatibleModels.of(self._problems)
+        self._note_replacements()
         removed = {name for patch in self.patches if patch.strength for name in patch.delta.removed}
         self.tensors = {
             name: self._changed(name)
@@ -132,6 +134,21 @@ class Patched(Weights):
             return TensorInfo(name, entry.dtype, entry.shape, _prefixed(parts[0].patch, file), 0)
         formats = {self.base.tensors[name].dtype, *(part.tensor.working for part in parts)}
         return replace(self.base.tensors[name], dtype=FLOAT64 if FLOAT64 in formats else FLOAT32)
+
+    def _note_replacements(self) -> None:
+        """Tell of strengths with which values are put in place beyond what they are."""
+        beyond = {}
+        for name, parts in self._parts.items():
+            strengths = [part.strength for part in parts if isinstance(part.tensor, ReplacementTensor)]
+            if strengths and (min(strengths) < 0 or sum(strengths) > 1 + 1e-6):
+                beyond[name] = sum(strengths)
+        if beyond:
+            name, total = next(iter(beyond.items()))
+            others = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+            self._notes.append(
+                f"new values are put in place of {name}{others} with strengths that come to {total:g}: between 0 and 1 "
+                "they give means of these values, others go beyond them, where a running variance may be negative"
+            )
 
     def _is_replaced(self, name: str) -> bool:
         """Whether a tensor comes as a delta stores it."""

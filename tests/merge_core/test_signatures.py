@@ -131,6 +131,16 @@ def test_signatures_of_strengths_that_come_to_one_give_the_mean_of_norms(nets: P
     assert torch.allclose(made["features.4.weight"], wanted, atol=1e-6)
 
 
+def test_replacing_beyond_the_values_is_told(nets: Path) -> None:
+    def warnings(*patches: tuple[str, float]) -> list[str]:
+        return list(plan_patch(Patch.from_data(application("other", *patches)), roots=[nets]).warnings)
+
+    assert warnings(("signature", 0.5), ("dense", 0.5)) == []
+    (told,) = warnings(("signature", 1.0), ("dense", 1.0))
+    assert "features.1.bias and 7 more with strengths that come to 2" in told
+    assert warnings(("signature", -0.5))
+
+
 @pytest.mark.parametrize(
     ("keys", "names"),
     [
@@ -202,6 +212,18 @@ def test_without_a_reversal_the_lock_proves_the_source(nets: Path, tmp_path: Pat
     with pytest.raises(IncompatibleModels, match="is not the file that on was made from"):
         run(nets, elsewhere, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
+    lock = json.loads((on / "merge.lock.json").read_text())
+    for recipe, why in (
+        ({**lock["recipe"], "merge_method": "no"}, "cannot be made again"),
+        ([[[]]], "made without patches"),
+        ("?", "made without patches"),
+    ):
+        (on / "merge.lock.json").write_text(json.dumps({**lock, "recipe": recipe}))
+        with pytest.raises(RecipeError, match=why):
+            run(nets, {"operation": "remove", "model": "on"}, tmp_path / "hostile")
+    (on / "merge.lock.json").write_text(json.dumps({**lock, "sources": [7, {"files": [None]}]}))
+    with pytest.raises(IncompatibleModels, match="is not the file that on was made from"):
+        run(nets, {"operation": "remove", "model": "on"}, tmp_path / "hostile")
     (on / "merge.lock.json").unlink()
     with pytest.raises(RecipeError, match=r"no reversal.safetensors and no merge.lock.json.*give its reversal"):
         run(nets, {"operation": "remove", "model": "on"}, tmp_path / "lost")
@@ -212,7 +234,7 @@ def test_a_reversal_is_for_its_own_model(nets: Path, tmp_path: Path) -> None:
     remove = {"operation": "remove", "model": "clean", "reversal": str(on / "reversal.safetensors")}
     with pytest.raises(IncompatibleModels, match="for its own base alone"):
         patch(Patch.from_data({**remove, "model": str(nets / "clean")}), tmp_path / "off")
-    with pytest.raises(RecipeError, match="no reversal"):
+    with pytest.raises(RecipeError, match="but no reversal"):
         run(nets, {"operation": "remove", "model": "clean", "reversal": "signature"}, tmp_path / "off")
     with pytest.raises(RecipeError, match=r"no reversal\.safetensors and no"):
         run(nets, {"operation": "remove", "model": "clean"}, tmp_path / "off")
@@ -224,6 +246,7 @@ def test_a_reversal_is_for_its_own_model(nets: Path, tmp_path: Path) -> None:
         ({"operation": "extrakt"}, "#/operation", "extract"),
         ({}, "#/operation", "say which"),
         (extraction(corrupted=[]), "#/corrupted", "extract needs corrupted"),
+        (extraction(corrupted=["blur", "blur"]), "#/corrupted/1", "listed twice"),
         (extraction(layers=0), "#/layers", "1 or more"),
         (extraction(layers=True), "#/layers", "1 or more"),
         (extraction(layers=[1]), "#/layers", "1 or more"),
