@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from merge_core import __version__
-from merge_core.artifact import LOCK_NAME, Artifact
+from merge_core.artifact import LOCK_NAME, Artifact, made_here, source_entry
 from merge_core.documents import canonical_json
 from merge_core.errors import Canceled, CheckpointError, IncompatibleModels, MemoryLimitExceeded, Problem
 from merge_core.execute import share_one_heap
@@ -32,13 +29,13 @@ from merge_core.progress import Progress, Report
 from merge_core.references import ModelRef
 from merge_core.runs import digest_of
 from merge_core.shards import check_space, unfinished
+from merge_core.sources import Sources
 from merge_core.weights import Weights
 
 KIND = "robust weight signature"
 """What a signature's provenance says it is."""
 _PASSES = 3
 """How often a tensor is read at most: for its products, its extremes and its codes."""
-_READ = 2**22
 _TOLD_BYTES = 1200
 """What provenance says of a tensor or a file at most."""
 
@@ -53,6 +50,11 @@ class Wanted:
     layers: int | tuple[str, ...]
     batch_norm: BatchNorm
     encoding: Encoding
+
+    @property
+    def roles(self) -> tuple[ModelRef, ...]:
+        """The models as a signature is made of them: the base, the clean one, the corrupted ones."""
+        return (self.base_model, self.clean, *self.corrupted)
 
     @property
     def models(self) -> dict[ModelRef, str]:
@@ -126,6 +128,7 @@ def extract_signature(
     partial: Path,
     limit: int,
     threads: int | None,
+    cache: Path | None,
     report: Report,
     stop: Callable[[], bool],
 ) -> Artifact:
@@ -144,7 +147,7 @@ def extract_signature(
                 journal = Journal(partial / JOURNAL, plan.digest)
                 journal.open()
                 try:
-                    artifact = work.write(plan, trio, extraction, partial, out, journal, document)
+                    artifact = work.write(plan, trio, extraction, partial, out, journal, document, cache)
                 finally:
                     journal.close()
                 for weights in trio.all:
@@ -164,9 +167,8 @@ def _opened(wanted: Wanted, roots: Sequence[Path] | None) -> Iterator[Trio]:
                 found[ref] = stack.enter_context(open_model(ref, pointer, roots, weights=True))
             except CheckpointError as error:
                 raise error.as_written(roots or (), pointer) from None
-        corrupted = tuple(found[ref] for ref in wanted.corrupted)
-        names = tuple(str(ref) for ref in (wanted.base_model, wanted.clean, *wanted.corrupted))
-        yield Trio(found[wanted.base_model], found[wanted.clean], corrupted, names)
+        origin, clean, *corrupted = (found[ref] for ref in wanted.roles)
+        yield Trio(origin, clean, tuple(corrupted), tuple(map(str, wanted.roles)))
 
 
 def _planned(
@@ -187,7 +189,7 @@ def _planned(
         )
         raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=worst)])
     threads = min(threads or len(os.sched_getaffinity(0)), (limit - FLOOR_BYTES) // most, len(pairs))
-    opened = dict(zip((wanted.base_model, wanted.clean, *wanted.corrupted), trio.all, strict=True))
+    opened = dict(zip(wanted.roles, trio.all, strict=True))
     files = [shard for weights in trio.all for shard in weights.shards]
     made = [__version__, wanted.to_dict(), digest_of(list(opened), opened)]
     plan = SignaturePlan(
@@ -236,6 +238,7 @@ class _Work:
         out: Path,
         journal: Journal,
         document: Mapping[str, Any],
+        cache: Path | None,
     ) -> Artifact:
         progress = self.progress
         progress.tensors_total, progress.bytes_read_total = len(extraction.pairs), plan.input_bytes
@@ -248,10 +251,11 @@ class _Work:
 
         encoded, resumed = encode_all(extraction, folder, journal, threads=plan.threads, done=done, watch=self._watch)
         progress.phase = "hashing"
-        sources = [
-            {"model": model, "files": list(self._files(weights))}
-            for model, weights in dict(zip(trio.names, trio.all, strict=True)).items()
-        ]
+        self._watch()
+        with closing(Sources.whole(trio.all, threads=plan.threads, cache=cache, stop=self.stop)) as files:
+            hashes = files.result()
+        opened = dict(zip(plan.wanted.roles, trio.all, strict=True))
+        sources = [source_entry(model, weights, hashes) for model, weights in opened.items()]
         progress.phase = "writing"
         provenance = {
             "kind": KIND,
@@ -267,9 +271,7 @@ class _Work:
         }
         file, tensors = assemble(encoded, extraction, folder, provenance, stop=self._watch)
         lock = {
-            "version": 1,
-            "made_with": {"weightsmith": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "machine": platform.machine(),
+            **made_here(),
             "exact_on": "any machine",
             "patch": document,
             "plan": plan.digest,
@@ -282,12 +284,3 @@ class _Work:
         progress.complete()
         self._watch()
         return Artifact(out, (file, locked), tensors, plan.warnings, resumed)
-
-    def _files(self, weights: Weights) -> Iterator[dict[str, Any]]:
-        """Every file of a model with its sha256."""
-        for name, shard in weights.shards.items():
-            digest, descriptor = hashlib.sha256(), weights.descriptor(name)
-            for start in range(0, shard.size, _READ):
-                digest.update(os.pread(descriptor, _READ, start))
-                self._watch()
-            yield {"path": name, "size": shard.size, "sha256": digest.hexdigest()}

@@ -6,10 +6,8 @@ one that puts the reversal on, or that makes the model again without its patches
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,7 +18,7 @@ from pydantic import BeforeValidator, Field
 from merge_core.artifact import LOCK_NAME, Artifact
 from merge_core.checkpoint import locate
 from merge_core.documents import Keys, load_documents, read_as, unknown_keys
-from merge_core.errors import Canceled, IncompatibleModels, Problem, RecipeError, WeightsmithError
+from merge_core.errors import IncompatibleModels, Problem, RecipeError, WeightsmithError
 from merge_core.extraction import SignaturePlan, Wanted, extract_signature, plan_signature
 from merge_core.headers import clip, read_json
 from merge_core.keys import DTypeName, Limits, PatchEntry
@@ -36,6 +34,7 @@ from merge_core.recipe import Recipe
 from merge_core.references import ModelRef
 from merge_core.reversal import KIND, REVERSAL_NAME
 from merge_core.sizes import Bytes
+from merge_core.sources import Sources
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "extract": ("base_model", "clean", "corrupted", "layers"),
@@ -47,7 +46,6 @@ _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "apply": ("reversible", "dtype", "max_shard_size"),
     "remove": ("reversal", "sources", "max_shard_size"),
 }
-_READ = 2**22
 
 
 def _layers(written: Any) -> Any:
@@ -203,6 +201,7 @@ def patch(
             partial=partial,
             limit=memory or document.limits.memory,
             threads=threads or document.limits.threads,
+            cache=cache,
             report=report,
             stop=stop,
         )
@@ -210,7 +209,7 @@ def patch(
         recipe = document.applying()
     else:
         removal = _Removal(document, roots)
-        removal.prove(stop)
+        removal.prove(threads or 1, cache, stop)
         recipe = removal.recipe
     with _as_asked():
         return merge(
@@ -306,7 +305,7 @@ class _Removal:
     def _keys(self) -> dict[str, Any]:
         return {"outputs": self.document._shards, "limits": self.document.to_data().get("limits")}
 
-    def prove(self, stop: Callable[[], bool]) -> None:
+    def prove(self, threads: int, cache: Path | None, stop: Callable[[], bool]) -> None:
         """Read the sources and raise `IncompatibleModels` unless they are the files that the lock names."""
         if self.lock is None:
             return
@@ -319,14 +318,11 @@ class _Removal:
         files = [file for each in listed if isinstance(each, list) for file in each if isinstance(file, Mapping)]
         hashes = {str(file.get("sha256")) for file in files}
         with opened(self.recipe, self.roots) as models:
+            with closing(Sources.whole(list(models.values()), threads=threads, cache=cache, stop=stop)) as reading:
+                found = reading.result()
             for ref, weights in models.items():
                 for name, shard in weights.shards.items():
-                    digest, descriptor = hashlib.sha256(), weights.descriptor(name)
-                    for start in range(0, shard.size, _READ):
-                        if stop():
-                            raise Canceled("the removal was canceled")
-                        digest.update(os.pread(descriptor, _READ, start))
-                    if digest.hexdigest() not in hashes:
+                    if found[shard.path] not in hashes:
                         detail = (
                             f"{ref}: {clip(name)} is not the file that {self.model} was made from, says its lock; give "
                             "the reversal, or say under sources where that model is now"

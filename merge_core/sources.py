@@ -98,6 +98,14 @@ class Sources:
             stop=stop,
         )
 
+    @classmethod
+    def whole(
+        cls, checkpoints: Sequence[Weights], *, threads: int, cache: Path | None, stop: Callable[[], bool]
+    ) -> Self:
+        """All files of some models, only to be hashed."""
+        read = [(model, name) for model, weights in enumerate(checkpoints) for name in weights.shards]
+        return cls(checkpoints, read, threads=threads, output_bytes=0, cache=cache, stop=stop)
+
     def merged(self, step: Step) -> None:
         """A tensor's inputs are done with; waits if hashing is too far behind for the page cache to hold."""
         for source in step.reads:

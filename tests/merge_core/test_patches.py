@@ -129,7 +129,7 @@ def test_a_sparse_delta_is_a_patch_of_its_own_base(folder: Path) -> None:
         merged(folder, {**copy, "models": [{"model": "m0"}]})
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(a=st.floats(-2, 2, width=32), b=st.floats(-2, 2, width=32))
 def test_strengths_add_up(tmp_path_factory: pytest.TempPathFactory, a: float, b: float) -> None:
     folder = tmp_path_factory.mktemp("strengths")
