@@ -220,6 +220,10 @@ class Products:
             indices[term.axis] = None
             add = self._add_rows if term.axis == 0 else self._add_columns
             add(term, indices, torch.from_numpy(found[term.chain]))
+        if not all(math.isfinite(float(matrix.sum())) for matrix in found.values()):
+            tensor = bundle.terms[0].tensor
+            detail = f"{tensor} or others that {bundle.names[0]} permutes hold numbers too large to be compared"
+            raise NonFinite(tensor, str(self.model.path), detail)
         return given(found, bundle.names, self.spec, indexed)
 
     def _add_rows(self, term: Term, indices: Sequence[Indices | None], out: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,10 @@ _ALIGNMENT = 8
 _ONE_FILE = 2**62
 _PIECE = 2**18
 _GAP = 2**14
-"""Bytes that are read in passing rather than skipped: another read costs as much."""
+_GAP_ROWS = 16
+"""What is read in passing rather than skipped, in bytes and in rows: another read costs as much."""
+_WORTH_A_READ = 512
+"""Bytes of a row that is read alone rather than in passing."""
 _SORTING_BYTES = 40
 """Memory per row for finding out which rows are read together."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -190,7 +194,7 @@ class Permuted(Derived):
 
     def thread_bytes(self, info: TensorInfo) -> int:
         first, *_ = self.spec.axes[info.name] or (None,)
-        pieces = 0 if first is None else 2 * max(_PIECE, self.row_bytes(info))
+        pieces = 0 if first is None else 2 * max(_PIECE, _GAP_ROWS * self.row_bytes(info))
         return self.inner.thread_bytes(info) + pieces
 
     def _is_moved(self, info: TensorInfo) -> bool:
@@ -219,18 +223,21 @@ def gather(
     out = torch.empty(size * len(rows), dtype=torch.uint8) if space is None else space[: size * len(rows)]
     if not out.numel():
         return out.view(info.dtype.torch).reshape(shape)
+    turns = [(axis, index) for axis, index in enumerate(others, 1) if index is not None]
+    stored = torch.empty_like(out) if turns else out
     if isinstance(rows, range):
-        read = _bytes(weights.rows(info, rows.start, rows.stop, out))
-        if read.data_ptr() != out.data_ptr():
-            out.copy_(read)
+        read = _bytes(weights.rows(info, rows.start, rows.stop, stored))
+        if read.data_ptr() != stored.data_ptr():
+            stored.copy_(read)
     else:
-        _gather_rows(weights, info, rows, out.view(-1, size))
-    if any(index is not None for index in others):
-        turned = out.view(_INTEGERS[info.dtype.itemsize]).reshape(shape)
-        for axis, index in enumerate(others, 1):
-            if index is not None:
-                turned = turned.index_select(axis, torch.from_numpy(index))
-        out.copy_(_bytes(turned))
+        _gather_rows(weights, info, rows, stored.view(-1, size))
+    # Numbers are moved as integers of their size, and by `gather`: `index_select` takes three times as long.
+    integers = _INTEGERS[info.dtype.itemsize]
+    values = stored.view(integers).reshape(shape)
+    for axis, index in turns:
+        sources = torch.from_numpy(index).view([-1 if each == axis else 1 for each in range(len(shape))])
+        target = out.view(integers).reshape(shape) if axis == turns[-1][0] else None
+        values = torch.gather(values, axis, sources.expand(shape), out=target)
     return out.view(info.dtype.torch).reshape(shape)
 
 
@@ -240,18 +247,31 @@ def _gather_rows(weights: Weights, info: TensorInfo, rows: Indices, out: Tensor)
     if weights.is_whole(info):
         torch.index_select(_bytes(weights.rows(info, 0, info.rows)).view(-1, size), 0, torch.from_numpy(rows), out=out)
         return
+    place = weights.place(info)
+    if place is not None and size >= _WORTH_A_READ:
+        _read_rows(weights, info, place, rows, memoryview(out.numpy()).cast("B"))  # type: ignore[arg-type]
+        return
     order = np.argsort(rows, kind="stable")
     for places in _reads(rows[order], order, size):
         first, last = int(rows[places[0]]), int(rows[places[-1]]) + 1
-        begin, count = int(places[0]), len(places)
-        if last - first == count and bool((np.diff(places) == 1).all()):
-            target = _bytes(out[begin : begin + count])
-            read = _bytes(weights.rows(info, first, last, target))
-            if read.data_ptr() != target.data_ptr():
-                target.copy_(read)
-        else:
-            read = _bytes(weights.rows(info, first, last)).view(-1, size)
-            out[torch.from_numpy(places)] = read[torch.from_numpy(rows[places] - first)]
+        read = _bytes(weights.rows(info, first, last)).view(-1, size)
+        out[torch.from_numpy(places)] = read[torch.from_numpy(rows[places] - first)]
+
+
+def _read_rows(weights: Weights, info: TensorInfo, place: tuple[int, int], rows: Indices, out: memoryview) -> None:
+    """Read rows from where they lie, as many at once as lie behind one another."""
+    (descriptor, offset), size = place, Weights.row_bytes(info)
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    starts = np.concatenate([[0], breaks])
+    offsets = (offset + rows[starts] * size).tolist()
+    bounds = (np.append(starts, len(rows)) * size).tolist()
+    for begin, end, at in zip(bounds, bounds[1:], offsets, strict=False):
+        done = begin
+        while done < end:
+            count = os.preadv(descriptor, [out[done:end]], at + done - begin)
+            if count == 0:
+                raise weights.ends_inside(info)
+            done += count
 
 
 def _bytes(rows: Tensor) -> Tensor:
@@ -260,7 +280,7 @@ def _bytes(rows: Tensor) -> Tensor:
 
 def _reads(ascending: Indices, order: Indices, size: int) -> list[NDArray[np.int64]]:
     """Where rows go, by the reads that get them: rows that lie close to one another are read together, in pieces."""
-    gap, most = max(1, _GAP // size), max(1, _PIECE // size)
+    gap, most = max(_GAP_ROWS, _GAP // size), max(_GAP_ROWS, _PIECE // size)
     breaks = np.flatnonzero(np.diff(ascending) > gap) + 1
     found = []
     for run, places in zip(np.split(ascending, breaks), np.split(order, breaks), strict=True):

@@ -336,6 +336,13 @@ def test_what_is_no_number_is_refused(opened: Opened, which: int, number: float)
         match(spec, reference, model)
 
 
+def test_numbers_whose_products_are_none_are_refused(opened: Opened) -> None:
+    model = {name: tensor.double() * 1e200 for name, tensor in random_model(mlp(4, 8, 3), 1).items()}
+
+    with opened(model) as huge, pytest.raises(NonFinite, match="too large"):
+        match(mlp(4, 8, 3), huge, huge)
+
+
 def test_models_that_do_not_fit_are_refused(opened: Opened) -> None:
     spec = mlp(4, 8, 3)
     says = r"0\.weight is \[8, 6\] in .*, but \[8, 7\]"

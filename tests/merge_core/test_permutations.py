@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,17 @@ def test_what_is_computed_at_once_is_asked_for_at_once(stored: Checkpoint) -> No
 
     assert permuted.is_whole(stored.tensors["rows"])
     assert torch.equal(rows, expected(tensors()["rows"], SPEC.axes["rows"], indexed))
+
+
+def test_a_file_that_became_shorter_is_told(tmp_path: Path) -> None:
+    spec = PermutationSpec({"P": 8}, {"wide": (Moved("P"), None)})
+    write_checkpoint(tmp_path, {"wide": torch.ones(8, 400)})
+    with Permuted(Checkpoint.open(tmp_path), spec, spec.random(1)) as permuted:
+        permuted.rows(permuted.tensors["wide"], 0, 8)
+        os.truncate(tmp_path / "model.safetensors", 5000)
+
+        with pytest.raises(CheckpointError, match="ends inside wide"):
+            permuted.rows(permuted.tensors["wide"], 0, 8)
 
 
 def test_a_spec_that_does_not_fit_the_model_is_refused(stored: Checkpoint) -> None:
