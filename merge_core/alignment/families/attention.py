@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_core.alignment.families import settings
-from merge_core.alignment.families.draft import Draft, Module, by_stack, nearest, pattern, stack
+from merge_core.alignment.families.draft import MOST_BLOCKS, Draft, Module, by_stack, nearest, pattern, stack
 from merge_core.alignment.families.settings import Layout
 from merge_core.alignment.spec import Axis, Concat, Fixed
 from merge_core.headers import clip
@@ -122,7 +122,7 @@ def _add_others(draft: Draft, attentions: list[Attention]) -> None:
         if module.path in known:
             continue
         if path := nearest(module.path, scopes):
-            alone = not path.rpartition(".")[2].isdigit()
+            alone = not path.rpartition(".")[2].isdecimal()
             if alone or any(kind.search(module.path) for kind in telling):
                 scopes[path].others.append(module)
         elif _PER_HEAD_BIAS.search(module.path) and (path := nearest(module.path, layers)):
@@ -148,6 +148,9 @@ class _Heads:
     def sizes(self, heads: int) -> tuple[int, int, int] | None:
         """Groups, elements of a query or key head, and of a value head; None if they do not fit, and is refused."""
         draft, attention = self.draft, self.attention
+        if heads > MOST_BLOCKS:
+            draft.refuse_module(attention.query, f"{heads:,} heads; at most {MOST_BLOCKS:,} can be permuted")
+            return None
         query, output = draft.weight(attention.query), draft.weight(attention.output)
         if len(query) != 2 or len(output) != 2:
             draft.refuse_module(attention.query, "attention whose weights are no matrices")

@@ -8,13 +8,13 @@ groups and inside groups. Where a convolution is flattened, each channel moves t
 from __future__ import annotations
 
 import re
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from merge_core.alignment.families.draft import Draft, Module, natural, pattern
+from merge_core.alignment.families.draft import MOST_BLOCKS, Draft, Module, natural, pattern
 from merge_core.alignment.spec import Axis
 from merge_core.headers import clip
 
@@ -25,6 +25,7 @@ _BESIDE = re.compile(
 _TRANSPOSED = re.compile(r"(?i)(^|[._])(deconv\w*|\w*transpose\w*|up\w*)([._\d]|$)")
 _LAYER_NORM = re.compile(r"(?i)layer_?norm|(^|_)ln(_|\d|$)")
 _GROUP_NORM = re.compile(r"(?i)group_?norm|(^|_)gn(_|\d|$)")
+_MOST_UNTOLD = 8
 _PLACES: tuple[tuple[int, frozenset[str]], ...] = (
     (-2, frozenset({"in", "input", "first", "stem", "embedder"})),
     (
@@ -81,6 +82,10 @@ class Network:
         self.norms: list[Module] = []
         self._uses: list[tuple[Module, str, int, _Channels, int]] = []
         self._flat: bool = False
+        self._numbers: dict[str, list[int]] = {}
+        self._alike: dict[tuple[str, str], list[_Layer]] = {}
+        self._beside: dict[tuple[str, str], list[_Layer]] = {}
+        self._outside: dict[int, list[_Layer]] = {}
 
     def place(self) -> None:
         """Put the symmetries into the draft."""
@@ -99,7 +104,7 @@ class Network:
         for module in draft.modules.values():
             shape = draft.weight(module)
             unknown = module.parameters.keys() - {"weight", "bias"}
-            if len(shape) >= 2 and not unknown:
+            if len(shape) >= 2 and not unknown and module.parameters["weight"].endswith(".weight"):
                 self.layers[module.path] = _Layer(module, shape)
                 if _BESIDE.search(module.path) or (len(shape) > 2 and _TRANSPOSED.search(module.path)):
                     draft.refuse_module(module, "the names do not say how the layers around it are connected")
@@ -123,12 +128,12 @@ class Network:
             for place, word in enumerate(words):
                 if _SHORTCUT.search(word):
                     found.add(pattern(".".join(words[:place])))
-        depth = {each: each.count(".") + 1 for each in found}
+        depths = {each.count(".") + 1 for each in found}
         blocks: dict[str, str] = {}
         for path in paths:
             words = path.split(".")
-            for wanted, count in depth.items():
-                if len(words) > count and pattern(above := ".".join(words[:count])) == wanted:
+            for count in depths:
+                if len(words) > count and pattern(above := ".".join(words[:count])) in found:
                     blocks[path] = above
         if not found:
             self._refuse_nested()
@@ -140,67 +145,75 @@ class Network:
 
     def _refuse_nested(self) -> None:
         """Several layers in numbered parts may or may not add their input: the names do not say."""
-        inside = Counter(
-            above
-            for path in self.layers
-            for above in [".".join(path.split(".")[:place]) for place in range(1, path.count(".") + 1)]
-            if above[-1].isdigit()
-        )
-        for above, count in inside.items():
-            if count > 1:
-                first = next(path for path in self.layers if path.startswith(f"{above}."))
+        inside: dict[str, list[str]] = {}
+        for path in self.layers:
+            above = path.rpartition(".")[0]
+            while above:
+                if above[-1].isdecimal():
+                    inside.setdefault(above, []).append(path)
+                above = above.rpartition(".")[0]
+        for above, paths in inside.items():
+            if len(paths) > 1:
                 what = (
                     f"{clip(above)} has several layers; whether it adds its input to what they give is not in the names"
                 )
-                self.draft.refuse_module(self.layers[first].module, what)
+                self.draft.refuse_module(self.layers[paths[0]].module, what)
 
     def _pair_norms(self, blocks: Mapping[str, str]) -> None:
         """Give every norm to the layer that it follows or, in blocks that begin with a norm, to the one it precedes."""
-        pairs = [(norm, self._layer_of(norm)) for norm in self.norms]
-        inside = [(norm, layer) for norm, layer in pairs if layer and norm.path in blocks]
-        first = any(_length(self.draft, norm) != layer.shape[0] for norm, layer in inside)
-        for norm, layer in pairs:
-            if layer is None or (first and norm.path not in blocks):
-                layer = self._layer_by_size(norm, blocks)
-            if layer is None:
-                self.draft.refuse_module(norm, "which layer it follows cannot be told from the names")
-            elif first and norm.path in blocks and not any(_SHORTCUT.search(word) for word in norm.path.split(".")):
-                layer.before.append(norm)
+        for path, each in self.layers.items():
+            parent, word = each.module.parent, each.module.word
+            if word.isdecimal() and str(int(word)) == word:
+                self._numbers.setdefault(parent, []).append(int(word))
+                self._alike.setdefault((parent.rpartition(".")[0], word), []).append(each)
             else:
-                layer.after.append(norm)
+                self._beside.setdefault((parent, _number(word)), []).append(each)
+            if path not in blocks:
+                size = each.shape[0] if each.is_convolution else -each.shape[1]
+                self._outside.setdefault(size, []).append(each)
+        for numbers in self._numbers.values():
+            numbers.sort()
+        pairs = [(norm, self._layer_of(norm)) for norm in self.norms]
+        first = any(
+            layer is not None and norm.path in blocks and _length(self.draft, norm) != layer.shape[0]
+            for norm, layer in pairs
+        )
+        row: list[Module] | None
+        for norm, layer in pairs:
+            if norm.path not in blocks and (layer is None or first):
+                row = self._row_by_size(norm)
+            elif layer is None:
+                row = None
+            else:
+                row = layer.before if first and not _is_skip(norm.path) else layer.after
+            if row is None:
+                self.draft.refuse_module(norm, "which layer it follows cannot be told from the names")
+            else:
+                row.append(norm)
 
     def _layer_of(self, norm: Module) -> _Layer | None:
         """The layer that a norm belongs to by its name: bn1 to conv1, 4 in a sequence to the layer before it."""
         word, size = norm.word, _length(self.draft, norm)
-        beside = [layer for layer in self.layers.values() if layer.module.parent == norm.parent]
-        if word.isdigit():
-            earlier = [each for each in beside if each.module.word.isdigit() and int(each.module.word) < int(word)]
-            if earlier:
-                return max(earlier, key=lambda each: int(each.module.word))
-            above = norm.parent.rpartition(".")[0]
-            beside = [
-                each
-                for each in self.layers.values()
-                if each.module.word == word and each.module.parent.rpartition(".")[0] == above
-            ]
+        if word.isdecimal():
+            numbers = self._numbers.get(norm.parent, [])
+            if earlier := bisect_left(numbers, int(word)):
+                number = str(numbers[earlier - 1])
+                return self.layers[f"{norm.parent}.{number}" if norm.parent else number]
+            beside = self._alike.get((norm.parent.rpartition(".")[0], word), [])
             return beside[0] if len(beside) == 1 else None
-        number = _number(word)
-        found = [each for each in beside if not each.module.word.isdigit() and _number(each.module.word) == number]
+        found = self._beside.get((norm.parent, _number(word)), [])
         exact = [each for each in found if each.shape[0] == size] or found
         return exact[0] if len(exact) == 1 else next((each for each in exact if each.is_convolution), None)
 
-    def _layer_by_size(self, norm: Module, blocks: Mapping[str, str]) -> _Layer | None:
-        """The only layer outside of blocks that writes, or the first that reads, as many channels as a norm has."""
+    def _row_by_size(self, norm: Module) -> list[Module] | None:
+        """The norms of the only layer outside of blocks that has as many channels: after it where it writes them,
+        before it where it is linear and reads them.
+        """
         size = _length(self.draft, norm)
-        outside = [layer for path, layer in self.layers.items() if path not in blocks]
-        stem = [layer for layer in outside if layer.is_convolution and layer.shape[0] == size]
-        head = [layer for layer in outside if not layer.is_convolution and layer.shape[1] == size]
-        if len(stem) == 1 and not head:
-            return stem[0]
-        if len(head) == 1 and not stem and norm.path not in blocks:
-            head[0].before.append(norm)
-            return _Layer(norm, ())
-        return None
+        stem, head = self._outside.get(size, []), self._outside.get(-size, [])
+        if len(stem) + len(head) != 1:
+            return None
+        return stem[0].after if stem else head[0].before
 
     def _in_order(self, layers: Sequence[_Layer]) -> list[_Layer]:
         """Layers from input to output: by numbers and words in their names, else by sizes if only one order fits."""
@@ -223,6 +236,9 @@ class Network:
     def _walk(self, blocks: Mapping[str, str]) -> None:
         outside = [layer for path, layer in self.layers.items() if path not in blocks]
         ordered = self._in_order(outside)
+        if not ordered and not self.draft.is_refused and self.layers:
+            first = next(iter(self.layers.values()))
+            self._refuse(first, "residual blocks without a layer before them")
         if not ordered:
             return
         stem = [each for each in ordered if each.is_convolution] if blocks else []
@@ -247,7 +263,7 @@ class Network:
 
     def _step_through(self, block: str, layers: Sequence[_Layer], current: _Channels) -> _Channels:
         """Walk through a residual block; what comes out of it."""
-        skip = [each for each in layers if any(_SHORTCUT.search(word) for word in each.module.path.split("."))]
+        skip = [each for each in layers if _is_skip(each.module.path)]
         body = self._in_order([each for each in layers if each not in skip])
         if not body or len(skip) > 1:
             self.draft.refuse_module(layers[0].module, f"how the layers of {clip(block)} are connected is not known")
@@ -294,7 +310,7 @@ class Network:
 
     def _group(self, layer: _Layer, current: _Channels, found: _Channels, groups: int) -> None:
         """A grouped convolution: whole groups change places; inside, its inputs all in the same way."""
-        if current.split != 1 or current.name is None:
+        if current.split != 1 or current.name is None or groups > MOST_BLOCKS:
             self._refuse(layer, "a grouped convolution of channels that already fall into groups")
             return
         current.split, current.alike = groups, True
@@ -311,7 +327,7 @@ class Network:
             and (self._has_convolutions or _GROUP_NORM.search(norm.word))
         ):
             groups = next((self.config[key] for key in ("num_groups", "norm_num_groups") if key in self.config), None)
-            if type(groups) is not int or groups < 1 or channels.size % groups:
+            if type(groups) is not int or not 0 < groups <= MOST_BLOCKS or channels.size % groups:
                 what = "it may be a GroupNorm; the config does not say of how many groups (num_groups)"
                 self.draft.refuse_module(norm, f"without running statistics {what}")
             elif groups not in (1, channels.size) and channels.split != groups:
@@ -359,6 +375,10 @@ def _length(draft: Draft, norm: Module) -> int:
     return next((draft.shapes[tensor][0] for tensor in norm.parameters.values() if draft.shapes[tensor]), 0)
 
 
+def _is_skip(path: str) -> bool:
+    return any(_SHORTCUT.search(word) for word in path.split("."))
+
+
 def _number(word: str) -> str:
     found = re.search(r"\d+$", word)
     return found[0] if found else ""
@@ -384,7 +404,7 @@ def _is_told(one: str, other: str) -> bool:
 def _orders(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
     """The first two orders of layers in which each reads as many elements as the one before it writes."""
     found = 0
-    stack: list[list[_Layer]] = [[each] for each in layers] if len(layers) <= 12 else []
+    stack: list[list[_Layer]] = [[each] for each in layers] if len(layers) <= _MOST_UNTOLD else []
     while stack and found < 2:
         row = stack.pop()
         if len(row) == len(layers):

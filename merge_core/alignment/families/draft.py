@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from merge_core.alignment.spec import Axis, Blocks, Concat, Fixed, PermutationSpec, Permuted, names
 from merge_core.errors import IncompatibleModels, Problem
@@ -18,6 +17,10 @@ _NUMBERED = re.compile(r"\.\d+(?:\.|$)")
 _DIGITS = re.compile(r"(\d+)")
 _KINDS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _OLD_KINDS = {"gamma": "weight", "beta": "bias"}
+_MOST_PERMUTATIONS = 2**18
+MOST_BLOCKS = 2**14
+"""Heads or groups of one axis; config and shapes come from files that nobody vouches for."""
+
 ADVICE = "give a spec of your own: a JSON file that names the permutation on each axis of each tensor"
 
 
@@ -65,7 +68,7 @@ def split(tensor: str) -> tuple[str, str]:
 
 def natural(path: str) -> tuple[tuple[int, int, str], ...]:
     """A key that sorts numbers in names as numbers: `layers.2` before `layers.10`."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in _DIGITS.split(path) if part)
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _DIGITS.split(path) if part)
 
 
 def pattern(path: str) -> str:
@@ -90,22 +93,27 @@ def stack(path: str) -> str:
 
 
 def by_stack(tensors: Iterable[str], stacks: Iterable[str]) -> dict[str, list[str]]:
-    """Stack of layers → the tensors that belong to the same part of the model: those that share most of its path."""
-    paths = sorted((path.split("."), path) for path in stacks)
-    found: dict[str, list[str]] = {path: [] for _, path in paths}
-    nearest: dict[str, str] = {}
+    """Stack of layers → the tensors that belong to the same part of the model: those that share most of its path; of
+    stacks that share as much, the one with the shortest path.
+    """
+    found: dict[str, list[str]] = {}
+    nearest_of: dict[str, str] = {}
+    for path in sorted(stacks, key=lambda each: (each.count("."), each)):
+        found[path] = []
+        for above in _above(path):
+            nearest_of.setdefault(above, path)
     for tensor in tensors:
-        outer = stack(tensor)
-        if outer not in nearest:
-            words = outer.split(".")
-            shared = [(len(_common(parts, words)), -len(parts), path) for parts, path in paths]
-            nearest[outer] = max(shared, default=(0, 0, ""))[2]
-        found.setdefault(nearest[outer], []).append(tensor)
+        path = next((nearest_of[above] for above in _above(stack(tensor)) if above in nearest_of), "")
+        found.setdefault(path, []).append(tensor)
     return found
 
 
-def _common(one: list[str], other: list[str]) -> list[str]:
-    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+def _above(path: str) -> Iterator[str]:
+    """A path and all that stand above it, up to the empty one."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
 
 
 class Draft:
@@ -137,6 +145,8 @@ class Draft:
         if size < 2:
             return Fixed(size)
         self._permutations[name] = size
+        if len(self._permutations) > _MOST_PERMUTATIONS:
+            raise IncompatibleModels(f"more than {_MOST_PERMUTATIONS:,} permutations; {ADVICE}")
         return Permuted(name)
 
     def blocks(self, outer: str | None, inner: Sequence[Axis]) -> Axis:

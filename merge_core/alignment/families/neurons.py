@@ -89,7 +89,7 @@ def _paths(draft: Draft) -> Iterator[str]:
 def _pairs(draft: Draft, path: str) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _PAIRS
     linears = [word for word, module in draft.children.get(path, {}).items() if len(draft.weight(module)) == 2]
-    if _SEQUENCE.search(path) and len(linears) == 2 and all(word.isdigit() for word in linears):
+    if _SEQUENCE.search(path) and len(linears) == 2 and all(word.isdecimal() for word in linears):
         first, second = sorted(linears, key=int)
         yield (first,), second
     if _HEAD.search(path) and set(linears) == {"dense", "out_proj"}:

@@ -40,7 +40,7 @@ class _Role:
 class _Tower:
     """A part of a model with one residual stream: its stacks of layers, all of its tensors, and the stream's width."""
 
-    tensors: Sequence[str]
+    tensors: frozenset[str]
     width: int
     axis: Axis
 
@@ -112,22 +112,24 @@ def _towers(
     a joint space one each.
     """
     stacks = sorted({role.stack for role in roles if role.stack})
-    widths = {path: {_width(draft, role) for role in roles if role.stack == path} for path in stacks}
+    widths: dict[str, set[int]] = {path: set() for path in stacks}
+    first: dict[str, _Role] = {}
+    for role in roles:
+        if role.stack:
+            width = _width(draft, first.setdefault(role.stack, role))
+            widths[role.stack].add(_width(draft, role))
+            if _width(draft, role) != width:
+                draft.refuse(role.tensor, f"the residual stream of {clip(role.stack)} is not {width} wide here")
     belongs = by_stack(draft.shapes, stacks)
     projections = {tensor for tensor, _ in joint.values()}
-    for path in stacks:
-        if len(widths[path]) > 1:
-            first = next(role for role in roles if role.stack == path)
-            odd = next(r for r in roles if r.stack == path and _width(draft, r) != _width(draft, first))
-            draft.refuse(odd.tensor, f"the residual stream of {clip(path)} is not {_width(draft, first)} wide here")
     if len(stacks) > 1 and crossing:
         if len(set().union(*widths.values())) > 1:
             draft.refuse_module(crossing[0].key, "the residual streams of encoder and decoder differ in width")
         tensors = [tensor for path in stacks for tensor in belongs[path]]
         groups = [("residual", stacks[0], tensors)]
     elif len(stacks) > 1 and not joint:
-        other = next(role.tensor for role in roles if role.stack == stacks[1])
-        draft.refuse(other, f"how {clip(stacks[0])} and {clip(stacks[1])} pass on to one another is not known")
+        what = f"how {clip(stacks[0])} and {clip(stacks[1])} pass on to one another is not known"
+        draft.refuse(first[stacks[1]].tensor, what)
         groups = []
     else:
         names = {path: "residual" if len(stacks) == 1 else f"{path}.residual" for path in stacks}
@@ -142,7 +144,7 @@ def _towers(
                 tensors = [*tensors, tensor]
                 if draft.shapes[tensor][1 - number] != width:
                     draft.refuse(tensor, f"does not read the residual stream of {clip(path)}, which is {width} wide")
-        found.append(_Tower(tensors, width, draft.permutation(name, width)))
+        found.append(_Tower(frozenset(tensors), width, draft.permutation(name, width)))
     return found
 
 
@@ -158,10 +160,9 @@ class _Rest:
         self.has_pooler = any(re.search(r"(^|\.)pooler\.dense\.weight$", tensor) for tensor in tower.tensors)
 
     def place(self) -> None:
-        mine = set(self.tower.tensors)
         for module in self.draft.modules.values():
             for kind, tensor in module.parameters.items():
-                if tensor in mine and tensor not in self.known:
+                if tensor in self.tower.tensors and tensor not in self.known:
                     self._place(module, kind, tensor)
 
     def _place(self, module: Module, kind: str, tensor: str) -> None:

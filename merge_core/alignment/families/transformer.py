@@ -59,8 +59,11 @@ class Transformer:
         if any(part.get("num_kv_shared_layers") for part in (config, *config.values()) if isinstance(part, Mapping)):
             for each in self.attentions:
                 draft.refuse_module(each.query, "layers share their keys and values (num_kv_shared_layers)")
+        linears = [module for attention in self.attentions for module in attention.linears]
+        linears += [module for part in self.parts for module in part.linears]
+        known = draft.placed.union(*(module.parameters.values() for module in linears))
         for name, shape in draft.shapes.items():
-            if name in draft.placed or len(shape) < 2 or not _NUMBERED.search(name):
+            if name in known or len(shape) < 2 or not _NUMBERED.search(name):
                 continue
             if _ATTENTION.search(name):
                 draft.refuse(name, "it is part of an attention, and its role is not known")
