@@ -36,6 +36,7 @@ oracle: $(READY)  ## Merge tiny models by mergekit (`make bench-peer`, or MERGEK
 
 bench: $(READY)  ## Measure merges against cat + cp, plain torch and mergekit (SIZE=small: shorter; OUT=rows.json)
 	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.alignment
 
 bench-peer:  ## Install mergekit in an environment of its own, for `make bench` and `make oracle`
 	$(PYTHON) -m venv $(PEER)

@@ -57,14 +57,14 @@ def main() -> None:
         "first_read_s": begun + _marks["read"] - float(os.environ["BENCH_STARTED"]),
         "merge_s": _marks["done"] - _marks["begun"],
         "merge_cpu_s": _marks["done_cpu"] - _marks["begun_cpu"],
-        "rss_mb": _peak() / 1e6,
+        "rss_mb": peak() / 1e6,
         "bytes": counted["bytes"],
     }
     print(json.dumps(told))
 
 
-def _peak() -> int:
-    """Bytes; `getrusage` would count what the parent held when it forked."""
+def peak() -> int:
+    """The most memory of this process, in bytes; `getrusage` would count what the parent held when it forked."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from merge_core.alignment.permutations import Permutations
 from merge_core.merge import merge
 from merge_core.recipe import Recipe
 from tests.conftest import method_recipe, write_checkpoint, write_numbers
@@ -102,6 +103,22 @@ def test_a_merged_llama_loads_with_every_key(service: Service, llamas: Path, tmp
     assert {file.path: file.sha256 for file in local.files} == service.files(job), (
         "the service gives what the library gives"
     )
+
+
+def test_an_alignment_and_an_aligned_merge(service: Service, llamas: Path, tmp_path: Path) -> None:
+    """What is derived for a real Llama is found by a worker, and a merge finds the same on its way."""
+    document = {"models": ["base", "m0"], "alignment": {"to": "first"}}
+    job = service.ended(httpx2.post(f"{service.url}/v1/alignments", json=document).json())
+    assert job["status"] == "succeeded", job["error"]
+    files = service.files(job)
+    assert files.keys() == {"alignment.safetensors", "alignment.yml", "report.json", "alignment.lock.json"}
+    recipe = method_recipe("linear", alignment={"to": "first"}, models=[{"model": "base"}, {"model": "m0"}])
+    merged = service.ended(service.post(recipe))
+    assert merged["status"] == "succeeded", merged["error"]
+    ours, theirs = (service.download(each, tmp_path / each["id"]) / "alignment.safetensors" for each in (job, merged))
+    found, again = Permutations.open(ours), Permutations.open(theirs)
+    assert sum(found.moved("m0").values()) == 0, "fine-tunes of one base stand in its order"
+    assert found.spec == again.spec and len(found.spec.permutations) > 6
 
 
 def test_progress_is_on_the_row(large: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from merge_core import kernels
 from merge_core.merge import merge
 from merge_core.methods import METHODS
 from merge_core.recipe import Recipe
-from tests.conftest import METHOD_RECIPES, method_recipe
+from tests.conftest import METHOD_RECIPES, method_recipe, mixed_tensors
 from workers.jobs import JobStore
 from workers.queue import artifact_folder
 from workers.settings import Settings
@@ -197,6 +197,26 @@ def test_patches_are_jobs_too(
     refused = client.post("/v1/patches", json={**apply, "model": "old", "layers": 3})
     assert refused.status_code == 422 and refused.json()["errors"][0]["pointer"] == "#/layers"
     assert client.get(f"/v1/merges/{job['id']}").status_code == 404
+
+
+def test_alignments_are_jobs_of_their_own(client: TestClient) -> None:
+    spec = {name: [None] * len(tensor.shape) for name, tensor in mixed_tensors(0).items()}
+    for layer in range(3):
+        spec[f"model.layers.{layer}.mlp.up_proj.weight"] = [f"P{layer}", None]
+        spec[f"model.layers.{layer}.mlp.down_proj.weight"] = [None, f"P{layer}"]
+    answer = client.post("/v1/alignments", json={"models": ["m0", "m1"], "alignment": {"to": "first", "spec": spec}})
+    assert answer.status_code == 202, answer.text
+    job = answer.json()
+    assert job["id"].startswith("aln_") and answer.headers["location"] == f"/v1/alignments/{job['id']}"
+    assert job["plan"]["permutations"] == [{"size": 40, "count": 3}] and job["plan"]["matched_with"] == "m0"
+    assert client.get(job["urls"]["self"]).json() == job
+    assert client.get("/v1/merges").json()["data"] == [] and len(client.get("/v1/alignments").json()["data"]) == 1
+    for path in (f"/v1/merges/{job['id']}", f"/v1/merges/{job['id']}/files", f"/v1/patches/{job['id']}"):
+        assert client.get(path).status_code == 404
+    assert client.post(f"/v1/merges/{job['id']}/cancel").status_code == 404
+    assert client.post(job["urls"]["cancel"]).json()["status"] == "canceled"
+    refused = client.post("/v1/alignments", json={"models": ["m0", "m1"], "alignment": {"too": "first"}})
+    assert refused.status_code == 422 and refused.json()["errors"][0]["pointer"] == "#/alignment/too"
 
 
 def test_paging(client: TestClient) -> None:
