@@ -277,6 +277,7 @@ def inspect(file: Path, as_json: bool) -> None:
 
     with _told():
         with quick_imports():
+            from merge_core.headers import clip
             from merge_core.patches.delta import Delta
             from merge_core.patching import describe
 
@@ -285,10 +286,11 @@ def inspect(file: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return
-    click.echo(f"{told['kind']}: {len(told['tensors'])} tensors in {_bytes(told['bytes'])}")
+    click.echo(f"{clip(told['kind'])}: {len(told['tensors'])} tensors in {_bytes(told['bytes'])}")
     for key, value in told["provenance"].items():
         if isinstance(value, str | int) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
-            click.echo(f"{key:<11} {value if isinstance(value, str | int) else ', '.join(value)}")
+            shown = value if isinstance(value, int) else clip(value if isinstance(value, str) else ", ".join(value))
+            click.echo(f"{clip(key):<11} {shown}")
     for tensor in told["tensors"]:
         shape, size = tensor["shape"], _bytes(tensor["bytes"])
         click.echo(f"{tensor['tensor']}  {tensor['dtype']}{shape}  {tensor['encoding']}, {size}")

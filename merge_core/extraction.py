@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_core import __version__
-from merge_core.artifact import LOCK_NAME, Artifact, made_here, source_entry
+from merge_core.artifact import Artifact, made_here, source_entry
 from merge_core.documents import canonical_json
 from merge_core.errors import Canceled, CheckpointError, IncompatibleModels, MemoryLimitExceeded, Problem
 from merge_core.execute import share_one_heap
@@ -32,6 +32,7 @@ from merge_core.shards import check_space, unfinished
 from merge_core.sources import Sources
 from merge_core.weights import Weights
 
+LOCK_NAME = "patch.lock.json"
 KIND = "robust weight signature"
 """What a signature's provenance says it is."""
 _PASSES = 3

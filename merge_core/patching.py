@@ -16,9 +16,9 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from merge_core.artifact import LOCK_NAME, Artifact
-from merge_core.checkpoint import locate
+from merge_core.checkpoint import check_below, locate
 from merge_core.documents import Keys, load_documents, read_as, unknown_keys
-from merge_core.errors import IncompatibleModels, Problem, RecipeError, WeightsmithError
+from merge_core.errors import CheckpointError, IncompatibleModels, Problem, RecipeError, WeightsmithError
 from merge_core.extraction import SignaturePlan, Wanted, extract_signature, plan_signature
 from merge_core.headers import clip, read_json
 from merge_core.keys import DTypeName, Limits, PatchEntry
@@ -257,11 +257,23 @@ class _Removal:
         self.lock: Mapping[str, Any] | None = None
         if self.model.revision or self.model.adapter:
             raise RecipeError.of([Problem(f"{self.model} is not the folder of a patched model", "#/model")])
-        folder = locate(self.model.path, roots)
-        reversal = document.reversal
-        if reversal is None and not document.sources and (folder / REVERSAL_NAME).is_file():
-            reversal = ModelRef(path=f"{self.model.path.rstrip('/')}/{REVERSAL_NAME}")
-        self.recipe = self._by_reversal(reversal) if reversal is not None else self._by_lock(folder)
+        pointer = "#/model" if document.reversal is None else "#/reversal"
+        try:
+            self.recipe = self._recipe()
+        except OSError as error:
+            raise CheckpointError(clip(self.model.path), f"cannot be read: {clip(str(error))}") from None
+        except CheckpointError as error:
+            raise error.as_written(roots or (), pointer) from None
+
+    def _recipe(self) -> Recipe:
+        reversal = self.document.reversal
+        if reversal is not None:
+            return self._by_reversal(reversal)
+        folder = locate(self.model.path, self.roots)
+        check_below(folder, self.roots)
+        if not self.document.sources and (folder / REVERSAL_NAME).is_file():
+            return self._by_reversal(ModelRef(path=f"{self.model.path.rstrip('/')}/{REVERSAL_NAME}"))
+        return self._by_lock(folder)
 
     def _by_reversal(self, reversal: ModelRef) -> Recipe:
         with Delta.open(locate(reversal.path, self.roots), roots=self.roots) as delta:
@@ -282,6 +294,7 @@ class _Removal:
                 "reversal, or use the model that the patches were put on"
             )
             raise RecipeError.of([Problem(detail, "#/model")])
+        check_below(folder / LOCK_NAME, self.roots)
         self.lock = read_json(folder / LOCK_NAME)
         written = self.lock.get("recipe")
         found = written if isinstance(written, list) else [written]

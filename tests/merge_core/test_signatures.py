@@ -184,7 +184,7 @@ def test_provenance_says_what_it_was_made_of(nets: Path) -> None:
     assert all(len(file["sha256"]) == 64 for source in made["sources"] for file in source["files"])
     assert set(made["projection"]) == set(FIRST)
     assert all(0 < each["share"] <= 1 for each in made["projection"].values())
-    lock = json.loads((nets / "signature" / "merge.lock.json").read_text())
+    lock = json.loads((nets / "signature" / "patch.lock.json").read_text())
     assert lock["patch"] == extraction() and lock["sources"] == made["sources"]
 
 
@@ -265,6 +265,11 @@ def test_a_reversal_is_for_its_own_model(nets: Path, tmp_path: Path) -> None:
         (application("clean", ("nowhere", 1.0)), "#/patches/0/patch", "nowhere"),
         ({"operation": "remove"}, "#/model", "remove needs model"),
         ({"operation": "remove", "model": "clean+signature"}, "#/model", "not the folder"),
+        ({"operation": "remove", "model": "nowhere"}, "#/model", "nowhere"),
+        ({"operation": "remove", "model": "/etc"}, "#/model", "outside"),
+        ({"operation": "remove", "model": "x" * 300}, "#/model", "x"),
+        ({"operation": "remove", "model": "clean", "reversal": "../.."}, "#/reversal", "outside"),
+        ({"operation": "remove", "model": "clean", "reversal": "clean"}, "#/reversal", "no delta"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(nets: Path, document: dict[str, Any], pointer: str, why: str) -> None:
