@@ -61,8 +61,8 @@ def main() -> None:
         Console(width=150).print(
             f"aligning two models of {shape.parameters / 1e9:.2f} billion parameters: {wall:.1f} s, {cpu:.1f} CPU s, "
             f"peak {told['rss_mb']:,.0f} MB (planned {told['planned_mb']:,.0f}: the limit of 1,074 MB and at most "
-            f"{told['assignment_mb']:,.0f} for an assignment); {wrong:,} of {sum(spec.permutations.values()):,} elements "
-            f"not where they were"
+            f"{told['assignment_mb']:,.0f} for an assignment); {wrong:,} of {sum(spec.permutations.values()):,} "
+            "elements not where they were"
         )
     finally:
         for folder in (moved, out):
