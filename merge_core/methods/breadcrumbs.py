@@ -18,13 +18,14 @@ from torch import Tensor
 from merge_core import kernels
 from merge_core.kernels import Vote
 from merge_core.kernels.vectors import RankRates, TaskVectors
-from merge_core.method import Block, Extent, Known, MergeMethod, PerModel, PerModelShare, Scope, Semantics, Share, Stage
-from merge_core.stages import L1Norms, largest, task_vectors, trimmed
+from merge_core.method import Block, Extent, Known, MergeMethod, PerModelShare, Scope, Semantics, Share, Stage
+from merge_core.sparse_sum import SparseSum
+from merge_core.stages import largest, task_vectors, trimmed
 
 PAPER = "https://arxiv.org/abs/2312.06795"
 
 
-class Breadcrumbs(MergeMethod):
+class Breadcrumbs(SparseSum):
     """mergekit's Breadcrumbs: of each tensor's N entries leave out the int(γN) largest, keep the int(density · N) next.
 
     Where these are more than N, the smallest int(density · N) are kept; with a density of 1 nothing is left out, not
@@ -43,45 +44,16 @@ class Breadcrumbs(MergeMethod):
     scopes: ClassVar[tuple[Scope, ...]] = ("tensor", "model")
     measured: ClassVar[tuple[str, ...]] = ("density", "gamma", "rescale")
     workspace: ClassVar[tuple[int, int]] = (12, 6)
-    vote: ClassVar[Vote | None] = None
 
-    weight: PerModel = Field(description="wᵢ: coefficient of each task vector")
-    density: PerModelShare = Field((1.0,), description="share of each task vector that is kept, 0 to 1", examples=[0.3])
     gamma: PerModelShare = Field(
         (0.01,), description="γ: share of the largest entries that is left out", examples=[0.1]
     )
-    normalize: bool = Field(False, description="divide by the sum of the weights")
-    rescale: bool = Field(
-        False, description="scale what is left of each task vector back to its L1 norm", examples=[True]
-    )
-    lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the merged task vector")
-    int8_mask: bool = Field(False, description="read for mergekit's sake; has no effect")
 
-    @property
-    def is_fused(self) -> bool:
-        return True
+    def ranks(self, scope: Scope) -> Sequence[Stage]:
+        return largest(task_vectors, self._keep, scope, cut_ties=True, cut_off=self._cut_off)
 
-    def stages(self, scope: Scope) -> Sequence[Stage]:
-        if not self._trims:
-            return ()
-        ranks = largest(task_vectors, self._keep, scope, cut_ties=True, cut_off=self._cut_off)
-        return [*ranks, L1Norms(self._kept)] if self.rescale else ranks
-
-    def merge(self, block: Block, known: Known) -> Tensor:
-        vectors = self._kept(block, known)
-        if self.rescale and self._trims:
-            vectors = vectors.times(tuple(known["rescale"]))
-        return kernels.combine(
-            vectors.times(self.weight),
-            vote=self.vote,
-            average="weight" if self.normalize else "sum",
-            weights=self.weight,
-            scale=self.lambda_,
-        )
-
-    @property
-    def _trims(self) -> bool:
-        return any(density < 1 for density in self.density)
+    def sparse(self, block: Block, known: Known) -> TaskVectors:
+        return trimmed(block.task_vectors, block, known)
 
     def _counts(self, model: int, entries: int) -> tuple[int, int]:
         """How many entries are kept, and how many larger ones are not."""
@@ -96,9 +68,6 @@ class Breadcrumbs(MergeMethod):
 
     def _cut_off(self, model: int, entries: int) -> int:
         return self._counts(model, entries)[1]
-
-    def _kept(self, block: Block, known: Known) -> TaskVectors:
-        return trimmed(block.task_vectors, block, known) if self._trims else block.task_vectors
 
 
 class BreadcrumbsTies(Breadcrumbs):

@@ -7,7 +7,6 @@ mergekit keeps with probability `density` = 1 − p and rescales each tensor to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -23,19 +22,17 @@ from merge_core.method import (
     PerModel,
     PerModelMarker,
     PerModelShare,
-    Scope,
     Semantics,
     Share,
-    Stage,
 )
-from merge_core.stages import L1Norms
+from merge_core.sparse_sum import SparseSum
 from merge_core.trim_elect_merge import TrimElectMerge
 
 PAPER = "https://arxiv.org/abs/2311.03099"
 PerModelDropRate = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], PerModelMarker()]
 
 
-class DareLinear(MergeMethod):
+class DareLinear(SparseSum):
     """mergekit's DARE: drop at random, rescale each tensor to its L1 norm, then task arithmetic.
 
     With nothing dropped this is task arithmetic:
@@ -48,39 +45,11 @@ class DareLinear(MergeMethod):
     title: ClassVar[str] = "DARE, then task arithmetic"
     paper: ClassVar[str] = PAPER
     workspace: ClassVar[tuple[int, int]] = (14, 6)
-    vote: ClassVar[Vote | None] = None
 
-    weight: PerModel = Field(description="wᵢ: coefficient of each task vector")
     density: PerModelShare = Field((1.0,), examples=[0.4], description="1 − p: chance of each entry to be kept, 0 to 1")
-    normalize: bool = Field(False, description="divide by the sum of the weights")
     rescale: bool = Field(True, description="scale what is left of each tensor back to its L1 norm")
-    lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the merged task vector")
-    int8_mask: bool = Field(False, description="read for mergekit's sake; has no effect")
 
-    @property
-    def is_fused(self) -> bool:
-        return True
-
-    def stages(self, scope: Scope) -> Sequence[Stage]:
-        return [L1Norms(self._dropped)] if self._rescales else ()
-
-    def merge(self, block: Block, known: Known) -> Tensor:
-        vectors = self._dropped(block, known)
-        if self._rescales:
-            vectors = vectors.times(tuple(known["rescale"]))
-        return kernels.combine(
-            vectors.times(self.weight),
-            vote=self.vote,
-            average="weight" if self.normalize else "sum",
-            weights=self.weight,
-            scale=self.lambda_,
-        )
-
-    @property
-    def _rescales(self) -> bool:
-        return self.rescale and any(density < 1 for density in self.density)
-
-    def _dropped(self, block: Block, known: Known) -> TaskVectors:
+    def sparse(self, block: Block, known: Known) -> TaskVectors:
         return block.task_vectors.dropped(tuple(1 - density for density in self.density))
 
 

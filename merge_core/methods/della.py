@@ -14,16 +14,14 @@ from typing import ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from merge_core import kernels
 from merge_core.kernels import Vote
 from merge_core.kernels.vectors import RankRates, TaskVectors
-from merge_core.method import Block, Extent, Known, MergeMethod, PerModel, PerModelShare, Scope, Stage, spread
-from merge_core.stages import L1Norms
+from merge_core.method import Block, Extent, Known, PerModel, PerModelShare, spread
+from merge_core.sparse_sum import SparseSum
 
 
-class DellaLinear(MergeMethod):
+class DellaLinear(SparseSum):
     """mergekit's DELLA: drop by rank in each row, rescale each tensor to its L1 norm, then task arithmetic.
 
     The smallest of a row's magnitudes stays with probability density − ε, the largest with density + ε, in equal steps
@@ -43,17 +41,12 @@ class DellaLinear(MergeMethod):
     title: ClassVar[str] = "DELLA, then task arithmetic"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.11617"
     workspace: ClassVar[tuple[int, int]] = (14, 6)
-    vote: ClassVar[Vote | None] = None
 
-    weight: PerModel = Field(description="wᵢ: coefficient of each task vector")
     density: PerModelShare = Field((1.0,), description="mean chance of each entry to be kept, 0 to 1", examples=[0.4])
     epsilon: PerModel = Field(
         (0.15,), description="ε: how much more than the mean the largest entry's chance is, and the smallest's less"
     )
-    normalize: bool = Field(False, description="divide by the sum of the weights")
     rescale: bool = Field(True, description="scale what is left of each tensor back to its L1 norm")
-    lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the merged task vector")
-    int8_mask: bool = Field(False, description="read for mergekit's sake; has no effect")
 
     @model_validator(mode="after")
     def _chances_are_chances(self) -> Self:
@@ -68,40 +61,11 @@ class DellaLinear(MergeMethod):
                 )
         return self
 
-    @property
-    def is_fused(self) -> bool:
-        return True
-
     def extent(self, shape: Sequence[int]) -> Extent:
         return "grain" if len(shape) > 1 else "tensor"
 
-    def stages(self, scope: Scope) -> Sequence[Stage]:
-        return [L1Norms(self._dropped)] if self._rescales else ()
-
-    def merge(self, block: Block, known: Known) -> Tensor:
-        vectors = self._dropped(block, known)
-        if self._rescales:
-            vectors = vectors.times(tuple(known["rescale"]))
-        return kernels.combine(
-            vectors.times(self.weight),
-            vote=self.vote,
-            average="weight" if self.normalize else "sum",
-            weights=self.weight,
-            scale=self.lambda_,
-        )
-
-    @property
-    def _drops(self) -> bool:
-        return any(density < 1 for density in self.density)
-
-    @property
-    def _rescales(self) -> bool:
-        return self.rescale and self._drops
-
-    def _dropped(self, block: Block, known: Known) -> TaskVectors:
+    def sparse(self, block: Block, known: Known) -> TaskVectors:
         vectors, (_, *inner) = block.task_vectors, block.stored[0].shape or (1,)
-        if not self._drops:
-            return vectors
         width, stride = (inner[0], math.prod(inner[1:])) if inner else (block.elements, 1)
         count = len(vectors)
         return vectors.dropped_by_rank(

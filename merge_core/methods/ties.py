@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
-from merge_core import kernels
+from merge_core.kernels import Vote
 from merge_core.kernels.vectors import TaskVectors
-from merge_core.method import Block, Known, MergeMethod, PerModel, PerModelShare, Scope, Semantics, Share, Stage
-from merge_core.stages import L1Norms, largest, task_vectors, trimmed
+from merge_core.method import Block, Known, PerModel, Scope, Semantics, Share, Stage
+from merge_core.sparse_sum import SparseSum
+from merge_core.stages import largest, task_vectors, trimmed
 from merge_core.trim_elect_merge import TrimElectMerge
 
 
-class Ties(MergeMethod):
+class Ties(SparseSum):
     """mergekit's TIES: trimmed per tensor to exactly k entries, votes and average by weight, a tied vote is +.
 
     k = max(1, int(density · entries)), or 0 where the density is; of equal magnitudes the lowest index is kept first.
@@ -35,47 +35,20 @@ class Ties(MergeMethod):
     measured: ClassVar[tuple[str, ...]] = ("density", "rescale")
     workspace: ClassVar[tuple[int, int]] = (12, 6)
 
+    vote: ClassVar[Vote | None] = "plus"
+
     weight: PerModel = Field(description="wᵢ: coefficient of each task vector, in the vote and in the average")
-    density: PerModelShare = Field((1.0,), examples=[0.3], description="share of each task vector that is kept, 0 to 1")
     normalize: bool = Field(True, description="divide by the weights of the models that agree")
-    lambda_: float = Field(1.0, alias="lambda", description="λ: scale of the merged task vector")
-    rescale: bool = Field(
-        False, examples=[True], description="after trimming, scale each task vector back to its L1 norm"
-    )
-    int8_mask: bool = Field(False, description="read for mergekit's sake; has no effect")
 
-    @property
-    def is_fused(self) -> bool:
-        return True
+    def ranks(self, scope: Scope) -> Sequence[Stage]:
+        return largest(task_vectors, self._keep, scope, cut_ties=True)
 
-    def stages(self, scope: Scope) -> Sequence[Stage]:
-        if not self._trims:
-            return ()
-        ranks = largest(task_vectors, self._keep, scope, cut_ties=True)
-        return [*ranks, L1Norms(self._trimmed)] if self.rescale else ranks
-
-    def merge(self, block: Block, known: Known) -> Tensor:
-        vectors = self._trimmed(block, known)
-        if self.rescale and self._trims:
-            vectors = vectors.times(tuple(known["rescale"]))
-        return kernels.combine(
-            vectors.times(self.weight),
-            vote="plus",
-            average="weight" if self.normalize else "sum",
-            weights=self.weight,
-            scale=self.lambda_,
-        )
-
-    @property
-    def _trims(self) -> bool:
-        return any(density < 1 for density in self.density)
+    def sparse(self, block: Block, known: Known) -> TaskVectors:
+        return trimmed(block.task_vectors, block, known)
 
     def _keep(self, model: int, entries: int) -> int:
         density = self.density[model % len(self.density)]
         return entries if density == 1 else max(1, int(density * entries)) if density else 0
-
-    def _trimmed(self, block: Block, known: Known) -> TaskVectors:
-        return trimmed(block.task_vectors, block, known) if self._trims else block.task_vectors
 
 
 class OfficialTies(TrimElectMerge):
