@@ -38,20 +38,21 @@ def eventually(what: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 @dataclass
 class Service:
-    """A running service."""
+    """A running service; `http` keeps its connection: a client for each question would cost more than the answer."""
 
     url: str
     data: Path
     process: subprocess.Popen[bytes]
     log: Path
+    http: httpx2.Client
 
     def post(self, recipe: Any) -> Job:
-        answer = httpx2.post(f"{self.url}/v1/merges", json=recipe, timeout=60)
+        answer = self.http.post("/v1/merges", json=recipe)
         assert answer.status_code == 202, answer.text
         return dict(answer.json())
 
     def get(self, path: str) -> Any:
-        answer = httpx2.get(self.url + path, timeout=60)
+        answer = self.http.get(path)
         assert answer.is_success, answer.text
         return answer.json()
 
@@ -71,7 +72,7 @@ class Service:
     def download(self, job: Job, folder: Path) -> Path:
         folder.mkdir(parents=True)
         for file in self.get(job["urls"]["files"])["data"]:
-            (folder / file["path"]).write_bytes(httpx2.get(self.url + file["url"], timeout=60).content)
+            (folder / file["path"]).write_bytes(self.http.get(file["url"]).content)
         return folder
 
     def artifacts(self) -> list[str]:
@@ -114,12 +115,14 @@ def running_service(data: Path, models: Path, **settings: str) -> Iterator[Servi
     ]
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | settings)
-    service = Service(f"http://127.0.0.1:{port}", data, process, log)
+    url = f"http://127.0.0.1:{port}"
+    http = httpx2.Client(base_url=url, timeout=60, trust_env=False, limits=httpx2.Limits(keepalive_expiry=2))
+    service = Service(url, data, process, log, http)
 
     def ready() -> bool:
         assert process.poll() is None, log.read_text()
         try:
-            return httpx2.get(f"{service.url}/readyz", timeout=5).is_success
+            return http.get("/readyz", timeout=5).is_success
         except httpx2.HTTPError:
             return False
 
@@ -127,6 +130,7 @@ def running_service(data: Path, models: Path, **settings: str) -> Iterator[Servi
         eventually(ready)
         yield service
     finally:
+        http.close()
         process.terminate()
         try:
             process.wait(30)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -108,7 +107,7 @@ def test_a_merged_llama_loads_with_every_key(service: Service, llamas: Path, tmp
 def test_an_alignment_and_an_aligned_merge(service: Service, llamas: Path, tmp_path: Path) -> None:
     """What is derived for a real Llama is found by a worker, and a merge finds the same on its way."""
     document = {"models": ["base", "m0"], "alignment": {"to": "first"}}
-    job = service.ended(httpx2.post(f"{service.url}/v1/alignments", json=document).json())
+    job = service.ended(service.http.post("/v1/alignments", json=document).json())
     assert job["status"] == "succeeded", job["error"]
     files = service.files(job)
     assert files.keys() == {"alignment.safetensors", "alignment.yml", "report.json", "alignment.lock.json"}
@@ -151,7 +150,7 @@ def test_cancel_takes_less_than_two_seconds_at_any_moment(large: Path, tmp_path:
             eventually(lambda job=job: service.job(job)["status"] == "running")
             time.sleep(wait)
             started = time.monotonic()
-            assert httpx2.post(service.url + job["urls"]["cancel"]).status_code in (200, 202)
+            assert service.http.post(job["urls"]["cancel"]).status_code in (200, 202)
             assert service.ended(job)["status"] == "canceled"
             assert time.monotonic() - started < 2.0
             eventually(lambda: service.artifacts() == [], 5)
@@ -220,9 +219,9 @@ def test_a_database_locked_for_long_stops_nothing_for_good(llamas: Path, tmp_pat
         lock = sqlite3.connect(tmp_path / "data" / "jobs.sqlite", isolation_level=None)
         lock.execute("BEGIN IMMEDIATE")
         service.kill_worker()
-        refused = httpx2.post(f"{service.url}/v1/merges", json=method_recipe("linear"), timeout=60)
+        refused = service.http.post("/v1/merges", json=method_recipe("linear"))
         assert refused.status_code == 503 and refused.json()["code"] == "database-unavailable"
-        assert httpx2.get(f"{service.url}/healthz").is_success
+        assert service.http.get("/healthz").is_success
         lock.execute("ROLLBACK")
         lock.close()
         assert service.ended(service.post(method_recipe("linear")))["status"] == "succeeded"
