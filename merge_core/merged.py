@@ -22,6 +22,7 @@ from merge_core.aligned import FILE_NAME, Alignment, align_models, plan_alignmen
 from merge_core.blocks import CPU, Blocks
 from merge_core.dtypes import DType
 from merge_core.errors import IncompatibleModels, Problem, RecipeError
+from merge_core.gathered import Gathered
 from merge_core.headers import TensorInfo
 from merge_core.keys import ModelEntry
 from merge_core.method import Known, Randomness
@@ -33,7 +34,7 @@ from merge_core.progress import Progress
 from merge_core.recipe import Recipe, referenced_models
 from merge_core.references import ModelRef
 from merge_core.runs import digest_of
-from merge_core.vocabularies import Gathered, in_equal_rows, in_one_vocabulary
+from merge_core.vocabularies import in_equal_rows, in_one_vocabulary
 from merge_core.weights import Companions, Derived, Weights
 
 _NO_LIMIT = 2**62
