@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from merge_core.alignment.spec import Axis, Blocks, Indexed, Indices, PermutationSpec, Permuted, names
+from merge_core.alignment.spec import Axis, Blocks, Indexed, Indices, PermutationSpec, Permuted, connected, names
 from merge_core.errors import IncompatibleModels, Problem
 
 Matrix: TypeAlias = NDArray[np.float64]
@@ -230,16 +230,11 @@ def _summed(pairs: Iterable[tuple[Axis, Matrix]]) -> dict[Axis, Matrix]:
 
 def _independent(costs: Costs) -> list[dict[Axis, Matrix]]:
     """The costs in parts that have no permutation in common."""
-    parts: list[tuple[set[str], dict[Axis, Matrix]]] = []
+    parts = connected(names(chain) for chain in costs)
+    found: dict[int, dict[Axis, Matrix]] = {}
     for chain, matrix in costs.items():
-        touched = set(names(chain))
-        joined: dict[Axis, Matrix] = {}
-        for part in [part for part in parts if part[0] & touched]:
-            parts.remove(part)
-            touched |= part[0]
-            joined |= part[1]
-        parts.append((touched, joined | {chain: matrix}))
-    return [part for _, part in parts]
+        found.setdefault(id(parts[_root(chain)]), {})[chain] = matrix
+    return list(found.values())
 
 
 def _root(chain: Axis) -> str:

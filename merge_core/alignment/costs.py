@@ -22,7 +22,18 @@ from torch import Tensor
 from merge_core import kernels
 from merge_core.alignment.assignment import Check, Costs, Matrix, given
 from merge_core.alignment.permutations import gather
-from merge_core.alignment.spec import Axis, Blocks, Concat, Fixed, Indexed, Indices, PermutationSpec, Permuted, names
+from merge_core.alignment.spec import (
+    Axis,
+    Blocks,
+    Concat,
+    Fixed,
+    Indexed,
+    Indices,
+    PermutationSpec,
+    Permuted,
+    connected,
+    names,
+)
 from merge_core.dtypes import FLOAT64
 from merge_core.errors import IncompatibleModels, NonFinite, Problem
 from merge_core.headers import TensorInfo
@@ -81,13 +92,10 @@ def bundles(spec: PermutationSpec, measured: Iterable[str]) -> list[Bundle]:
     """
     terms = [term for tensor in measured for term in _terms(spec, tensor)]
     order = {name: number for number, name in enumerate(spec.permutations)}
-    parts: list[set[str]] = []
-    for touched in (set(names(term.chain)) for term in terms):
-        meeting = [part for part in parts if part & touched]
-        parts = [part for part in parts if not part & touched] + [touched.union(*meeting)]
+    parts = connected(names(term.chain) for term in terms)
     apart = _apart(terms)
     found: list[list[str]] = []
-    for part in parts:
+    for part in {id(part): part for part in parts.values()}.values():
         of_part: list[list[str]] = []
         for name in sorted(part, key=order.__getitem__):
             together = next((each for each in of_part if apart.get(name, set()).isdisjoint(each)), None)

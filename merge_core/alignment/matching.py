@@ -178,6 +178,7 @@ class _Matcher:
         largest = max((bundle.nbytes for bundle in self.bundles), default=0)
         working = working_bytes(spec, self.measured, reference, model, work.workers)
         self._room = _Room(None if work.memory is None else max(largest, work.memory - working))
+        self._owners = {name: number for number, bundle in enumerate(self.bundles) for name in bundle.names}
         self._neighbors = [self._neighbors_of(number) for number in range(len(self.bundles))]
         self._versions = [0] * len(self.bundles)
         self._seen: list[list[int] | None] = [None] * len(self.bundles)
@@ -186,10 +187,10 @@ class _Matcher:
         """The bundles on which depends what the permutations of one are worth."""
         here = self.bundles[number]
         others = {name for term in here.terms for name in names(term.chain)}
-        for tensor, number_of_axis in {(term.tensor, term.axis) for term in here.terms}:
-            axes = (axis for i, axis in enumerate(self.spec.axes[tensor]) if i != number_of_axis and axis is not None)
+        for tensor, place in {(term.tensor, term.axis) for term in here.terms}:
+            axes = (axis for i, axis in enumerate(self.spec.axes[tensor]) if i != place and axis is not None)
             others.update(names(*axes))
-        return [i for i, bundle in enumerate(self.bundles) if i != number and not others.isdisjoint(bundle.names)]
+        return sorted({self._owners[name] for name in others if name in self._owners} - {number})
 
     def __enter__(self) -> _Matcher:
         self._threads = torch.get_num_threads()

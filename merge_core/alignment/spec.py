@@ -11,7 +11,7 @@ they really can.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, Self, TypeAlias
@@ -319,6 +319,19 @@ def names(*axes: Axis) -> Iterator[str]:
                 yield from names(*parts)
             case Fixed():
                 pass
+
+
+def connected(groups: Iterable[Iterable[str]]) -> dict[str, list[str]]:
+    """Of every name all that groups connect it with, itself included: one list that they share."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        parts = {id(part): part for part in (found.setdefault(name, [name]) for name in group)}
+        largest = max(parts.values(), key=len, default=[])
+        for part in parts.values():
+            if part is not largest:
+                largest += part
+                found.update(dict.fromkeys(part, largest))
+    return found
 
 
 _Context: TypeAlias = tuple[tuple[str, int], ...]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_core.alignment.spec import Blocks, Concat, Fixed, PermutationSpec, Permuted
+from merge_core.alignment.spec import Blocks, Concat, Fixed, PermutationSpec, Permuted, connected
 from merge_core.errors import IncompatibleModels, RecipeError
 
 MLP = {"0.weight": ["P", None], "0.bias": ["P"], "1.weight": [None, "P"], "1.bias": [None]}
@@ -109,6 +109,13 @@ def test_blocks_that_never_end_are_refused() -> None:
 
     with pytest.raises(RecipeError, match="deep"):
         PermutationSpec.from_data({"w": [data]})
+
+
+def test_names_are_connected_by_groups() -> None:
+    found = connected([["a", "b"], ["c"], ["d", "e", "d"], ["b", "e"], []])
+
+    assert {name: "".join(sorted(part)) for name, part in found.items()} == {**dict.fromkeys("abde", "abde"), "c": "c"}
+    assert found["a"] is found["d"]
 
 
 @pytest.mark.parametrize(
