@@ -152,7 +152,7 @@ class Sources:
         while file.hashed < end:
             if self._closed or self._stop():
                 raise Canceled("the merge was canceled")
-            part = view[file.hashed % PAGE :][: min(_READ, end - file.hashed)]  # see `kernels.compiled._window`
+            part = view[file.hashed % PAGE :][: min(_READ, end - file.hashed)]  # see `kernels.tiles.window`
             count = os.preadv(file.descriptor, [part], file.hashed)
             if count == 0:
                 return  # the file became shorter, which `Weights.check_unchanged` tells

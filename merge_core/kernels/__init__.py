@@ -11,11 +11,9 @@ import functools
 import importlib.util
 import math
 import os
-import sys
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +23,8 @@ from torch import Tensor
 
 from merge_core import random
 from merge_core.kernels import plain
-from merge_core.kernels.vectors import KEEP_ALL_TIES, PAGE, Numbers, Rows, TaskVectors
+from merge_core.kernels.arguments import PAGE, Operands, Places
+from merge_core.kernels.vectors import KEEP_ALL_TIES, Numbers, Rows, TaskVectors
 from merge_core.statistics import Sums
 
 Vote = Literal["plus", "majority"]
@@ -60,7 +59,7 @@ def linear(
     if target is None:
         return plain.linear(sources, weights, divisor, working)
     with _places(sources, grain) as places:
-        _compiled().linear(
+        _compiled("linear")(
             places,
             np.array(weights, np.float32),
             np.float32(divisor),
@@ -101,7 +100,7 @@ def combine(
     draws = None if vectors.rank_rates is None else vectors.draws
     marks = None if draws is None else draws.marks.take(_marked(vectors))
     with _operands(vectors, marks, has_marks=marks is not None) as operands:
-        _compiled().combine(
+        _compiled("combine")(
             operands,
             _VOTES[vote],
             np.float32(majority),
@@ -119,8 +118,9 @@ def votes(vectors: TaskVectors) -> tuple[int, int]:
     if not _is_served(vectors):
         return plain.votes(vectors)
     with _operands(vectors) as operands:
-        above, below = _compiled().votes(operands)
-    return int(above), int(below)
+        found = np.zeros(2, np.int64)
+        _compiled("votes")(operands, found)
+    return int(found[0]), int(found[1])
 
 
 def overlaps(vectors: TaskVectors) -> NDArray[np.int64]:
@@ -129,7 +129,7 @@ def overlaps(vectors: TaskVectors) -> NDArray[np.int64]:
         return plain.overlaps(vectors)
     found = np.zeros((len(vectors), 2), np.int64)
     with _operands(vectors) as operands:
-        _compiled().overlaps(operands, found)
+        _compiled("overlaps")(operands, found)
     return found
 
 
@@ -141,7 +141,7 @@ def near_swap(vectors: TaskVectors, t: float) -> Tensor:
     if target is None:
         return plain.near_swap(vectors, t)
     with _operands(vectors) as operands:
-        _compiled().near_swap(operands, np.float32(t), target.data_ptr(), _CODES[target.dtype])
+        _compiled("near_swap")(operands, np.float32(t), target.data_ptr(), _CODES[target.dtype])
     return target
 
 
@@ -150,7 +150,7 @@ def high_digits(vectors: TaskVectors, found: NDArray[np.int64]) -> None:
     if not _is_served(vectors):
         return plain.high_digits(vectors, found)
     with _operands(vectors) as operands:
-        _compiled().high_digits(operands, found)
+        _compiled("high_digits")(operands, found)
     return None
 
 
@@ -162,7 +162,7 @@ def low_digits(vectors: TaskVectors, buckets: Sequence[int], found: NDArray[np.i
     if not _is_served(vectors):
         return plain.low_digits(vectors, buckets, found)
     with _operands(vectors) as operands:
-        _compiled().low_digits(operands, np.array(buckets, np.int64), found)
+        _compiled("low_digits")(operands, np.array(buckets, np.int64), found)
     return None
 
 
@@ -170,7 +170,7 @@ def sampled_digits(vectors: TaskVectors, every: int, found: NDArray[np.int64]) -
     """`high_digits` of one in so many runs of elements, where that saves reading the others; else of none."""
     if _is_served(vectors):
         with _operands(vectors) as operands:
-            _compiled().sampled_digits(operands, every, found)
+            _compiled("sampled_digits")(operands, every, found)
 
 
 def bracket(
@@ -191,7 +191,7 @@ def bracket(
     if not _is_served(vectors):
         return plain.bracket(vectors, lows, highs, candidates, digits, above, equal)
     with _operands(vectors) as operands:
-        _compiled().bracket(
+        _compiled("bracket")(
             operands,
             np.array(lows, np.int64),
             np.array(highs, np.int64),
@@ -212,7 +212,7 @@ def ties(vectors: TaskVectors, thresholds: Numbers) -> NDArray[np.int64]:
         return plain.ties(vectors, thresholds)
     found = np.empty((len(thresholds), math.ceil(vectors.elements / vectors.grain)), np.int64)
     with _operands(vectors) as operands:
-        _compiled().ties(operands, np.array(thresholds, np.float32), found)
+        _compiled("ties")(operands, np.array(thresholds, np.float32), found)
     return found
 
 
@@ -229,7 +229,7 @@ def gram(sources: Sequence[Rows], working: torch.dtype, grain: int, base: Rows |
     pairs = len(sources) * (len(sources) + 1) // 2
     found = np.empty((math.ceil(sources[0].elements / grain), pairs), np.float64)
     with _places(every, grain) as places:
-        _compiled().gram(places, base is not None, sources[0].elements, grain, found)
+        _compiled("gram")(places, base is not None, sources[0].elements, grain, found)
     return found
 
 
@@ -242,7 +242,7 @@ def absolute_sums(vectors: TaskVectors) -> Sums:
     draws = None if vectors.rank_rates is None else vectors.draws
     marks = None if draws is None else draws.marks.space(grains, len(vectors), -(-vectors.grain // 8))
     with _operands(vectors, marks) as operands:
-        _compiled().absolute_sums(operands, found)
+        _compiled("absolute_sums")(operands, found)
     if draws is not None and marks is not None:
         draws.marks.put(_marked(vectors), marks)
     return found
@@ -257,10 +257,15 @@ def low_rank(stored: Tensor, left: Tensor, right: Tensor, scale: float, out: Ten
     >>> out
     tensor([[4., 5.]])
     """
-    if not serve((stored.dtype, out.dtype)) or out.dtype != torch.float32:
+    if not serve((stored.dtype, out.dtype)) or out.dtype != torch.float32 or not out.is_contiguous():
         return plain.low_rank(stored, left, right, scale, out)
-    _compiled().low_rank(
-        stored.data_ptr(), _CODES[stored.dtype], left.numpy(), right.numpy(), np.float32(scale), out.numpy()
+    _compiled("low_rank")(
+        stored.data_ptr(),
+        _CODES[stored.dtype],
+        left.contiguous().numpy(),
+        right.contiguous().numpy(),
+        np.float32(scale),
+        out.numpy(),
     )
     return None
 
@@ -269,7 +274,9 @@ def first_nonfinite(rows: Tensor) -> int:
     """The first NaN or infinity, −1 if there is none."""
     if not (are_compiled() and rows.is_cpu and rows.dtype in _CODES and rows.is_contiguous()):
         return plain.first_nonfinite(rows)
-    return int(_compiled().first_nonfinite(rows.data_ptr(), _CODES[rows.dtype], rows.numel()))
+    found = np.empty(1, np.int64)
+    _compiled("find_nonfinite")(rows.data_ptr(), _CODES[rows.dtype], rows.numel(), found)
+    return int(found[0])
 
 
 def uniform(key: int, start: int, count: int, device: torch.device) -> Tensor:
@@ -277,21 +284,14 @@ def uniform(key: int, start: int, count: int, device: torch.device) -> Tensor:
     if not (are_compiled() and device.type == "cpu"):
         return random.uniform(key, start, count, device)
     out = torch.empty(count, dtype=torch.float32)
-    _compiled().uniform(np.uint64(key), start, out.numpy())
+    _compiled("uniform")(np.uint64(key), start, out.numpy())
     return out
 
 
 def load() -> None:
-    """Load the compiled form now, which takes about half a second, rather than at the first block."""
-    if not are_compiled():
-        return
-    # numba imports scipy where it is installed, for linear algebra that no kernel has: 20 MB and a quarter of a second.
-    hidden = sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
-    try:
+    """Load the compiled form's linker now rather than at the first block."""
+    if are_compiled():
         first_nonfinite(torch.zeros(1))
-    finally:
-        if hidden is None:
-            del sys.modules["scipy"]
 
 
 def prepare() -> None:
@@ -319,9 +319,10 @@ def prepare() -> None:
     importlib.import_module("merge_core.kernels.scores").prepare()
 
 
-@functools.cache
-def _compiled() -> ModuleType:
-    return importlib.import_module("merge_core.kernels.compiled")
+def _compiled(name: str) -> Callable[..., None]:
+    from merge_core.kernels import machine_code  # which needs what numba needs
+
+    return machine_code.kernel("merge_core.kernels.compiled", name)
 
 
 def _are_served(sources: Sequence[Rows], working: torch.dtype) -> bool:
@@ -373,7 +374,7 @@ def _target(sources: Sequence[Rows], working: torch.dtype, out: Tensor | None) -
 def _places(sources: Sequence[Rows], grain: int) -> Iterator[Any]:
     """Where the sources are, for one call of a compiled kernel; raises what it found wrong with them."""
     in_files = any(source.descriptor >= 0 for source in sources)
-    places = _compiled().Places(
+    places = Places(
         descriptors=np.array([source.descriptor for source in sources], np.int64),
         offsets=np.array(
             [source.offset if source.descriptor >= 0 else source.load().data_ptr() for source in sources], np.int64
@@ -423,7 +424,7 @@ def _operands(
     ties_ = np.array([part or (KEEP_ALL_TIES,) * count for part in (vectors.ties, vectors.ceiling_ties)], np.int64)
     factors = np.array(vectors.factors or ((1.0,) * count,), np.float32)
     with _places((vectors.base, *vectors.models), vectors.grain) as places:
-        yield _compiled().Operands(
+        yield Operands(
             places=places,
             elements=vectors.elements,
             grain=vectors.grain,

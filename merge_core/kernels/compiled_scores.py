@@ -1,37 +1,17 @@
-"""Scores and their order in numba: made and counted a tile at a time, so that they are never stored.
-
-See `compiled.py`, whose functions for reading and storing are used here; numba's cache of this file does not notice
-their changes, so that after one `python -m merge_core.kernels` has to find this file changed too.
-"""
+"""Scores and their order in numba: made and counted a tile at a time, so that they are never stored."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from merge_core.kernels import elementary
-from merge_core.kernels.compiled import (
-    LANES,
-    TILE,
-    Array,
-    Operands,
-    Places,
-    Tiles,
-    _bits_of,
-    _float_of,
-    _kernel,
-    _load,
-    _masked,
-    _store,
-    _sum_of,
-    _tiles,
-    _total,
-    _vector,
-    _window,
-)
+from merge_core.kernels.arguments import Array, Operands, Places, Score
+from merge_core.kernels.tiles import LANES, TILE, bits_of, float_of, load, masked, part, store, sum_of, window
+from merge_core.kernels.tiles_of_vectors import Tiles, add_rows, load_vector, make_tiles
 
 MAGNITUDE, SPREAD, BALANCE, SIGNED_BALANCE, PAIRED_BALANCE, DIVERGENCE = range(6)
 
@@ -54,19 +34,7 @@ EXP_DOUBLE = elementary.EXP_DOUBLE
 LEAST_EXPONENT_DOUBLE = elementary.LEAST_EXPONENT_DOUBLE
 
 
-class Score(NamedTuple):
-    """`Scores` as plain numbers."""
-
-    kind: int
-    live: Array  # uint8 per model; 0: it takes no part
-    lows: Array  # float32 per model: magnitudes are clamped from here
-    highs: Array  # float32 per model: to here
-    count: float  # float32, of the models that take part
-    divergences: Array  # float32 per row of the block
-    width: int  # elements of such a row
-
-
-@_kernel
+@part
 def _exp(x: float) -> float:
     shifted = x * LOG2_E + ROUNDER
     whole = shifted - ROUNDER
@@ -77,7 +45,7 @@ def _exp(x: float) -> float:
     series = series * rest + EXP_1
     series = series * rest + EXP_0
     fraction = rest * rest * series + rest + ONE
-    power = _float_of(np.uint32(np.uint32(_bits_of(shifted) << np.uint32(23)) + np.uint32(0x3F800000)))
+    power = float_of(np.uint32(np.uint32(bits_of(shifted) << np.uint32(23)) + np.uint32(0x3F800000)))
     return ZERO if x < LEAST_EXPONENT else fraction * power
 
 
@@ -97,7 +65,7 @@ def _double_of(context: Any, bits: Any) -> Any:
     return types.float64(types.uint64), code
 
 
-@_kernel
+@part
 def _exp_double(x: float) -> float:
     shifted = x * LOG2_E_DOUBLE + ROUNDER_DOUBLE
     whole = shifted - ROUNDER_DOUBLE
@@ -117,7 +85,7 @@ def _exp_double(x: float) -> float:
     return 0.0 if x < LEAST_EXPONENT_DOUBLE else series * power
 
 
-@_kernel
+@part
 def _small_tanh(x: float) -> float:
     square = x * x
     series = TANH_5 * square + TANH_4
@@ -128,7 +96,7 @@ def _small_tanh(x: float) -> float:
     return series * square * x + x
 
 
-@_kernel
+@part
 def _large_tanh(x: float) -> float:
     size = abs(x)
     power = _exp((MOST if size > MOST else size) * TWO)
@@ -136,13 +104,13 @@ def _large_tanh(x: float) -> float:
     return -large if x < ZERO else large
 
 
-@_kernel
+@part
 def _tanh(values: Array) -> None:
     """In place; mostly all of a tile is small."""
     largest = np.uint32(0)
     for j in range(values.size):
-        largest = max(largest, np.uint32(_bits_of(values[j]) & np.uint32(0x7FFFFFFF)))
-    if largest < _bits_of(SMALL):
+        largest = max(largest, np.uint32(bits_of(values[j]) & np.uint32(0x7FFFFFFF)))
+    if largest < bits_of(SMALL):
         for j in range(values.size):
             values[j] = _small_tanh(values[j])
     else:
@@ -152,26 +120,26 @@ def _tanh(values: Array) -> None:
             values[j] = small if abs(x) < SMALL else large
 
 
-@_kernel
+@part
 def _key(value: float) -> int:
     """A number whose order is that of the values, −0 before +0 and NaN last."""
-    bits = _bits_of(value)
+    bits = bits_of(value)
     all_if_negative = np.uint32(np.uint32(0) - np.uint32(bits >> np.uint32(31)))
     flipped = np.uint32(bits ^ np.uint32(np.uint32(0x80000000) | all_if_negative))
     return np.uint32(0xFFFFFFFF) if value != value else flipped
 
 
-@_kernel
+@part
 def _largest(values: Array) -> float:
     most = np.uint32(0)
     for j in range(values.size):
         most = max(most, _key(values[j]))
     if most == np.uint32(0xFFFFFFFF):
         return np.float32(np.nan)
-    return _float_of(np.uint32(most ^ np.uint32(0x80000000)) if most >= np.uint32(0x80000000) else np.uint32(~most))
+    return float_of(np.uint32(most ^ np.uint32(0x80000000)) if most >= np.uint32(0x80000000) else np.uint32(~most))
 
 
-@_kernel
+@part
 def _bits(number: int) -> int:
     """How many bits a number has."""
     count = 0
@@ -180,7 +148,7 @@ def _bits(number: int) -> int:
     return count
 
 
-@_kernel
+@part
 def row_softmax(places: Places, elements: int, grain: int, width: int, found: Array) -> None:
     """What `scores.row_softmax` says; a window holds whole rows."""
     addresses = np.empty(2, np.int64)
@@ -188,11 +156,11 @@ def row_softmax(places: Places, elements: int, grain: int, width: int, found: Ar
     one, other, lanes = np.empty(width, np.float32), np.empty(width, np.float32), np.empty((3, lane_count), np.float64)
     for first in range(0, elements, grain):
         count = min(grain, elements - first)
-        if not _window(places, first, count, addresses):
+        if not window(places, first, count, addresses):
             return
         for start in range(0, count, width):
-            _load(addresses[0], places.codes[0], start, one)
-            _load(addresses[1], places.codes[1], start, other)
+            load(addresses[0], places.codes[0], start, one)
+            load(addresses[1], places.codes[1], start, other)
             row = found[(first + start) // width]
             top, its_top = np.float64(_largest(one)), np.float64(_largest(other))
             lanes[:] = 0
@@ -204,10 +172,10 @@ def row_softmax(places: Places, elements: int, grain: int, width: int, found: Ar
                     lanes[1, j] += power
                     lanes[2, j] += power * (y - x)
             row[0], row[1] = top, its_top
-            row[2], row[3], row[4] = _sum_of(lanes[0]), _sum_of(lanes[1]), _sum_of(lanes[2])
+            row[2], row[3], row[4] = sum_of(lanes[0]), sum_of(lanes[1]), sum_of(lanes[2])
 
 
-@_kernel
+@part
 def _clamped(value: float, low: float, high: float) -> float:
     """The magnitude, not below `low` and not above `high`."""
     size = abs(value)
@@ -215,20 +183,20 @@ def _clamped(value: float, low: float, high: float) -> float:
     return high if size > high else size
 
 
-@_kernel
+@part
 def _signed(size: float, sign: float) -> float:
     """The size with the sign of another number; 0 where that is 0."""
-    return _masked(-size if sign < ZERO else size, np.uint32(sign != ZERO))
+    return masked(-size if sign < ZERO else size, np.uint32(sign != ZERO))
 
 
-@_kernel
+@part
 def _range(score: Score, model: int) -> float:
     """What magnitudes above the low one are divided by; 1 where there are none."""
     spread = np.float32(score.highs[model] - score.lows[model])
     return spread if spread != ZERO else ONE
 
 
-@_kernel
+@part
 def _intra(row: Array, low: float, high: float, spread: float, count: float, out: Array) -> None:
     """exp(n · m²), m being the place of |δ| between low and high."""
     for j in range(row.size):
@@ -236,7 +204,7 @@ def _intra(row: Array, low: float, high: float, spread: float, count: float, out
         out[j] = _exp(place * place * count)
 
 
-@_kernel
+@part
 def _sum_live(rows: Array, live: Array, size: int, out: Array) -> None:
     out[:] = ZERO
     for i in range(len(rows)):
@@ -246,7 +214,7 @@ def _sum_live(rows: Array, live: Array, size: int, out: Array) -> None:
                 out[j] += row[j]
 
 
-@_kernel
+@part
 def _balance(score: Score, rows: Array, size: int, tiles: Tiles, out: Array) -> None:
     """How each entry competes inside its model, and agrees with the other models."""
     models = len(rows)
@@ -288,7 +256,7 @@ def _balance(score: Score, rows: Array, size: int, tiles: Tiles, out: Array) -> 
             scores[j] = spare[j] * inter[j] + ZERO
 
 
-@_kernel
+@part
 def _spread(rows: Array, size: int, tiles: Tiles, out: Array) -> None:
     """The variance across models, from differences to the first, so that it is 0 where all are equal."""
     models = len(rows)
@@ -311,16 +279,16 @@ def _spread(rows: Array, size: int, tiles: Tiles, out: Array) -> None:
         out[j] /= count
 
 
-@_kernel
+@part
 def _vectors(given: Operands, first: int, start: int, size: int, addresses: Array, tiles: Tiles) -> None:
     """One tile of the base and of every task vector."""
     base = tiles.base[:size]
-    _load(addresses[0], given.places.codes[0], start, base)
+    load(addresses[0], given.places.codes[0], start, base)
     for i in range(len(given.keys)):
-        _vector(given, i, first, start, base, tiles.rows[i, :size], addresses, tiles)
+        load_vector(given, i, first, start, base, tiles.rows[i, :size], addresses, tiles)
 
 
-@_kernel
+@part
 def _scores(given: Operands, score: Score, begin: int, size: int, tiles: Tiles, out: Array) -> None:
     """One tile of every score; its vectors are loaded, and it is at the block's element `begin`."""
     if score.kind == MAGNITUDE:
@@ -344,17 +312,17 @@ def _scores(given: Operands, score: Score, begin: int, size: int, tiles: Tiles, 
         _balance(score, tiles.rows, size, tiles, out)
 
 
-@_kernel
+@part
 def sampled_order(given: Operands, score: Score, every: int, found: Array) -> None:
     """How often each value of the high 16 bits of a key occurs in the first of so many tiles of each grain."""
     models = len(given.keys)
-    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
+    tiles, addresses = make_tiles(given, models), np.empty(models + 1, np.int64)
     out = np.empty((len(found), TILE), np.float32)
     for first in range(0, given.elements, given.grain):
         last = min(first + given.grain, given.elements)
         for start in range(first, last, every * TILE):
             size = min(TILE, last - start)
-            if not _window(given.places, start, size, addresses):
+            if not window(given.places, start, size, addresses):
                 return
             _vectors(given, start, 0, size, addresses, tiles)
             _scores(given, score, start, size, tiles, out)
@@ -363,7 +331,7 @@ def sampled_order(given: Operands, score: Score, every: int, found: Array) -> No
                     found[i, _key(out[i, j]) >> np.uint32(16)] += 1
 
 
-@_kernel
+@part
 def _note(row: Array, nonzero: Array, largest: Array, i: int) -> None:
     """Count what is not 0, and remember the largest key but that of NaN."""
     most, count = np.uint32(0), np.uint32(0)
@@ -374,15 +342,15 @@ def _note(row: Array, nonzero: Array, largest: Array, i: int) -> None:
     largest[i] = max(largest[i], np.int64(most))
 
 
-@_kernel
+@part
 def high_order(given: Operands, score: Score, found: Array, nonzero: Array, largest: Array) -> None:
     """How often each value of the high 16 bits of a key occurs: `found` `[scores, 2**16]`."""
     models = len(given.keys)
-    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
+    tiles, addresses = make_tiles(given, models), np.empty(models + 1, np.int64)
     out = np.empty((len(found), TILE), np.float32)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
-        if not _window(given.places, first, count, addresses):
+        if not window(given.places, first, count, addresses):
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
@@ -394,16 +362,16 @@ def high_order(given: Operands, score: Score, found: Array, nonzero: Array, larg
                     found[i, _key(out[i, j]) >> np.uint32(16)] += 1
 
 
-@_kernel
+@part
 def low_order(given: Operands, score: Score, buckets: Array, found: Array) -> None:
     """How often each value of the low 16 bits occurs inside some high ones: `found` `[scores, buckets, 2**16]`."""
     models = len(given.keys)
-    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
+    tiles, addresses = make_tiles(given, models), np.empty(models + 1, np.int64)
     out = np.empty((len(found), TILE), np.float32)
     inside = np.empty(TILE + 1, np.uint16)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
-        if not _window(given.places, first, count, addresses):
+        if not window(given.places, first, count, addresses):
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
@@ -420,7 +388,7 @@ def low_order(given: Operands, score: Score, buckets: Array, found: Array) -> No
                         found[i, number, inside[j]] += 1
 
 
-@_kernel
+@part
 def bracket_order(
     given: Operands,
     score: Score,
@@ -438,12 +406,12 @@ def bracket_order(
     candidate's and whose low ones are 0 are counted in vector code: there can be many of them.
     """
     models, brackets = len(given.keys), lows.shape[1]
-    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
+    tiles, addresses = make_tiles(given, models), np.empty(models + 1, np.int64)
     out = np.empty((len(digits), TILE), np.float32)
     keys, inside = np.empty(TILE, np.uint32), np.empty(TILE + 1, np.uint32)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
-        if not _window(given.places, first, count, addresses):
+        if not window(given.places, first, count, addresses):
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
@@ -472,15 +440,15 @@ def bracket_order(
                             digits[i, number, inside[j]] += 1
 
 
-@_kernel
+@part
 def equal_scores(given: Operands, score: Score, value: float, found: Array) -> None:
     """How many of the one score equal a value, in each grain."""
     models = len(given.keys)
-    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
+    tiles, addresses = make_tiles(given, models), np.empty(models + 1, np.int64)
     out = np.empty((1, TILE), np.float32)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
-        if not _window(given.places, first, count, addresses):
+        if not window(given.places, first, count, addresses):
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
@@ -492,7 +460,7 @@ def equal_scores(given: Operands, score: Score, value: float, found: Array) -> N
             found[first // given.grain] += equal
 
 
-@_kernel
+@part
 def _chosen(scores: Array, threshold: float, begin: int, ties_from: int, left: Array, keep: Array) -> None:
     """1 where a score reaches the threshold; of those that equal it, the first so many from some element on."""
     for j in range(scores.size):
@@ -503,7 +471,7 @@ def _chosen(scores: Array, threshold: float, begin: int, ties_from: int, left: A
             keep[j] = np.uint8(scores[j] >= threshold) | np.uint8(scores[j] != scores[j])
 
 
-@_kernel
+@part
 def _select(
     given: Operands,
     score: Score,
@@ -524,21 +492,21 @@ def _select(
     for i in range(len(tiles.rows)):
         row = tiles.rows[i, :size]
         for j in range(size):
-            row[j] = _masked(row[j], keep[j])
+            row[j] = masked(row[j], keep[j])
 
 
-@_kernel
+@part
 def chosen_squares(
     given: Operands, score: Score, threshold: float, ties_from: int, ties_left: int, found: Array
 ) -> None:
     """Σδ² of each model over the chosen elements by the grain rule, float64: `found` `[grains, models]`."""
     models = len(given.keys)
-    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
+    tiles, addresses = make_tiles(given, models), np.empty(models + 1, np.int64)
     out, ties = np.empty((1, TILE), np.float32), np.full(1, ties_left)
     lanes = np.empty((models, LANES), np.float64)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
-        if not _window(given.places, first, count, addresses):
+        if not window(given.places, first, count, addresses):
             return
         lanes[:] = 0
         for start in range(0, count, TILE):
@@ -551,10 +519,10 @@ def chosen_squares(
                         value = np.float64(tiles.rows[i, begin + j])
                         lanes[i, j] += value * value
         for i in range(models):
-            found[first // given.grain, i] = _sum_of(lanes[i])
+            found[first // given.grain, i] = sum_of(lanes[i])
 
 
-@_kernel
+@part
 def chosen_consensus(
     given: Operands,
     score: Score,
@@ -567,19 +535,19 @@ def chosen_consensus(
 ) -> None:
     """θ₀ + the weighted mean of the chosen entries that have the sign of their sum."""
     models = len(given.keys)
-    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
+    tiles, addresses = make_tiles(given, models), np.empty(models + 1, np.int64)
     out, ties = np.empty((1, TILE), np.float32), np.full(1, ties_left)
     least = np.float32(1e-6)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
-        if not _window(given.places, first, count, addresses):
+        if not window(given.places, first, count, addresses):
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
             _vectors(given, first, start, size, addresses, tiles)
             _select(given, score, threshold, ties_from, ties, first + start, size, tiles, out)
             base, total, sums, divisor = tiles.base[:size], tiles.total[:size], tiles.sign[:size], tiles.spare[:size]
-            _total(tiles.rows, size, total)
+            add_rows(tiles.rows, size, total)
             sums[:] = ZERO
             divisor[:] = ZERO
             for i in range(models):
@@ -589,21 +557,21 @@ def chosen_consensus(
                     above, below = np.uint32(row[j] > ZERO), np.uint32(row[j] < ZERO)
                     agrees = np.uint32(above & is_up) | np.uint32(below & np.uint32(is_up ^ 1))
                     agrees |= np.uint32(row[j] != row[j])
-                    sums[j] += _masked(row[j] * weight, agrees)
-                    divisor[j] += _masked(weight, agrees)
+                    sums[j] += masked(row[j] * weight, agrees)
+                    divisor[j] += masked(weight, agrees)
             for j in range(size):
                 total[j] = base[j] + sums[j] / (least if divisor[j] < least else divisor[j])
-            _store(total, target, code, first + start)
+            store(total, target, code, first + start)
 
 
-@_kernel
+@part
 def fuse(given: Operands, score: Score, threshold: float, target: int, code: int) -> None:
     """θ₀ + δ where the score is not below the threshold."""
-    tiles, addresses = _tiles(given, 1), np.empty(2, np.int64)
+    tiles, addresses = make_tiles(given, 1), np.empty(2, np.int64)
     out = np.empty((1, TILE), np.float32)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
-        if not _window(given.places, first, count, addresses):
+        if not window(given.places, first, count, addresses):
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
@@ -611,21 +579,21 @@ def fuse(given: Operands, score: Score, threshold: float, target: int, code: int
             _scores(given, score, first + start, size, tiles, out)
             base, total, row, scores = tiles.base[:size], tiles.total[:size], tiles.rows[0, :size], out[0, :size]
             for j in range(size):
-                total[j] = base[j] + _masked(row[j], np.uint32(scores[j] < threshold) ^ np.uint32(1))
-            _store(total, target, code, first + start)
+                total[j] = base[j] + masked(row[j], np.uint32(scores[j] < threshold) ^ np.uint32(1))
+            store(total, target, code, first + start)
 
 
-@_kernel
+@part
 def compete(
     given: Operands, score: Score, floors: Array, spreads: Array, weights: Array, scale: float, target: int, code: int
 ) -> None:
     """θ₀ + λ · the clamped task vectors, averaged by how far their scores are above their floors."""
     models = len(given.keys)
-    tiles, addresses = _tiles(given, models), np.empty(models + 1, np.int64)
+    tiles, addresses = make_tiles(given, models), np.empty(models + 1, np.int64)
     out, least = np.empty((models, TILE), np.float32), np.float32(1e-12)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
-        if not _window(given.places, first, count, addresses):
+        if not window(given.places, first, count, addresses):
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
@@ -646,4 +614,4 @@ def compete(
             for j in range(size):
                 total = sums[j] / (least if divisor[j] < least else divisor[j])
                 sums[j] = base[j] + total * scale
-            _store(sums, target, code, first + start)
+            store(sums, target, code, first + start)

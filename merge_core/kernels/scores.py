@@ -7,12 +7,9 @@ here and a compiled one in `compiled_scores.py`, with the same bits.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge_core.kernels import _CODES, _are_served, _is_served, _operands, _places, _target, plain
+from merge_core.kernels.arguments import Score
 from merge_core.kernels.elementary import exp, exp_double, tanh
 from merge_core.kernels.plain import column, total
 from merge_core.kernels.vectors import KEEP_ALL_TIES, Numbers, Rows, TaskVectors
@@ -108,7 +106,7 @@ def sampled_order(scores: Scores, every: int, found: Counters) -> None:
     """`high_order` of one in so many runs of elements, where that saves reading the others; else of none."""
     if _is_served(scores.vectors):
         with _operands(scores.vectors) as operands:
-            _compiled().sampled_order(operands, _score(scores), every, found)
+            _compiled("sampled_order")(operands, _score(scores), every, found)
 
 
 def high_order(scores: Scores, found: Counters, nonzero: Counters, largest: Counters) -> None:
@@ -118,7 +116,7 @@ def high_order(scores: Scores, found: Counters, nonzero: Counters, largest: Coun
     """
     if _is_served(scores.vectors):
         with _operands(scores.vectors) as operands:
-            _compiled().high_order(operands, _score(scores), found, nonzero, largest)
+            _compiled("high_order")(operands, _score(scores), found, nonzero, largest)
         return
     for row, counts in zip(_keys(scores, nonzero, largest), found, strict=True):
         counts += torch.bincount(row >> 16, minlength=DIGITS).cpu().numpy()
@@ -131,7 +129,7 @@ def low_order(scores: Scores, buckets: Sequence[Sequence[int]], found: Counters)
     """
     if _is_served(scores.vectors):
         with _operands(scores.vectors) as operands:
-            _compiled().low_order(operands, _score(scores), np.array(buckets, np.int64), found)
+            _compiled("low_order")(operands, _score(scores), np.array(buckets, np.int64), found)
         return
     for row, its_buckets, its_counts in zip(keys(values(scores)), buckets, found, strict=True):
         for bucket, counts in zip(its_buckets, its_counts, strict=True):
@@ -158,7 +156,7 @@ def bracket_order(
     if _is_served(scores.vectors):
         ranges = (np.array(side, np.int64) for side in (brackets.lows, brackets.highs, brackets.candidates))
         with _operands(scores.vectors) as operands:
-            _compiled().bracket_order(operands, _score(scores), *ranges, digits, below, nonzero, largest)
+            _compiled("bracket_order")(operands, _score(scores), *ranges, digits, below, nonzero, largest)
         return
     for i, row in enumerate(_keys(scores, nonzero, largest)):
         for number, (low, high) in enumerate(zip(brackets.lows[i], brackets.highs[i], strict=True)):
@@ -172,7 +170,7 @@ def equal_scores(scores: Scores, value: float) -> Counters:
     found = np.zeros(math.ceil(scores.vectors.elements / scores.vectors.grain), np.int64)
     if _is_served(scores.vectors):
         with _operands(scores.vectors) as operands:
-            _compiled().equal_scores(operands, _score(scores), np.float32(value), found)
+            _compiled("equal_scores")(operands, _score(scores), np.float32(value), found)
         return found
     equal = torch.split(values(scores)[0] == value, scores.vectors.grain)
     return np.array([int(part.sum()) for part in equal], np.int64)
@@ -197,7 +195,7 @@ def chosen_squares(choice: Choice) -> Sums:
         return grain_sums(chosen * chosen, vectors.grain)
     found = np.empty((math.ceil(vectors.elements / vectors.grain), len(vectors)), np.float64)
     with _operands(vectors) as operands:
-        _compiled().chosen_squares(operands, *_choice(choice), found)
+        _compiled("chosen_squares")(operands, *_choice(choice), found)
     return found
 
 
@@ -214,7 +212,7 @@ def chosen_consensus(choice: Choice, weights: Numbers) -> Tensor:
         divisor = _sum(torch.where(agrees, each, zeros), rows[0])
         return _onto_base(vectors, sums / _at_least(divisor, _LEAST_WEIGHT))
     with _operands(vectors) as operands:
-        _compiled().chosen_consensus(
+        _compiled("chosen_consensus")(
             operands, *_choice(choice), np.array(weights, np.float32), target.data_ptr(), _CODES[target.dtype]
         )
     return target
@@ -228,7 +226,7 @@ def fuse(scores: Scores, threshold: float) -> Tensor:
         rows = plain.values(vectors)[0].reshape(-1)
         return _onto_base(vectors, torch.where(values(scores)[0] < threshold, torch.zeros_like(rows), rows))
     with _operands(vectors) as operands:
-        _compiled().fuse(operands, _score(scores), np.float32(threshold), target.data_ptr(), _CODES[target.dtype])
+        _compiled("fuse")(operands, _score(scores), np.float32(threshold), target.data_ptr(), _CODES[target.dtype])
     return target
 
 
@@ -249,7 +247,7 @@ def compete(scores: Scores, floors: Numbers, tops: Numbers, weights: Numbers, sc
             divisor += share
         return _onto_base(vectors, sums / _at_least(divisor, _LEAST_SHARE) * scale)
     with _operands(vectors) as operands:
-        _compiled().compete(
+        _compiled("compete")(
             operands,
             _score(scores),
             np.array(floors, np.float32),
@@ -267,7 +265,7 @@ def divergences(base: Rows, model: Rows, width: int, working: torch.dtype, grain
     if width <= grain and _are_served((base, model), working):
         found = np.empty((base.elements // width, 5), np.float64)
         with _places((base, model), grain) as places:
-            _compiled().row_softmax(places, base.elements, grain, width, found)
+            _compiled("row_softmax")(places, base.elements, grain, width, found)
     else:
         found = _row_softmax(*(rows.load().to(torch.float64).reshape(-1, width) for rows in (base, model)))
     base_top, top, base_sum, its_sum, moved = found.T
@@ -384,15 +382,16 @@ def _keys(scores: Scores, nonzero: Counters, largest: Counters) -> Tensor:
     return found
 
 
-@functools.cache
-def _compiled() -> ModuleType:
-    return importlib.import_module("merge_core.kernels.compiled_scores")
+def _compiled(name: str) -> Callable[..., None]:
+    from merge_core.kernels import machine_code
+
+    return machine_code.kernel("merge_core.kernels.compiled_scores", name)
 
 
 def _score(scores: Scores) -> Any:
     live = scores.live or (False,) * len(scores.vectors)
     numbers = scores.divergences if scores.divergences is not None else np.zeros(1, np.float32)
-    return _compiled().Score(
+    return Score(
         kind=_KINDS[scores.kind],
         live=np.array(live, np.uint8),
         lows=np.array(scores.lows or (0.0,), np.float32),

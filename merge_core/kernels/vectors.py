@@ -18,7 +18,6 @@ Numbers = tuple[float, ...]
 Ties = tuple[tuple[int, int], ...]
 KEEP_ALL_TIES = (2**62, 0)
 KEEP_NO_TIES = (0, 0)
-PAGE = 4096
 RUN_ELEMENTS = 2**19
 """Of a tensor that is read in runs of rows, the elements of one, or a row where that has more."""
 
