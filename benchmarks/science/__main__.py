@@ -32,7 +32,7 @@ def main() -> int:
         rows = experiment.judge(runs)
         seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
         table = Table(
-            title=f"{experiment.title} · {seeds}, {seconds:.0f} s", title_justify="left", caption=experiment.paper
+            title=f"{experiment.title} · {seeds}, {seconds:.0f} CPU s", title_justify="left", caption=experiment.paper
         )
         for column in ("", "measured", "bar", ""):
             table.add_column(column)

@@ -59,7 +59,7 @@ def mean(runs: Sequence[Numbers], name: str) -> float:
 
 def run_all(experiments: Sequence[Experiment], done: Callable[[Experiment, list[Numbers], float], None]) -> None:
     """Run every experiment with every seed, as many at a time as there are processors; `done` gets an experiment's
-    numbers by seed, and the seconds that they took in all, in the order of the experiments.
+    numbers by seed, and the processors' seconds that they took in all, in the order of the experiments.
     """
     workers = len(os.sched_getaffinity(0))
     spawn = multiprocessing.get_context("spawn")
@@ -76,6 +76,6 @@ def _quietly() -> None:
 
 
 def _timed(run: Callable[[int, Path], Numbers], seed: int) -> tuple[Numbers, float]:
-    begun = time.monotonic()
+    begun = time.process_time()
     with TemporaryDirectory(prefix="weightsmith-science-") as folder:
-        return run(seed, Path(folder)), time.monotonic() - begun
+        return run(seed, Path(folder)), time.process_time() - begun
