@@ -14,10 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.digits import Digits
 from benchmarks.science.harness import Experiment, Numbers, Row, at_least, at_most, mean
-from benchmarks.science.nets import Mlp, accuracy, loaded, save, train
+from benchmarks.science.nets import Mlp, accuracy, loaded, merged, save, train
 from merge_core.alignment.derive import derive
-from merge_core.alignment.matching import match, match_many
-from merge_core.alignment.mean import MeanOf
+from merge_core.alignment.matching import match
 from merge_core.alignment.permutations import Permutations, Permuted
 from merge_core.alignment.report import Segment, analyse, interpolation
 from merge_core.alignment.spec import PermutationSpec
@@ -117,25 +116,27 @@ def judge_pair(runs: Sequence[Numbers]) -> Sequence[Row]:
 
 
 def run_four(seed: int, folder: Path) -> Numbers:
-    """Four networks: plainly averaged, aligned to the first, and by MergeMany."""
+    """Four networks, averaged by recipes: as they are, aligned to the first, and to the mean of the others."""
     digits = Digits.load()
     evaluate = _evaluator(WIDE, digits)
     models = _models(folder, WIDE, range(100 + 4 * seed, 104 + 4 * seed), digits)
-    spec = _spec(models[0])
-    first, *others = models
-    to_first = [first, *(Permuted(other, spec, match(spec, first, other, seed=seed).indexed) for other in others)]
-    many = match_many(spec, models, seed=seed)
-    to_mean = [Permuted(model, spec, indexed) for model, indexed in zip(models, many.indexed, strict=True)]
-    averages = {"naive": models, "to the first": to_first, "many": to_mean}
-    found = {name: evaluate(_tensors(MeanOf(taken)))["accuracy"] for name, taken in averages.items()}
-    single = sum(evaluate(_tensors(model))["accuracy"] for model in models) / len(models)
-    return {**found, "single": single, "rounds": many.rounds}
+    average = {
+        "merge_method": "linear",
+        "models": [{"model": model.path.name} for model in models],
+        "parameters": {"weight": 1},
+    }
+    found = {"single": sum(evaluate(_tensors(model))["accuracy"] for model in models) / len(models)}
+    for name, to in (("naive", None), ("to the first", "first"), ("many", "mean")):
+        alignment = {"alignment": {"method": "weight_matching", "to": to, "seed": seed}} if to else {}
+        with Checkpoint.open(merged(folder, name.replace(" ", "-"), {**average, **alignment})) as result:
+            found[name] = evaluate(_tensors(result))["accuracy"]
+    return found
 
 
 def judge_four(runs: Sequence[Numbers]) -> Sequence[Row]:
     """MergeMany is far ahead of plain averaging."""
     one = {name: mean(runs, name) for name in runs[0]}
-    told = f"  ({one['naive']:.3f} → {one['many']:.3f}; single {one['single']:.3f}; {one['rounds']:.0f} rounds)"
+    told = f"  ({one['naive']:.3f} → {one['many']:.3f}; single {one['single']:.3f})"
     return [
         Row("mean of four aligned to the first", f"{one['to the first']:.3f}"),
         at_least("MergeMany, beside the naive mean", one["many"] - one["naive"], 0.15, told),
