@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from merge_core.patches.encodings.levels import Levels
 from merge_core.patches.encodings.sparse import Sparse
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
-from tests.conftest import FORMS, kernels_in, mixed_tensors, write_checkpoint
+from tests.conftest import CONFIG, FORMS, kernels_in, mixed_tensors, write_checkpoint
 from tests.merge_core.test_deltas import assert_same_bits, extract
 
 TIES = {
@@ -44,13 +46,22 @@ def changed(seed: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.fixture
-def folder(models: Path) -> Path:
-    """The folder of `models` with the patches `p`, `q` (dense) and `few` (16 levels) in it."""
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, and the patches `p`, `q` (dense) and `few` (16 levels)."""
+    folder = tmp_path_factory.mktemp("stored")
+    for seed, name in enumerate(["base", "m0", "m1", "m2"]):
+        write_checkpoint(folder / name, mixed_tensors(seed), shards=2, config=CONFIG)
     for name, seed, encoding in (("p", 5, Dense()), ("q", 6, Dense()), ("few", 7, Levels(levels=16))):
-        (models / f".{name}").mkdir()
-        extract(models / f".{name}", mixed_tensors(0), changed(seed), encoding).rename(models / name)
-    return models
+        (folder / f".{name}").mkdir()
+        extract(folder / f".{name}", mixed_tensors(0), changed(seed), encoding).rename(folder / name)
+    return folder
+
+
+@pytest.fixture
+def folder(stored: Path, tmp_path: Path) -> Path:
+    """A folder of its own for each test, which shares the files of `stored`."""
+    return Path(shutil.copytree(stored, tmp_path / "models", copy_function=os.link))
 
 
 def merged(folder: Path, keys: Mapping[str, Any] | list[Mapping[str, Any]], **how: Any) -> dict[str, Tensor]:
@@ -184,7 +195,9 @@ def test_a_patch_of_another_model_is_refused(folder: Path, tmp_path: Path) -> No
     }
 
 
-def test_numbers_that_are_none_do_not_pass(folder: Path) -> None:
+def test_numbers_that_are_none_do_not_pass(folder: Path, stored: Path) -> None:
+    shutil.rmtree(folder / "p")
+    shutil.copytree(stored / "p", folder / "p")
     with (folder / "p" / "delta.safetensors").open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"\x00\x00\xc0\x7f")
