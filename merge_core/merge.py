@@ -181,7 +181,7 @@ class _Work:
         yield from self.plan.stages.values()
 
     def _write_model(self, partial: Path, merged: Callable[[Step], None]) -> _Written:
-        with ShardWriter(self.plan, partial) as writer:
+        with ShardWriter(self.plan, partial, self.stop) as writer:
             execution = Execution(
                 self.plan,
                 self.inputs,

@@ -260,7 +260,12 @@ class _Planner:
         for step in measured[1:]:
             first = measured[0]
             if [source.model for source in step.merges] != [source.model for source in first.merges]:
-                detail = f"over the whole model every tensor needs the same models; {step.name} and {first.name} differ"
+                both = [[str(self.models[source.model]) for source in each.merges] for each in (first, step)]
+                one, other = map(", ".join, both)
+                detail = (
+                    "over the whole model every tensor needs the same models in the same order, but "
+                    f"{first.name} has {one} and {step.name} has {other}"
+                )
                 self.findings.recipe_problems.append(Problem(detail, "#/scope"))
                 return
             for name in self.method.measured:

@@ -24,7 +24,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from merge_core.errors import InsufficientStorage, OutputExists, WeightsmithError
+from merge_core.errors import Canceled, InsufficientStorage, OutputExists, WeightsmithError
 from merge_core.files import PagedFile, WrittenFile, nearest_existing, write_text
 from merge_core.journal import JOURNAL, Journal
 from merge_core.layout import INDEX_NAME, ShardLayout, Slot, index_json
@@ -78,8 +78,9 @@ class ShardWriter:
     what was finished, for whoever goes on.
     """
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan, self.folder = plan, folder
+    def __init__(self, plan: Plan, folder: Path, stop: Callable[[], bool] = lambda: False) -> None:
+        """`stop` is asked while what an earlier attempt left is read again, which may be a whole model."""
+        self.plan, self.folder, self.stop = plan, folder, stop
         self.digests: dict[str, str] = {}
         self.resumed = 0
         self.records = Journal(folder / JOURNAL, plan.digest)
@@ -190,6 +191,8 @@ class ShardWriter:
             return False
         file_hash, tensor_hash = file.sha256.copy(), blake3()
         for start in range(slot.begin, slot.begin + slot.nbytes, _READ):
+            if self.stop():
+                raise Canceled("the merge was canceled")
             data = file.data.read(start, min(_READ, slot.begin + slot.nbytes - start))
             tensor_hash.update(data)
             file_hash.update(data)

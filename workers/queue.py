@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from workers.jobs import FINISHED, Job, JobKind, JobState, JobStore, RecipeData
 from workers.settings import Settings
 
 RUN_JOB = "weightsmith.run_job"
+_CACHED_SECONDS = 30 * 24 * 3600
+"""How long what is in the cache stays after it was last read; file systems note that once a day, or never."""
 log = logging.getLogger(__name__)
 
 
@@ -53,13 +57,19 @@ class Queue:
                 break
 
     def tidy(self) -> None:
-        """Remove what jobs that ended otherwise than well, or before their last attempt, left on the disk."""
+        """Remove what jobs that ended otherwise than well, or before their last attempt, left on the disk, and
+        what nobody asked of the cache for a month.
+        """
         for folder in self.store.settings.artifacts.iterdir():
             job = self.store.get(folder.name.removeprefix(".").partition(".")[0])
             if job is None or job.state not in FINISHED:
                 continue
             if folder.name.startswith(".") or job.state != JobState.SUCCEEDED:
                 shutil.rmtree(folder, ignore_errors=True)
+        for kept in self.store.settings.cache.glob("*/*"):
+            with contextlib.suppress(OSError):
+                if time.time() - max(kept.stat().st_atime, kept.stat().st_mtime) > _CACHED_SECONDS:
+                    kept.unlink()
 
     def broker_is_reachable(self) -> bool:
         try:

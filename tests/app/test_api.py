@@ -16,6 +16,7 @@ from app.main import create_app
 from merge_core import kernels
 from merge_core.merge import merge
 from merge_core.methods import METHODS
+from merge_core.published import MAX_CARD_BYTES
 from merge_core.recipe import Recipe
 from tests.conftest import METHOD_RECIPES, method_recipe, mixed_tensors
 from workers.jobs import JobStore
@@ -107,6 +108,27 @@ def test_a_published_recipe_is_told_what_has_no_effect(client: TestClient) -> No
     assert answer.json()["recipe"] == Recipe.from_text(answer.json()["yaml"]).to_data()
     refused = client.post("/v1/recipes:import", content="experts: []")
     assert refused.status_code == 422 and "mixture of experts" in refused.json()["detail"]
+
+
+HOSTILE_CARDS: dict[str, tuple[bytes, int]] = {
+    "too large": (b"x" * (MAX_CARD_BYTES + 1), 413),
+    "nothing": (b"", 422),
+    "not text": (b"\xff\xfe\x00merge_method", 422),
+    "fences without end": (b"```yaml\nmerge_method: [\n" * 50_000, 422),
+    "deep": (b"merge_method: " + b"[" * 3000, 422),
+    "an alias that expands": (b"a: &a [x]\nb: &b [*a, *a]\nmerge_method: *b", 422),
+    "an object": (b"merge_method: !!python/object/apply:os.system ['true']", 422),
+    "a long number": (b"merge_method: linear\nseed: " + b"9" * 5000, 422),
+    "twice": (b"merge_method: linear\nmerge_method: ties", 422),
+}
+
+
+@pytest.mark.parametrize("title", HOSTILE_CARDS)
+def test_hostile_cards_are_refused_in_words(client: TestClient, title: str) -> None:
+    card, status = HOSTILE_CARDS[title]
+    answer = client.post("/v1/recipes:import", content=card)
+    assert answer.status_code == status and answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["detail"]
 
 
 @pytest.mark.parametrize("path", ["/v1/merges", "/v1/recipes:validate"])

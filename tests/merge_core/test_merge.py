@@ -32,9 +32,10 @@ from merge_core.errors import (
     PathNotAllowed,
     WeightsmithError,
 )
-from merge_core.merge import merge
+from merge_core.merge import merge, plan_only
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
+from merge_core.shards import ShardWriter
 from tests.conftest import (
     CONFIG,
     METHOD_RECIPES,
@@ -334,6 +335,13 @@ def test_what_a_killed_merge_left_is_proved_before_it_is_used(models: Path, tmp_
         journal.write(b'\n0123456789abcdef {"tensor": "lm_head.weight", "sha')
 
     assert run(models, tmp_path / "out", "linear") == whole
+
+
+def test_proving_what_a_killed_merge_left_can_be_canceled(models: Path, tmp_path: Path) -> None:
+    kill_after(5, models, tmp_path / "out", "linear")
+    plan = plan_only(Recipe.from_data(method_recipe("linear")), roots=[models])
+    with ShardWriter(plan, tmp_path / ".out.partial", stop=lambda: True) as writer, pytest.raises(Canceled):
+        next(writer.remaining())
 
 
 @pytest.mark.parametrize("step", ["fsync_folder", "write_companions", "appear"])

@@ -160,6 +160,21 @@ def test_slices_neither_lose_nor_invent_a_head(models: Path) -> None:
         planned(models, _slices("m1", "m0"))
 
 
+def test_over_a_whole_model_the_models_stand_in_one_order(models: Path) -> None:
+    def piece(layer: int, *names: str) -> dict[str, Any]:
+        return {"sources": [{"model": name, "layer_range": [layer, layer + 1]} for name in (*names, "base")]}
+
+    recipe = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "scope": "model",
+        "slices": [piece(0, "m0", "m1"), piece(1, "m1", "m0")],
+        "parameters": {"weight": 1, "density": 0.5},
+    }
+    with pytest.raises(RecipeError, match=r"in the same order, but .* has base, m0, m1 and .* has base, m1, m0"):
+        planned(models, recipe)
+
+
 def test_layer_numbers_are_written_one_way_only(models: Path) -> None:
     tensors = mixed_tensors(1)
     _replace(models / "m0", {**tensors, "model.layers.00.input_layernorm.weight": torch.ones(24)})

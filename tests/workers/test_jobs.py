@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -161,6 +162,17 @@ def test_tidying_removes_what_no_job_needs(store: JobStore) -> None:
         (artifacts / f".{job.id}.1.partial").mkdir()
     queue.tidy()
     assert {path.name for path in artifacts.iterdir()} == {done.id, running.id, f".{running.id}.1.partial"}
+
+
+def test_tidying_forgets_hashes_that_nobody_asked_for_in_a_month(store: JobStore) -> None:
+    hashes = store.settings.cache / "sha256"
+    hashes.mkdir(parents=True)
+    now = time.time()
+    for name, days in (("old", 31), ("used", 29)):
+        (hashes / name).touch()
+        os.utime(hashes / name, (now - days * 86400, now - 60 * 86400))
+    Queue(store, make_celery(store.settings)).tidy()
+    assert [path.name for path in hashes.iterdir()] == ["used"]
 
 
 def test_canceling_a_queued_job_removes_what_earlier_attempts_left(store: JobStore) -> None:
