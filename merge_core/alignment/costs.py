@@ -79,10 +79,6 @@ class Bundle:
         """Bytes of the cost matrices."""
         return 8 * sum(size * size for size in {term.chain: len(term.positions) for term in self.terms}.values())
 
-    @property
-    def tensors(self) -> frozenset[str]:
-        return frozenset(term.tensor for term in self.terms)
-
 
 def bundles(spec: PermutationSpec, measured: Iterable[str]) -> list[Bundle]:
     """Everything that can be found out, in the spec's order.
@@ -209,13 +205,16 @@ def measured_tensors(spec: PermutationSpec, reference: Weights, model: Weights) 
 
 @dataclass(frozen=True)
 class Products:
-    """Streams the products of two models; `pool` does the arithmetic, each of its threads alone."""
+    """Streams the products of two models; `pool` does the arithmetic, each of its threads alone. `read` is told of each
+    tensor that is done with.
+    """
 
     spec: PermutationSpec
     reference: Weights
     model: Weights
     pool: Executor
     check: Check = lambda: None
+    read: Callable[[str], None] = lambda tensor: None
 
     def costs(self, bundle: Bundle, indexed: Indexed) -> Costs:
         """What the permutations of a bundle are worth, all others being as they are. Raises `NonFinite`."""
@@ -228,6 +227,7 @@ class Products:
             indices[term.axis] = None
             add = self._add_rows if term.axis == 0 else self._add_columns
             add(term, indices, torch.from_numpy(found[term.chain]))
+            self.read(term.tensor)
         if not all(math.isfinite(float(matrix.sum())) for matrix in found.values()):
             tensor = bundle.terms[0].tensor
             detail = f"{tensor} or others that {bundle.names[0]} permutes hold numbers too large to be compared"
@@ -312,6 +312,7 @@ class Products:
             right = self._read(self.model, model, rows, indices[1:]).to(torch.float64)
             for number, values in enumerate((left, right, left - right)):
                 sums[number] += float(values.square_().sum())
+        self.read(tensor)
         return Distance(*sums)
 
 

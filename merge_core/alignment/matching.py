@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -197,7 +197,9 @@ class _Matcher:
         torch.set_num_threads(1)
         self._multiplying = _pool(self.work.workers, "multiply")
         self._solving = _pool(self.work.workers, "match")
-        self._products = Products(self.spec, self.reference, self.model, self._multiplying, self._check)
+        self._products = Products(
+            self.spec, self.reference, self.model, self._multiplying, self._check, lambda tensor: self._read([tensor])
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -226,7 +228,8 @@ class _Matcher:
     def _sweep(self, order: Sequence[int], found: _Found) -> None:
         """Visit each bundle once, as if one after the other: each waits only for neighbours that come before it."""
         with self._counting:
-            self.work.progress.bytes_read_total += sum(map(self._nbytes, order))
+            terms = (term for number in order for term in self.bundles[number].terms)
+            self.work.progress.bytes_read_total += sum(self._bytes_of(term.tensor) for term in terms)
             self.work.progress.tensors_total += len(order)
         visits: dict[int, Future[None]] = {}
         for number in order:
@@ -246,12 +249,13 @@ class _Matcher:
             with self._room.taken(bundle.nbytes, self._check):
                 has_moved, proved = self._solve(bundle, found.indexed)
             self._versions[number] += has_moved
+        else:
+            self._read(term.tensor for term in bundle.terms)
         with self._counting:
             found.solved, found.certified = found.solved + is_due, found.certified + proved
             found.moved += has_moved
             self.work.progress.tensor = bundle.names[0]
             self.work.progress.tensors_done += 1
-            self.work.progress.bytes_read += self._nbytes(number)
 
     def _solve(self, bundle: Bundle, indexed: dict[str, Indices]) -> tuple[bool, bool]:
         """Take the best permutations of a bundle given all others: whether that gains more than rounding could, and
@@ -276,13 +280,7 @@ class _Matcher:
         with self._counting:
             self.work.progress.bytes_read_total += sum(map(self._bytes_of, wanted))
 
-        def measure(name: str) -> Distance:
-            distance = self._products.distance(name, indexed)
-            with self._counting:
-                self.work.progress.bytes_read += self._bytes_of(name)
-            return distance
-
-        futures = [self._multiplying.submit(measure, name) for name in wanted]
+        futures = [self._multiplying.submit(self._products.distance, name, indexed) for name in wanted]
         self._wait(futures)
         return {name: future.result() for name, future in zip(wanted, futures, strict=True)}
 
@@ -296,17 +294,18 @@ class _Matcher:
                 self._is_over = True
                 break
         errors = [future.exception() for future in futures if not future.cancel()]
-        for error in sorted((error for error in errors if error is not None), key=lambda e: isinstance(e, Canceled)):
-            raise error
-        if self._is_over:
-            raise Canceled("the matching was canceled")
+        raised = [error for error in errors if error is not None]
+        if raised:
+            raise min(raised, key=lambda error: isinstance(error, Canceled))
+        self._check()
 
     def _check(self) -> None:
         if self._is_over:
             raise Canceled("the matching was canceled")
 
-    def _nbytes(self, number: int) -> int:
-        return sum(self._bytes_of(term.tensor) for term in self.bundles[number].terms)
+    def _read(self, tensors: Iterable[str]) -> None:
+        with self._counting:
+            self.work.progress.bytes_read += sum(map(self._bytes_of, tensors))
 
     def _bytes_of(self, tensor: str) -> int:
         return self.reference.tensors[tensor].nbytes + self.model.tensors[tensor].nbytes

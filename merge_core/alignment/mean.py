@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class MeanOf(Derived):
     def __init__(self, models: Sequence[Weights]) -> None:
         super().__init__(models[0])
         self.models = tuple(models)
+        self.path = Path("the mean of " + " and ".join(str(weights.path) for weights in models))
         self.tensors = {name: self._info(info) for name, info in models[0].tensors.items()}
         self._files = {f"{n}/{file}": (weights, file) for n, weights in enumerate(models) for file in weights.shards}
         self.shards = {name: weights.shards[file] for name, (weights, file) in self._files.items()}

@@ -404,6 +404,15 @@ def test_many_models_come_together_up_to_one_permutation(opened: Opened) -> None
         model.close()
 
 
+def test_what_is_no_number_in_one_of_many_is_refused(opened: Opened) -> None:
+    spec = mlp(4, 8, 3)
+    models = [random_model(spec, seed) for seed in range(3)]
+    models[2]["0.bias"][3] = math.nan
+
+    with pytest.raises(NonFinite, match=r"0\.bias of"):
+        match_many(spec, [opened(model) for model in models])
+
+
 def test_the_mean_of_models_is_weights_like_any_other(opened: Opened) -> None:
     spec = attention()
     tensors = [random_model(spec, seed) for seed in (1, 2)]
