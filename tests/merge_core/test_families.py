@@ -211,6 +211,15 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
         made("GPTBigCodeForCausalLM", "GPTBigCodeConfig", n_embd=16, n_layer=1, n_head=4, vocab_size=32),
         {"neurons": 1, "heads": 1, "qk": 1, "vo": 1},
     ),
+    "persimmon": (
+        made("PersimmonForCausalLM", "PersimmonConfig", **SMALL, pad_token_id=0),
+        {"neurons": 2, "heads": 2, "vo": 8},
+    ),
+    "roformer": (
+        made("RoFormerForSequenceClassification", "RoFormerConfig", **SMALL, embedding_size=16),
+        {"neurons": 3, "heads": 2, "vo": 8},
+    ),
+    "mpnet": (made("MPNetForSequenceClassification", "MPNetConfig", **SMALL), {"neurons": 3, "qk": 8, "vo": 8}),
     "olmo2": (made("Olmo2ForCausalLM", "Olmo2Config", **GROUPED), GQA),
     "cohere": (made("CohereForCausalLM", "CohereConfig", **GROUPED, use_qk_norm=True), GQA),
     "deit": (made("DeiTForImageClassificationWithTeacher", "DeiTConfig", **IMAGES), MHA),
@@ -351,6 +360,43 @@ def separable() -> nn.Module:
         nn.Conv2d(8, 10, 1),
     ]
     return Named(features=nn.Sequential(*layers), flatten=nn.Flatten(), fc=nn.Linear(160, 5))
+
+
+class NormedHeads(nn.Module):
+    """An attention without positions whose queries and keys pass through norms over the dimensions of a head."""
+
+    def __init__(self, *, per_head: bool) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(12), nn.Module()
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self.attn.add_module(name, nn.Linear(12, 12))
+        for name in ("q_norm", "k_norm"):
+            norm = nn.Module()
+            norm.weight = nn.Parameter(torch.ones((3, 4) if per_head else 4))
+            self.attn.add_module(name, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attn: Any = self.attn
+        y = self.norm1(x)
+        q, k, v = (getattr(attn, f"{name}_proj")(y).unflatten(-1, (3, 4)) for name in "qkv")
+        q = (nn.functional.rms_norm(q, (4,)) * attn.q_norm.weight).transpose(1, 2)
+        k = (nn.functional.rms_norm(k, (4,)) * attn.k_norm.weight).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v.transpose(1, 2))
+        return x + attn.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def normed_heads(*, per_head: bool) -> nn.Module:
+    layers = nn.Sequential(NormedHeads(per_head=per_head), NormedHeads(per_head=per_head))
+    return Named(position_embedding=Shift(), layers=layers)
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(5, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
@@ -722,6 +768,18 @@ def test_a_spec_of_ones_own_in_its_simple_form_is_all_that_an_unknown_network_ne
     assert model(data).detach() == pytest.approx(before, abs=1e-5, rel=1e-5)
     found = matched(spec, tensors, permuted, tmp_path)
     assert all(index.tolist() == list(range(6)) for index in spec.then(moving(spec), found).values())
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_norms_over_the_dimensions_of_a_head_are_permuted_once_for_all_heads(per_head: bool) -> None:
+    model, data = shaken(normed_heads(per_head=per_head)), torch.randn(2, 5, 12)
+    before, tensors = model(data).detach(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    spec = derive(shapes(tensors), {"num_attention_heads": 3})
+    model.load_state_dict(applied(spec, tensors))
+
+    assert kinds(spec) == {"heads": 2, "qk": 2, "vo": 6}
+    assert model(data).detach() == pytest.approx(before, abs=1e-5, rel=1e-5)
 
 
 def test_group_norm_moves_whole_groups_and_inside_groups() -> None:

@@ -22,7 +22,20 @@ from merge_core.headers import clip
 _QUERY = ("q_proj", "query", "q", "q_lin", "wq", "query_proj", "to_q")
 _KEY = ("k_proj", "key", "k", "k_lin", "wk", "key_proj", "to_k")
 _VALUE = ("v_proj", "value", "v", "v_lin", "wv", "value_proj", "to_v")
-_OUTPUT = ("o_proj", "out_proj", "out_lin", "wo", "Wo", "dense", "c_proj", "proj", "o", "to_out.0", "to_out")
+_OUTPUT = (
+    "o_proj",
+    "out_proj",
+    "out_lin",
+    "wo",
+    "Wo",
+    "dense",
+    "c_proj",
+    "proj",
+    "projection",
+    "o",
+    "to_out.0",
+    "to_out",
+)
 
 _FUSED: dict[str, Layout] = {
     "qkv": "parts",
@@ -39,7 +52,7 @@ _FUSED: dict[str, Layout] = {
 _QK_NORM = re.compile(r"(^|\.)((q|k|query|key)_?(layer_?)?norm|(layer_?)?norm_?(q|k)|ln_?(q|k)|(q|k)_?ln)$")
 _OUTPUT_NORM = re.compile(r"(^|\.)(attn_sub_norm|inner_attn_ln)$")
 _PER_HEAD_BIAS = re.compile(r"relative\w*_bias(_table)?$")
-_SHARED_BIAS = re.compile(r"relative\w*_bias")
+_SHARED_BIAS = re.compile(r"(^|[._])rel(ative)?_(\w*bias|pos)")
 _PER_DIMENSION = re.compile(r"(^|\.)(distance_embedding|rel_pos_[hw])$")
 _BUFFER = re.compile(r"(^|\.)(masked|inv_freq|position_ids|relative_position_index|relative_coords_table)$")
 _OF_KEY = re.compile(r"(^|_)k(ey)?(_|$)|norm_?k$|ln_?k$")
@@ -188,6 +201,8 @@ class _Heads:
             return [draft.permutation(f"{path}.{name}.{group}", count) for group in range(groups)]
 
         if any(self._is_per_dimension(module, size) for module in attention.others):
+            # one order for the dimensions of all heads, which a spec can say only where each head stands alone
+            fixed = fixed if repeat == 1 and attention.layout != "heads" else size
             turned = [draft.permutation(f"{path}.qk", size - fixed)] * groups
         else:
             turned = inside("qk", size - fixed)
@@ -268,7 +283,9 @@ def place(draft: Draft, config: Mapping[str, Any], attentions: list[Attention], 
     for each in attentions:
         heads = settings.heads(config, each.path)
         layout = each.layout and settings.layout(config, each.path, each.query.word, each.layout)
-        if heads is None:
+        if settings.turns_values(config, each.path):
+            draft.refuse_module(each.value, "positions turn its values as well (rotary_value)")
+        elif heads is None:
             what = f"the config does not say how many heads {clip(each.path)} has (num_attention_heads)"
             draft.refuse_module(each.query, what)
         elif each.layout and (layout is None or "q_attn" in draft.children[each.query.parent]):

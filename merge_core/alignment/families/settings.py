@@ -84,6 +84,11 @@ def heads(config: Mapping[str, Any], path: str) -> int | None:
     return found if type(found) is int and found > 0 else None
 
 
+def turns_values(config: Mapping[str, Any], path: str) -> bool:
+    """Whether positions turn the values of the attention at a path, besides queries and keys."""
+    return section(config, path).get("rotary_value") is True
+
+
 def layout(config: Mapping[str, Any], path: str, word: str, usual: Layout) -> Layout | None:
     """How a fused matrix of this name holds queries, keys and values, given what it usually does; None: not known."""
     mine = section(config, path)
@@ -100,8 +105,8 @@ def layout(config: Mapping[str, Any], path: str, word: str, usual: Layout) -> La
 class Positions:
     """How positions reach the attention, so far as it matters to its symmetries.
 
-    `free`: elements of queries and keys that no position turns, from this one on, may change places (None: none may).
-    `heads_differ`: a head's place decides about its bias, as with ALiBi, or nothing says that it does not.
+    `rotary`: positions turn the first elements of queries and keys: so many `dimensions`, or that `fraction` of a head,
+    or all. `heads_differ`: a head's place decides about its bias, as with ALiBi, or nothing says that it does not.
     """
 
     rotary: bool
@@ -126,6 +131,8 @@ def positions(config: Mapping[str, Any], path: str, tensors: Iterable[str], *, b
     part of the config speaks of a rotation; heads are free only where positions are learned or rotate.
     """
     mine = section(config, path)
+    if mine.get("attention_type") == "block_sparse":  # which blocks a head sees is drawn for each head
+        biased = True
     if _has_alibi(mine):
         return Positions(rotary=_speaks_of_rotation(mine), heads_differ=True)
     if _speaks_of_rotation(mine) or any(name.endswith("rotary_emb.inv_freq") for name in tensors):
@@ -142,7 +149,8 @@ def _speaks_of_rotation(config: Mapping[str, Any]) -> bool:
     if config.get("position_embedding_type") in ("rotary", "rope") or config.get("alibi") is False:
         return True
     whole = [config, *(value for key, value in config.items() if key == "attn_config" and isinstance(value, Mapping))]
-    return any(_ROTARY.search(str(key)) and value is not False for each in whole for key, value in each.items())
+    said = ((str(key), value) for each in whole for key, value in each.items())
+    return any(_ROTARY.search(key) and not (key == "rope" and value is False) for key, value in said)
 
 
 def _has_alibi(config: Mapping[str, Any]) -> bool:

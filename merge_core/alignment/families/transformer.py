@@ -8,7 +8,7 @@ from typing import Any
 
 from merge_core.alignment.families import attention, neurons, residual
 from merge_core.alignment.families.attention import Attention
-from merge_core.alignment.families.draft import Draft
+from merge_core.alignment.families.draft import Draft, stack
 from merge_core.alignment.families.neurons import Neurons
 from merge_core.weights import is_embedding
 
@@ -70,6 +70,13 @@ class Transformer:
             elif neurons.FEED_FORWARD.search(name) and not neurons.ROUTER.search(name) and not is_embedding(name):
                 draft.refuse(name, "it is part of a feed-forward layer, and its role is not known")
 
+    def _reads_joint(self, size: int, projections: set[str]) -> bool:
+        """Whether more than two towers, or something outside of them, may read the joint space of this size."""
+        stacks = {stack(each.query.path) for each in self.attentions}
+        towers = {path.split(".")[0] for path in stacks}
+        outside = (name for name in self.draft.shapes if name.split(".")[0] not in towers and name not in projections)
+        return len(stacks) != 2 or any(size in self.draft.shapes[name] for name in outside)
+
     def _place_joint(self) -> dict[str, tuple[str, int]]:
         """Two towers that meet in one space: the outputs of both projections follow one permutation.
 
@@ -85,8 +92,10 @@ class Transformer:
                 found[side] = (fitting[0], name, rows)
         if len(found) != 2:
             return {}
-        sizes = {draft.shapes[name][rows] for _, name, rows in found.values()}
-        if len(sizes) == 1 and all(module.parameters.keys() == {"weight"} for module, _, _ in found.values()):
+        size = draft.shapes[found["text"][1]][found["text"][2]]
+        fits = all(draft.shapes[name][rows] == size for _, name, rows in found.values())
+        plain = all(module.parameters.keys() == {"weight"} for module, _, _ in found.values())
+        if fits and plain and not self._reads_joint(size, {name for _, name, _ in found.values()}):
             for _, name, rows in found.values():
-                draft.put(name, rows, draft.permutation("joint", next(iter(sizes))))
+                draft.put(name, rows, draft.permutation("joint", size))
         return {side: (name, rows) for side, (_, name, rows) in found.items()}
