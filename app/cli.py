@@ -155,6 +155,9 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
     shards = ", ".join(shard["file"] for shard in made["shards"][:3]) + (", …" if made["shards"][3:] else "")
     bound = "at most " if made["bytes_written_at_most"] else ""
     click.echo(f"writes      {bound}{_bytes(made['bytes_written'])}: {shards}")
+    if outputs := made.get("outputs"):
+        whole = f", {outputs['held_whole']} tensors held whole" if outputs["held_whole"] else ""
+        click.echo(f"output      {outputs['kind']}, {outputs['encoding']}{whole}")
     click.echo(f"memory      at most {_bytes(made['peak_memory'])} with {made['threads']} threads")
     for note in made["left_out"]:
         click.echo(f"left out    {note}")

@@ -47,7 +47,7 @@ def plan_difference(
     recipe = plan.recipe
     base = _base(plan, opened)
     extraction = _extraction(plan, base, MergedWeights(_MERGED, plan, inputs), opened)
-    encoding = recipe.outputs.made_encoding()
+    wanted = recipe.outputs.made_encoding()
     limit, threads, peak = memory or recipe.limits.memory, plan.memory.threads, plan.memory.peak
     merging = (peak - FLOOR_BYTES) // threads
     if (worst := extraction.worst()) is not None:
@@ -67,11 +67,12 @@ def plan_difference(
         difference=DifferencePlan(
             kind=recipe.outputs.kind,
             file=WEIGHTS_NAME if recipe.outputs.kind == "adapter" else DELTA_NAME,
-            encoding=encoding.name,
+            encoding=wanted.name,
             most_bytes=extraction.most_bytes(_provenance(plan)),
             read_bytes=sum(difference.base_info.nbytes for difference, _ in extraction.pairs if difference.base_info),
             threads=threads,
-            exact_on=encoding.exact_on,
+            held_whole=sum(encoding.is_whole(difference) for difference, encoding in extraction.pairs),
+            exact_on=wanted.exact_on,
         ),
     )
 
@@ -87,7 +88,7 @@ def _base(plan: Plan, opened: Mapping[ModelRef, Weights]) -> Weights:
     assert ref is not None
     if ref not in opened:
         detail = f"{ref} is a stage, which is stored nowhere, so that nothing could be put on it; write a model"
-        raise IncompatibleModels.of([Problem(detail, "#/base_model")])
+        raise IncompatibleModels.of([plan.recipe.located(Problem(detail, "#/base_model"))])
     return opened[ref]
 
 
@@ -120,7 +121,7 @@ def _check_covariance(plan: Plan, covariance: Weights, extraction: Extraction) -
     if not found:
         problems.append(Problem(f"{plan.recipe.outputs.covariance} names no matrix", "#/outputs/covariance"))
     if problems:
-        raise IncompatibleModels.of(problems)
+        raise IncompatibleModels.of(map(plan.recipe.located, problems))
 
 
 def _provenance(plan: Plan) -> dict[str, Any]:

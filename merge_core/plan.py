@@ -237,7 +237,8 @@ class ConfigEdit:
 class DifferencePlan:
     """What is kept of the merged model: by what it differs from the base, as a `kind` of output in one `file`.
 
-    Its size only the values tell: `most_bytes` at most. `read_bytes` are read to compare; `threads` encode at once.
+    Its size only the values tell: `most_bytes` at most. `read_bytes` are read to compare; `threads` encode at once;
+    of so many tensors all rows are held (`held_whole`).
     """
 
     kind: Literal["delta", "adapter"]
@@ -246,6 +247,7 @@ class DifferencePlan:
     most_bytes: int
     read_bytes: int
     threads: int
+    held_whole: int
     exact_on: ExactOn
 
 
@@ -378,7 +380,11 @@ class Plan:
             "warnings": list(self.warnings),
         }
         if self.difference is not None:
-            plan["outputs"] = {"kind": self.difference.kind, "encoding": self.difference.encoding}
+            plan["outputs"] = {
+                "kind": self.difference.kind,
+                "encoding": self.difference.encoding,
+                "held_whole": self.difference.held_whole,
+            }
         if self.alignment is not None:
             plan["alignment"] = self.alignment.to_dict()
         if stages := {name: stage for name, stage in self.stages.items() if not stage.is_before_patches}:

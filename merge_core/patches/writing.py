@@ -89,14 +89,6 @@ class Extraction:
         about += [4 * len(text.encode()) for text in (_json(provenance), _json(self.removed))]
         return 1000 + sum(about) + sum(encoding.most_bytes(difference) for difference, encoding in self.pairs)
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that are read once for all of them."""
-        return sum(
-            difference.info.nbytes + (difference.base_info.nbytes if difference.base_info else 0)
-            for difference, _ in self.pairs
-        )
-
     def worst(self) -> tuple[int, Difference] | None:
         """What takes the most memory, and how much."""
         needs = [(encoding.work_bytes(difference), difference) for difference, encoding in self.pairs]

@@ -22,6 +22,7 @@ from merge_core.errors import (
     IncompatibleModels,
     MemoryLimitExceeded,
     NonFinite,
+    RecipeError,
     WeightsmithError,
 )
 from merge_core.journal import JOURNAL, Journal
@@ -564,6 +565,7 @@ def test_memory_is_planned(tmp_path: Path):
     assert planned("delta").output_bytes < 2**32 + 10_000
     with pytest.raises(MemoryLimitExceeded, match="to encode w"):
         planned({"kind": "delta", "encoding": "low_rank", "rank": 8})
+    assert planned("delta").to_dict()["outputs"] == {"kind": "delta", "encoding": "sparse", "held_whole": 0}
 
 
 # Low ranks.
@@ -623,3 +625,37 @@ def test_what_was_learned_goes_onto_a_new_base(models: Path):
     small = run(models, "small", recipe | {"models": [{"model": "base+kept", "base_model": "base"}]})
 
     assert_same_bits(tensors_of(small), tensors_of(whole))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "pointer", "message"),
+    [
+        ("dleta", "#/outputs/kind", "'full', 'delta' or 'adapter'"),
+        ({"kind": "delta", "encoding": "sparce"}, "#/outputs", "did you mean sparse"),
+        ({"kind": "delta", "encoding": "low_rank"}, "#/outputs", "one of rank, energy and threshold"),
+        ({"kind": "delta", "encoding": "low_rank", "rnk": 2, "rank": 2}, "#/outputs/rnk", "did you mean rank"),
+        ({"kind": "delta", "rank": 2}, "#/outputs/rank", "unknown key"),
+        ({"kind": "adapter", "encoding": "sign"}, "#/outputs", "low_rank by its nature"),
+        ({"kind": "delta", "covariance": "c"}, "#/outputs", "weighs low_rank only"),
+        ({"encoding": "sparse"}, "#/outputs", "write kind: delta"),
+    ],
+)  # fmt: skip
+def test_outputs_that_mean_nothing(outputs: Any, pointer: str, message: str):
+    recipe = {"merge_method": "passthrough", "base_model": "base", "models": [{"model": "m"}], "outputs": outputs}
+
+    with pytest.raises(RecipeError, match=message) as refused:
+        Recipe.from_data(recipe)
+
+    assert refused.value.problems[0].pointer == pointer
+
+
+def test_a_covariance_must_fit(models: Path):
+    outputs = {"kind": "delta", "encoding": "low_rank", "rank": 2}
+    recipe = {"merge_method": "passthrough", "base_model": "base", "models": [{"model": "m0"}]}
+
+    with pytest.raises(
+        IncompatibleModels, match=r"covariance of model.embed_tokens.weight is float16 \[24\], not \[24, 24\]"
+    ):
+        run(models, "out", recipe | {"outputs": outputs | {"covariance": "columns.safetensors"}})
+    with pytest.raises(WeightsmithError, match="elsewhere"):
+        run(models, "out", recipe | {"outputs": outputs | {"covariance": "elsewhere.safetensors"}})
