@@ -373,9 +373,10 @@ def align(
 
     told = json.loads((out / core.REPORT_NAME).read_text())
     for model, about in told["models"].items():
-        moved = sum(about["moved"].values())
-        apart = about.get("l2") or [about["analysis"][f"distance_{when}"] for when in ("before", "after")]
-        click.echo(f"{model}: moved {moved:,} neurons; {apart[0]:.4g} from {told['compared_with']}, now {apart[1]:.4g}")
+        if model != told["compared_with"]:
+            apart = about.get("l2") or [about["analysis"][f"distance_{when}"] for when in ("before", "after")]
+            moved = f"moved {sum(about['moved'].values()):,} neurons"
+            click.echo(f"{model}: {moved}; {apart[0]:.4g} from {told['compared_with']}, now {apart[1]:.4g}")
     click.echo(f"{out / FILE_NAME}")
 
 

@@ -362,5 +362,9 @@ def test_the_command_line_aligns(folder: Path, tmp_path: Path) -> None:
     found = [Permutations.open(each / "alignment.safetensors").models for each in (out, tmp_path / "again")]
     assert all((found[0][str(b)][name] == found[1][str(b)][name]).all() for name in SPEC.permutations)
     assert "give a document" in weightsmith("align", a, b, status=2)
+    told = weightsmith(
+        "align", "--spec", folder / "spec.json", "--to", "mean", a, b, folder / "c", "-o", tmp_path / "mean"
+    )
+    assert told.count("now 0\n") == 2
     (tmp_path / "recipe.json").write_text(json.dumps(recipe(str(a), str(b), alignment={"spec": AXES}).to_data()))
     assert f"aligns      {b} with {a}" in weightsmith("plan", tmp_path / "recipe.json")
