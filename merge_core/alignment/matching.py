@@ -71,7 +71,8 @@ class Work:
 
     `threads`: how many compute (None: as many as there are processors). `memory`: bytes for what
     `matching_bytes` counts; permutations wait until there is room (None: any). `report` is told about `progress`, and
-    `stop` asked whether to end, a few times a second; an assignment that is being solved for is waited for.
+    `stop` asked whether to end, a few times a second; an assignment that is being solved for then goes on
+    alone, to no effect.
     """
 
     threads: int | None = None
@@ -202,10 +203,11 @@ class _Matcher:
         )
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._is_over = True
-        for pool in (self._solving, self._multiplying):
-            pool.shutdown(wait=True, cancel_futures=True)
+        # Nothing can interrupt an assignment, and that of a wide layer takes half a minute: a cancel leaves it alone.
+        self._solving.shutdown(wait=kind is None, cancel_futures=True)
+        self._multiplying.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._threads)
 
     def find(self, start: Indexed, seed: int, max_sweeps: int, visit_orders: Sequence[Sequence[int]] | None) -> _Found:
@@ -290,14 +292,16 @@ class _Matcher:
         while pending:
             done, pending = wait(pending, timeout=_TICK_SECONDS)  # type: ignore[assignment, arg-type]
             self.work.report(self.work.progress)
-            if self.work.stop() or any(future.exception() is not None for future in done):
+            if self.work.stop():
+                self._is_over = True
+                raise Canceled("the matching was canceled")
+            if any(future.exception() is not None for future in done):
                 self._is_over = True
                 break
         errors = [future.exception() for future in futures if not future.cancel()]
         raised = [error for error in errors if error is not None]
         if raised:
             raise min(raised, key=lambda error: isinstance(error, Canceled))
-        self._check()
 
     def _check(self) -> None:
         if self._is_over:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from torch import Tensor
 from app.cli import main
 from merge_core import aligned
 from merge_core.align import AlignmentDocument, align
+from merge_core.alignment import assignment
+from merge_core.alignment.assignment import assign
 from merge_core.alignment.derive import derive
 from merge_core.alignment.matching import Matching, match
 from merge_core.alignment.permutations import Permutations, Permuted
@@ -297,6 +301,26 @@ def test_canceled_while_aligning(folder: Path, tmp_path: Path) -> None:
             stop=lambda: "aligning" in phases,
         )
     assert phases[-1] == "aligning" and list(tmp_path.iterdir()) == []
+
+
+def test_a_cancel_does_not_wait_for_an_assignment(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow(matrix: Any) -> Any:
+        begun.set()
+        goes_on.wait(30)
+        return assign(matrix)
+
+    monkeypatch.setattr(assignment, "assign", slow)
+    started = time.monotonic()
+    try:
+        with pytest.raises(Canceled):
+            merge(recipe("a", "b", alignment=SPEC_KEY), tmp_path / "out", roots=[folder], stop=begun.is_set)
+        assert begun.is_set() and time.monotonic() - started < 20 and list(tmp_path.iterdir()) == []
+    finally:
+        goes_on.set()
 
 
 def test_a_model_with_an_adapter_is_aligned_as_one(folder: Path, tmp_path: Path) -> None:
