@@ -117,7 +117,7 @@ def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return base, changed(base, draw(st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.97, 1.0])), draw(st.integers(0, 99)))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(pair=pairs(), step=st.sampled_from([1, 2, 5, 100]))
 def test_sparse_gives_the_very_bits(tmp_path_factory: pytest.TempPathFactory, pair: tuple[Tensor, Tensor], step: int):
     folder = tmp_path_factory.mktemp("sparse")
@@ -249,7 +249,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
         return {name: model.rows(info, 0, info.rows) for name, info in model.tensors.items()}
 
 
-@pytest.mark.parametrize("title", ["linear", "ties-model", "slerp", "tsv_m"])
+@pytest.mark.parametrize("title", ["linear", "ties-model", "tsv_m"])
 def test_a_merge_as_a_delta_is_the_merge(models: Path, title: str):
     recipe = method_recipe(title) | {"base_model": "base"}
 
