@@ -47,8 +47,8 @@ _BLOCK = 2**21
 _PANEL = 2**22
 """Elements of a tensor that are read at once, at least a row."""
 
-_LIBRARIES = 2**25
-"""Bytes that the assignment solver and the linear algebra library take once they are used."""
+_LIBRARIES = 2**26
+"""Bytes that the assignment solver and the linear algebra library take once they are used, as measured."""
 
 _Job = TypeVar("_Job")
 
@@ -279,6 +279,7 @@ class Products:
                 _add_product(out[begin : begin + _TILE, start : start + _TILE], one, other, dtype)
 
             self._each(tile, tiles)
+            del left, right, tile  # or they would still be there while the next are read
 
     def _each(self, function: Callable[[_Job], None], jobs: Iterable[_Job]) -> None:
         for _ in self.pool.map(function, jobs):
