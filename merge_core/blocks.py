@@ -258,7 +258,8 @@ class Blocks:
             if element < 0:
                 checkpoint.rows(info, start, stop)  # says what is wrong
                 raise checkpoint.ends_inside(info)
-            file = f"{self._name(source)}/{info.file}"
+            files = dict.fromkeys(file for file, _, _ in checkpoint.ranges(info))
+            file = f"{self._name(source)}/{' or '.join(files)}"
             message = (
                 f"{info.name} of {self._name(source)} holds NaN or infinity at element "
                 f"{element + start * step.grains.width:,} ({file}); repair the model, or set allow_nonfinite: true to "
