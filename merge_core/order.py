@@ -25,17 +25,13 @@ from merge_core.kernels.scores import (
     value_of,
 )
 from merge_core.method import Block, Known, Stage
+from merge_core.sampling import BRACKET, FEWEST_SAMPLES, AfterAll, AtOnce, sampled_every
 from merge_core.statistics import Counters, Counts, Largest, Statistic, counted
 
 Scored = Callable[[Block, Known], Scores]
 Places = Callable[[int, int], Sequence[int]]
-_BRACKET = 4
-"""Values of the high digits that a bracket holds at most."""
 _VAGUE = 16
 """Where the sample leaves more of them open, the bracket would likely miss."""
-_MANY = 2**22
-"""Elements of a tensor from which on fewer of them are sampled."""
-_FEWEST_SAMPLES = 2**14
 
 
 def order(name: str, scored: Scored, places: Places) -> list[Stage]:
@@ -75,33 +71,28 @@ class _Order(Stage):
 
 
 @dataclass
-class Sampled(_Order):
+class Sampled(AtOnce, _Order):
     """About where the values are: a bracket of high digits for each, or nothing where it would be too wide."""
 
     places: Places
     name: ClassVar[str] = "order, sample"
     reads: ClassVar[float] = 1 / 16
 
-    @property
-    def expected(self) -> bool:
-        return kernels.are_compiled()
-
     def needed(self, known: Known) -> bool:
         return kernels.are_compiled()
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
         scores = self.scored(block, known)
-        every = 8 if block.grains.rows * block.grains.width < _MANY else 32
-        sampled_order(scores, every, counted(found, "digits", (len(scores), DIGITS)).values)
+        sampled_order(scores, sampled_every(block), counted(found, "digits", (len(scores), DIGITS)).values)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         histograms = cast(Counts, found["digits"]).values
         entries = int(histograms[0].sum())
-        if entries < _FEWEST_SAMPLES:
+        if entries < FEWEST_SAMPLES:
             return
         guess = [self._brackets(histogram, entries) for histogram in histograms]
         if all(high - low <= _VAGUE for its in guess for low, high, _ in its):
-            half = _BRACKET // 2
+            half = BRACKET // 2
             known[self._guess()] = [
                 [[max(low, middle - half), min(high, middle + half), middle] for low, high, middle in its]
                 for its in guess
@@ -122,7 +113,7 @@ class Sampled(_Order):
 
 
 @dataclass
-class Bracketed(_Order):
+class Bracketed(AtOnce, _Order):
     """The values, if they are where the sample said."""
 
     places: Places
@@ -130,11 +121,7 @@ class Bracketed(_Order):
 
     @property
     def space(self) -> int:
-        return 3 * _BRACKET * DIGITS * 8
-
-    @property
-    def expected(self) -> bool:
-        return kernels.are_compiled()
+        return 3 * BRACKET * DIGITS * 8
 
     def needed(self, known: Known) -> bool:
         return self._guess() in known
@@ -171,15 +158,11 @@ class Bracketed(_Order):
 
 
 @dataclass
-class HighDigits(_Order):
+class HighDigits(AfterAll, _Order):
     """Which bucket of the high 16 bits holds each of the values."""
 
     places: Places
     name: ClassVar[str] = "order, high digits"
-
-    @property
-    def expected(self) -> bool:
-        return not kernels.are_compiled()
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
         scores, noted = self._observe(block, known, found)
@@ -196,14 +179,10 @@ class HighDigits(_Order):
 
 
 @dataclass
-class LowDigits(_Order):
+class LowDigits(AfterAll, _Order):
     """The values themselves."""
 
     name: ClassVar[str] = "order, low digits"
-
-    @property
-    def expected(self) -> bool:
-        return not kernels.are_compiled()
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
         scores = self.scored(block, known)

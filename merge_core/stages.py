@@ -23,6 +23,7 @@ from merge_core import kernels
 from merge_core.kernels.plain import pairs
 from merge_core.kernels.vectors import KEEP_ALL_TIES, KEEP_NO_TIES, Numbers, TaskVectors
 from merge_core.method import Block, Known, Scope, Stage
+from merge_core.sampling import BRACKET, FEWEST_SAMPLES, AfterAll, AtOnce, sampled_every
 from merge_core.statistics import Counters, Counts, GrainSums, Statistic, counted, grain_sums
 
 Ranked = Callable[[Block], TaskVectors]
@@ -30,11 +31,6 @@ Keep = Callable[[int, int], int]
 Measured = Callable[[Block, Known], TaskVectors]
 _HIGH_DIGITS = 2**15
 _LOW_DIGITS = 2**16
-_BRACKET = 4
-"""Values of the high digits that `Bracket` looks into at most."""
-_MANY = 2**22
-"""Elements of a tensor from which on fewer of them are sampled."""
-_FEWEST_SAMPLES = 2**14
 
 
 def task_vectors(block: Block) -> TaskVectors:
@@ -93,24 +89,8 @@ def _ties_here(cut: Sequence[Any] | None, block: Block) -> tuple[int, int]:
     return KEEP_NO_TIES if block.tensor > cut[0] or first < 0 else (first, cut[2])
 
 
-class _AtOnce(Stage):
-    """Part of finding the k-th magnitude in one pass, which only compiled kernels are quick enough for."""
-
-    @property
-    def expected(self) -> bool:
-        return kernels.are_compiled()
-
-
-class _AfterAll(Stage):
-    """Part of finding it in several, which compiled kernels do only where the sample misled."""
-
-    @property
-    def expected(self) -> bool:
-        return not kernels.are_compiled()
-
-
 @dataclass
-class Sample(_AtOnce):
+class Sample(AtOnce):
     """About where the k-th largest magnitude is: `known["guess"]`, per rank the high digits from and to, and those of
     which the least value is the most likely one.
     """
@@ -125,13 +105,12 @@ class Sample(_AtOnce):
 
     def observe(self, block: Block, known: Known, found: dict[str, Statistic]) -> None:
         counts = counted(found, "digits", (len(block.stored), _HIGH_DIGITS))
-        every = 8 if block.grains.rows * block.grains.width < _MANY else 32
-        kernels.sampled_digits(self.vectors(block), every, counts.values)
+        kernels.sampled_digits(self.vectors(block), sampled_every(block), counts.values)
 
     def finish(self, found: Mapping[str, Statistic], known: Known) -> None:
         histograms = cast(Counts, found["digits"]).values
         entries = int(histograms[0].sum())
-        if entries < _FEWEST_SAMPLES:
+        if entries < FEWEST_SAMPLES:
             return
         guess = []
         for number, wanted in enumerate(_wanted(self.keeps, len(histograms), 2**30)):
@@ -140,13 +119,13 @@ class Sample(_AtOnce):
             margin = 16 + 4 * (8 * entries * share * (1 - share)) ** 0.5
             ranks = [share * entries + sign * margin for sign in (-1, 0, 1)]
             high, middle, low = (_HIGH_DIGITS - 1 - int(np.searchsorted(from_top, rank)) for rank in ranks)
-            low, high = max(low, middle - _BRACKET // 2, 0), min(high, middle + _BRACKET // 2 - 1)
+            low, high = max(low, middle - BRACKET // 2, 0), min(high, middle + BRACKET // 2 - 1)
             guess.append([low, high + 1, max(middle, 0)])
         known["guess"] = guess
 
 
 @dataclass
-class Bracket(_AtOnce):
+class Bracket(AtOnce):
     """The k-th largest magnitude, if it is where the sample said."""
 
     vectors: Ranked
@@ -158,7 +137,7 @@ class Bracket(_AtOnce):
     @property
     def space(self) -> int:
         """More than that of the stages beside it, which stand behind it."""
-        return 8 * (len(self.keeps) * _BRACKET * _LOW_DIGITS + _LOW_DIGITS)
+        return 8 * (len(self.keeps) * BRACKET * _LOW_DIGITS + _LOW_DIGITS)
 
     def needed(self, known: Known) -> bool:
         return "guess" in known
@@ -212,7 +191,7 @@ class Bracket(_AtOnce):
 
 
 @dataclass
-class HighDigits(_AfterAll):
+class HighDigits(AfterAll):
     """Which bucket of the high 16 bits holds the k-th largest magnitude of each model, for every rank."""
 
     vectors: Ranked
@@ -235,7 +214,7 @@ class HighDigits(_AfterAll):
 
 
 @dataclass
-class LowDigits(_AfterAll):
+class LowDigits(AfterAll):
     """The k-th largest magnitude itself, and how many of its equals are among the k."""
 
     vectors: Ranked
@@ -260,7 +239,7 @@ class LowDigits(_AfterAll):
 
 
 @dataclass
-class TiesPerTensor(_AfterAll):
+class TiesPerTensor(AfterAll):
     """In which tensor each model's ties are cut: `known["cut"]`, per rank its name and how many it keeps, or None."""
 
     vectors: Ranked
@@ -277,7 +256,7 @@ class TiesPerTensor(_AfterAll):
 
 
 @dataclass
-class TiesPerGrain(_AfterAll):
+class TiesPerGrain(AfterAll):
     """In which grain each model's ties are cut: `known["cut"]`, per rank the tensor, the grain and how many it keeps
     there, or None where all are kept.
     """
