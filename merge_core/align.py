@@ -289,7 +289,7 @@ def _report(plan: DocumentPlan, found: Permutations, report: Report, stop: Calla
             compared = analyse(
                 models[first],
                 models[name],
-                plan.alignment.spec,
+                plan.alignment.compared,
                 found.models[name],
                 decompose=is_full,
                 report=report,

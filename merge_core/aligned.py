@@ -60,13 +60,14 @@ class _Only(Derived):
 class Alignment:
     """How the models of a document come to have their neurons in one order.
 
-    `models`: all that take part, as far as they have the same tensors; of these the `spec` speaks. The `moved` ones are
-    permuted, all but the `reference` where there is one. `stored`: the permutations, if they were read from a file;
-    otherwise `find` finds them.
+    `models`: all that take part, as far as they have the same tensors, of which `compared` speaks; `spec` speaks of all
+    tensors of all models. The `moved` ones are permuted, all but the `reference` where there is one. `stored`: the
+    permutations, if they were read from a file; otherwise `find` finds them.
     """
 
     keys: AlignmentKeys
     spec: PermutationSpec
+    compared: PermutationSpec
     models: Mapping[ModelRef, Weights]
     moved: Mapping[ModelRef, Aligned]
     reference: ModelRef | None = None
@@ -126,7 +127,7 @@ class Alignment:
         missing = [ref for ref in self.models if str(ref) not in known]
         if self.reference is None and missing:
             weights = list(self.models.values())
-            many = match_many(self.spec, weights, seed=seed, max_rounds=most, work=work)
+            many = match_many(self.compared, weights, seed=seed, max_rounds=most, work=work)
             names = [str(ref) for ref in self.models]
             reports = {name: {"rounds": many.rounds} for name in names}
             yield _Matched(dict(zip(names, many.indexed, strict=True)), reports)
@@ -135,7 +136,7 @@ class Alignment:
             if ref == self.reference:
                 yield _Matched({str(ref): self.spec.identity()}, {})
             else:
-                found = match(self.spec, *self.pair(ref), seed=seed, max_sweeps=most, work=work)
+                found = match(self.compared, *self.pair(ref), seed=seed, max_sweeps=most, work=work)
                 yield _Matched({str(ref): found.indexed}, {str(ref): _told(found)})
 
 
@@ -202,7 +203,7 @@ def align_models(
     moved = {ref: _wrapped(taking_part[ref], spec, named[ref], {}) for ref in named if ref != reference}
     common = [name for name in spec.axes if len({_shape(weights, name) for weights in taking_part.values()}) == 1]
     compared = {ref: _Only(weights, common) for ref, weights in taking_part.items()}
-    return Alignment(keys, _restricted(spec, common), compared, moved, reference)
+    return Alignment(keys, spec, _restricted(spec, common), compared, moved, reference)
 
 
 def settle(
@@ -245,7 +246,7 @@ def _stored(
         if any(found.moved(name).values()):
             moved[ref] = _wrapped(models[ref], found.spec, named[ref], {FILE_NAME: path})
             moved[ref].arrange(found.models[name])
-    return Alignment(keys, found.spec, models, moved, stored=found)
+    return Alignment(keys, found.spec, found.spec, models, moved, stored=found)
 
 
 def _spec(
@@ -291,12 +292,12 @@ def plan_alignment(alignment: Alignment, file: str, memory: int, threads: int | 
     if alignment.keys.permutations is not None:
         return AlignmentPlan(alignment.keys.permutations, True, moved, None, sizes)
     pairs = [alignment.pair(ref) for ref in alignment.models if ref != alignment.reference]
-    found = bundles(alignment.spec, measured_tensors(alignment.spec, *pairs[0]))
+    found = bundles(alignment.compared, measured_tensors(alignment.compared, *pairs[0]))
     assignment = max((bundle.nbytes for bundle in found), default=0)
     workers = threads or len(os.sched_getaffinity(0))
 
     def besides(workers: int) -> int:
-        needed = max(matching_bytes(alignment.spec, *pair, workers)[0] for pair in pairs)
+        needed = max(matching_bytes(alignment.compared, *pair, workers)[0] for pair in pairs)
         return FLOOR_BYTES + needed - assignment
 
     while workers > 1 and besides(workers) > memory:

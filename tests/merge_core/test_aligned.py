@@ -17,7 +17,7 @@ from torch import Tensor
 
 from app.cli import main
 from merge_core import aligned
-from merge_core.align import AlignmentDocument, align
+from merge_core.align import AlignmentDocument, align, applying
 from merge_core.alignment import assignment
 from merge_core.alignment.assignment import assign
 from merge_core.alignment.derive import derive
@@ -372,6 +372,19 @@ def test_a_llama_and_the_same_permuted_average_to_itself(tmp_path: Path) -> None
     assert plan.alignment is not None and set(plan.alignment.sizes) == set(spec.permutations.values())
     found = merged(recipe("a", "b", alignment={}), tmp_path, tmp_path / "out")
     assert same(found, tensors)
+
+
+def test_what_only_one_model_has_is_permuted_with_it(folder: Path, tmp_path: Path) -> None:
+    """A model of another vocabulary, and with a tensor of its own: the file says what happens to them all the same."""
+    own = {"2.weight": torch.ones(9, 16), "2.bias": torch.ones(9), "extra": torch.arange(24.0)}
+    write_checkpoint(tmp_path / "own", permuted(mlp(0), SPEC.random(4)) | own)
+    spec = {"spec": AXES | {"extra": ["P_0"]}}
+    align(document(str(folder / "a"), str(tmp_path / "own"), alignment=spec), tmp_path / "out")
+    merge(applying(tmp_path / "out" / "alignment.safetensors", str(tmp_path / "own")), tmp_path / "moved")
+    found = load_file(tmp_path / "moved" / "model.safetensors")
+    assert torch.equal(found["1.weight"], mlp(0)["1.weight"])
+    back = SPEC.inverse(SPEC.random(4))
+    assert torch.equal(found["extra"], own["extra"][torch.from_numpy(back["P_0"])])
 
 
 def test_the_command_line_aligns(folder: Path, tmp_path: Path) -> None:
