@@ -718,6 +718,12 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
         {},
         "rnn.weight_ih_l0 .* its role in a network",
     ),
+    "empty": ({"fc1.weight": (0, 4), "fc2.weight": (2, 0)}, {}, "fc1.weight .* a layer without elements"),
+    "a bias without axes": (
+        {"layers.0.mlp.fc1.weight": (12, 8), "layers.0.mlp.fc1.bias": (), "layers.0.mlp.fc2.weight": (8, 12)},
+        {},
+        "layers.0.mlp.fc1.bias .* a tensor of this role has more axes",
+    ),
     "one layer": ({"fc.weight": (4, 4)}, {}, "nothing in this model is known to be free to permute"),
     "nothing": ({}, {}, "nothing in this model is known to be free to permute"),
     "digits that are no numbers": ({"a.².weight": (4, 4), "a.³.weight": (4, 4)}, {}, "neither names nor sizes"),

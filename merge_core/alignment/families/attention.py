@@ -61,9 +61,8 @@ _CROSS = re.compile(r"(?i)encoder_?attn|encdecattention|cross_?att|multihead_att
 
 @dataclass
 class Attention:
-    """One attention: the path that all of its names begin with, and its linear layers.
-
-    `source`: where keys and values come from is another part of the model (cross-attention).
+    """One attention: the path that its names begin with, its linear layers, which may be one module for queries, keys
+    and values (`layout` says how they lie in it), and what else stands below the path.
     """
 
     path: str
@@ -76,6 +75,7 @@ class Attention:
 
     @property
     def is_cross(self) -> bool:
+        """Whether keys and values come from another part of the model."""
         return _CROSS.search(self.path) is not None
 
     @property

@@ -104,7 +104,9 @@ class Network:
         for module in draft.modules.values():
             shape = draft.weight(module)
             unknown = module.parameters.keys() - {"weight", "bias"}
-            if len(shape) >= 2 and not unknown and module.parameters["weight"].endswith(".weight"):
+            if 0 in shape:
+                draft.refuse_module(module, "a layer without elements")
+            elif len(shape) >= 2 and not unknown and module.parameters["weight"].endswith(".weight"):
                 self.layers[module.path] = _Layer(module, shape)
                 if _BESIDE.search(module.path) or (len(shape) > 2 and _TRANSPOSED.search(module.path)):
                     draft.refuse_module(module, "the names do not say how the layers around it are connected")

@@ -168,6 +168,9 @@ class Draft:
         self.placed.add(tensor)
         if not any(names(axis)):
             return
+        if not 0 <= number < len(self._axes[tensor]):
+            self.refuse(tensor, "a tensor of this role has more axes")
+            return
         before = self._axes[tensor][number]
         if before is not None and before != axis:
             self.refuse(tensor, "two layers want it permuted in different ways")
@@ -211,9 +214,6 @@ class Draft:
     def size(self, axis: Axis) -> int:
         """Elements of an axis."""
         return PermutationSpec(self._permutations, {}).size(axis)
-
-    def axis(self, tensor: str, number: int) -> Axis | None:
-        return self._axes[tensor][number]
 
     def weight(self, module: Module) -> Shape:
         """The shape of a module's weight; empty if it has none."""

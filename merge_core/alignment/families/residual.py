@@ -149,7 +149,8 @@ def _towers(
 
 
 def _width(draft: Draft, role: _Role) -> int:
-    return draft.shapes[role.tensor][role.number]
+    shape = draft.shapes[role.tensor]
+    return shape[role.number] if 0 <= role.number < len(shape) else 0
 
 
 class _Rest:

@@ -47,7 +47,7 @@ class Transformer:
         draft = self.draft
         named = [module for module in draft.modules.values() if module.word in _TRANSPOSED]
         shows = [
-            shape[1] == draft.shapes[module.parameters["bias"]][0]
+            draft.shapes[module.parameters["bias"]] == shape[1:]
             for module in named
             if "bias" in module.parameters and len(shape := draft.weight(module)) == 2 and shape[0] != shape[1]
         ]
