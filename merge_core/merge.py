@@ -332,7 +332,8 @@ def open_model(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, wei
     added = locate(ref.adapter, roots)
     try:
         if find_delta(added, roots):
-            return Patched(base, [Patch(Delta.open(added, roots=roots), ref.adapter)])
+            delta = Delta.open(added, roots=roots)
+            return Patched(base, [Patch(delta, ref.adapter)], delta.model)
         return Adapted(base, Adapter.open(added, roots=roots), ref.adapter)
     except IncompatibleModels as error:
         raise IncompatibleModels.of(replace(problem, pointer=pointer) for problem in error.problems) from None

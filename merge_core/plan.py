@@ -282,9 +282,10 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """The same for two merges that write the same bytes: recipe, sources, version, output layout."""
+        """The same for two merges that write the same files: recipe, sources, version, output layout, a reversal."""
         layout = [hashlib.sha256(shard.header).hexdigest() for shard in self.shards]
-        text = canonical_json([__version__, self.recipe.canonical(), self.sources_digest, layout])
+        beside = ["reversible"] if self.recipe.outputs.reversible else []
+        text = canonical_json([__version__, self.recipe.canonical(), self.sources_digest, layout, *beside])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -3,7 +3,7 @@
     W'[a:b] = W[a:b] + Σ strength · δ[a:b]
 
 The sum comes in float32 (float64 where anything is stored so), unrounded. A tensor that one delta alone replaces, at
-strength 1, comes as that delta stores it, bit for bit.
+strength 1, comes as that delta stores it, bit for bit. A head that the base ties to an embedding follows it.
 """
 
 from __future__ import annotations
@@ -51,29 +51,37 @@ class Patched(Weights):
     before its rows are first used. What is added may be added to another base of the same shapes.
     """
 
-    def __init__(self, base: Weights, patches: Sequence[Patch]) -> None:
-        """Raises `IncompatibleModels` naming every tensor that does not fit."""
+    def __init__(self, base: Weights, patches: Sequence[Patch], model: Weights | None = None) -> None:
+        """`model`: whose config and tokenizer it has. Without it they are the base's, or, where a patch adds tensors,
+        takes some away or gives them another shape, those that lie beside that patch.
+
+        Raises `IncompatibleModels` naming every tensor that does not fit.
+        """
         self.base, self.patches, self.path = base, tuple(patches), base.path
         self._problems: list[Problem] = []
         self._notes: list[str] = list(base.notes)
         self._parts: dict[str, list[_Part]] = {}
         for number, patch in enumerate(self.patches):
             self._add(number, patch)
+        for patch in self.patches:
+            for name in self._taken_away(patch):
+                if name in self._parts:
+                    self._refuse(patch, f"removes {name}, which another delta changes", name)
         if self._problems:
             raise IncompatibleModels.of(self._problems)
         self._note_replacements()
+        self._follow_ties()
         removed = {name for patch in self.patches if patch.strength for name in patch.delta.removed}
         self.tensors = {
-            name: self._changed(name)
-            for name in dict.fromkeys([*base.tensors, *self._parts])
-            if name not in removed or name in self._parts
+            name: self._changed(name) for name in dict.fromkeys([*base.tensors, *self._parts]) if name not in removed
         }
         self.notes = tuple(dict.fromkeys(self._notes))
         self.shards = dict(base.shards)
         for number, patch in enumerate(self.patches):
             for file, shard in patch.delta.file.shards.items():
                 self.shards[_prefixed(number, file)] = shard
-        self._model = next((patch.delta.model for patch in self.patches[::-1] if patch.delta.model is not None), base)
+        beside = [patch.delta.model for patch in self.patches if patch.delta.model and self._alters_shapes(patch)]
+        self._model = model or next(reversed(beside), base)
         self.config = self._model.config or base.config
         self._proved: set[str] = set()
         self._proving = threading.Lock()
@@ -85,8 +93,8 @@ class Patched(Weights):
             self._refuse(patch, f"a strength of {patch.strength} is no number to multiply with")
         if patch.strength == 0:
             return
-        if patch.strength != 1 and patch.delta.removed:
-            self._refuse(patch, f"removes {patch.delta.removed[0]}, which it can only do whole: use a strength of 1")
+        if patch.strength != 1 and (taken := self._taken_away(patch)):
+            self._refuse(patch, f"removes {taken[0]}, which it can only do whole: use a strength of 1")
         for name, tensor in patch.delta.tensors.items():
             if self._fits(patch, tensor, self.base.tensors.get(name)):
                 self._parts.setdefault(name, []).append(_Part(number, tensor, patch.strength))
@@ -94,6 +102,25 @@ class Patched(Weights):
             entries = [part.tensor.entry for part in parts]
             if len(parts) > 1 and any(not entry.base or entry.base.shape != entry.shape for entry in entries):
                 self._refuse(patch, f"changes {name}, which another delta adds or gives another shape", name)
+
+    def _taken_away(self, patch: Patch) -> list[str]:
+        """What the base has and would not have with a patch on it, heads left out that are tied anyway."""
+        names = patch.delta.removed if patch.strength else ()
+        infos = [info for name in names if (info := self.base.tensors.get(name)) is not None]
+        return [info.name for info in infos if self.base.tied_partner(info.name, info.shape) is None]
+
+    def _alters_shapes(self, patch: Patch) -> bool:
+        """Whether a patch makes a model that its base's config may not describe."""
+        entries = [tensor.entry for tensor in patch.delta.tensors.values()]
+        altered = any(entry.base is None or entry.base.shape != entry.shape for entry in entries)
+        return bool(patch.strength) and (altered or bool(self._taken_away(patch)))
+
+    def _follow_ties(self) -> None:
+        """Do to a head, where a copy of it is stored, what is done to the embedding that the config ties it to."""
+        for info in self.base.tensors.values():
+            partner = self.base.tied_partner(info.name, info.shape)
+            if partner is not None and partner.name in self._parts and info.name not in self._parts:
+                self._parts[info.name] = self._parts[partner.name]
 
     def _fits(self, patch: Patch, tensor: DeltaTensor, info: TensorInfo | None) -> bool:
         """Whether a patch changes a tensor of the base; what does not fit is a problem."""
@@ -173,14 +200,28 @@ class Patched(Weights):
             rows = parts[0].tensor.replaced(base, start, stop)
         else:
             assert base is not None
-            rows = base.to(info.dtype.torch, copy=True)
-            for part in parts:
-                change = part.tensor.change(base, start, stop).to(info.dtype.torch)
-                rows += change if part.strength == 1 else change * part.strength
+            rows = self._sum(parts, base, info.dtype, start, stop)
         if space is None:
             return rows
         out = space[: rows.nbytes].view(rows.dtype).reshape(rows.shape)
         return out.copy_(rows)
+
+    @staticmethod
+    def _sum(parts: Sequence[_Part], base: Tensor, dtype: DType, start: int, stop: int) -> Tensor:
+        """The base's rows and what is added; new values are mixed with them, because the difference of a small value to
+        a large one would not give it back.
+        """
+        mixed = sum(part.strength for part in parts if isinstance(part.tensor, ReplacementTensor))
+        rows = base.to(dtype.torch, copy=True)
+        if mixed:
+            rows = rows.zero_() if mixed == 1 else rows.mul_(1 - mixed)
+        for part in parts:
+            if isinstance(part.tensor, ReplacementTensor):
+                added = part.tensor.values(start, stop).to(dtype.torch)
+            else:
+                added = part.tensor.change(base, start, stop).to(dtype.torch)
+            rows += added if part.strength == 1 else added * part.strength
+        return rows
 
     def _base_rows(self, parts: Sequence[_Part], stored: TensorInfo | None, start: int, stop: int) -> Tensor | None:
         """The base's rows, where they are needed and there."""

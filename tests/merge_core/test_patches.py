@@ -235,6 +235,44 @@ def test_a_killed_reversal_is_made_again(folder: Path) -> None:
             assert file.sha256 == other.sha256
 
 
+def test_a_reversal_nobody_wants_any_more_is_not_left(folder: Path) -> None:
+    parts = folder / ".out.partial" / "parts"
+
+    def killed() -> bool:
+        if parts.exists() and any(parts.iterdir()):
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(
+            Recipe.from_data(on_ties(("p", 0.5), outputs={"reversible": True})),
+            folder / "out",
+            roots=[folder],
+            stop=killed,
+        )
+    assert parts.exists()
+    artifact = merge(Recipe.from_data(on_ties(("p", 0.5))), folder / "out", roots=[folder])
+    assert {path.name for path in (folder / "out").iterdir()} == {file.path for file in artifact.files}
+
+
+def test_config_is_that_of_the_model_unless_shapes_are_not(folder: Path) -> None:
+    base = {"w": torch.zeros(4, 2), "v": torch.zeros(3)}
+    write_checkpoint(folder / "m", base, config={"model_type": "mine"})
+    for name, tuned in (("same", base["w"] + 1), ("grown", torch.ones(5, 2))):
+        delta = extract(folder / name, base, {**base, "w": tuned}, Sparse())
+        (delta / "config.json").write_text(json.dumps({"model_type": name}))
+
+    def config(delta: str, strength: float) -> str:
+        copy = {"merge_method": "passthrough", "models": [{"model": "m"}]}
+        merged(folder, {**copy, "patches": [{"patch": f"{delta}/delta", "strength": strength}]})
+        made = max(folder.glob("out-*"), key=lambda path: int(path.name[4:]))
+        return str(json.loads((made / "config.json").read_text())["model_type"])
+
+    assert config("same", 1.0) == "mine"
+    assert config("grown", 0.0) == "mine"
+    assert config("grown", 1.0) == "grown"
+
+
 def test_a_patch_of_no_strength_changes_nothing(folder: Path) -> None:
     found = merged(folder, on_ties(("p", 0.0), outputs={"reversible": True}))
     assert_same_bits(found, merged(folder, TIES))

@@ -26,11 +26,12 @@ class ReplacementTensor(DeltaTensor):
         if self.entry.dtype.kind != "float":
             self.refuse(f"stores {self.entry.dtype}, which nothing can be added to")
 
-    def change(self, base: Tensor | None, start: int, stop: int) -> Tensor:
-        width, working = self.entry.grains.width, self.working.torch
-        shape = (stop - start, *self.entry.shape[1:]) if self.entry.shape else ()
-        rows = self.read("values", start * width, stop * width).to(working).reshape(shape)
-        return rows if base is None else rows - base.to(working)
+    def change(self, base: Tensor, start: int, stop: int) -> Tensor:
+        return self.values(start, stop) - base.to(self.working.torch)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """The new values of some rows in the `working` format."""
+        return self.read_flat("values", start, stop).to(self.working.torch)
 
 
 class Replacement(Encoding):
