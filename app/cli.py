@@ -187,6 +187,7 @@ def patch() -> None:
 @click.option("--scale", type=click.Choice(["linear", "log"]), default="linear", show_default=True)
 @click.option("--dense", is_flag=True, help="All numbers in float32 instead of levels.")
 @click.option("--batch-norm", type=click.Choice(["replace", "project", "leave"]), default="replace", show_default=True)
+@click.option("--replace", multiple=True, metavar="PIECE", help="Replace tensors with this in their names; repeatable.")
 @MEMORY
 @THREADS
 def extract(
@@ -200,6 +201,7 @@ def extract(
     scale: str,
     dense: bool,
     batch_norm: str,
+    replace: tuple[str, ...],
     memory: str | None,
     threads: int | None,
 ) -> None:
@@ -212,7 +214,8 @@ def extract(
     stored = {"encoding": "dense"} if dense else {"levels": levels, "scale": scale}
     chosen = layers if layers is not None else list(pieces)
     document = {"operation": "extract", "base_model": base, "clean": clean, "corrupted": list(corrupted)}
-    _patch({**document, "layers": chosen, "batch_norm": batch_norm, **stored}, out, memory, threads)
+    how = {"layers": chosen, "batch_norm": batch_norm, "replace": list(replace)}
+    _patch({**document, **how, **stored}, out, memory, threads)
 
 
 @patch.command()

@@ -242,10 +242,7 @@ def _carry_out(
     with ExitStack() as stack:
         journal = stack.enter_context(closing(Journal(folder / JOURNAL, plan.digest)))
         journal.open()
-        if journal.is_new:
-            for left in folder.iterdir():
-                if left.name != JOURNAL:
-                    left.unlink()
+        journal.clear_folder()
         sources = Sources(
             inputs, everything, threads=plan.plan.threads, output_bytes=plan.output_bytes, cache=cache, stop=stop
         )

@@ -50,6 +50,7 @@ class Wanted:
     corrupted: tuple[ModelRef, ...]
     layers: int | tuple[str, ...]
     batch_norm: BatchNorm
+    replace: tuple[str, ...]
     encoding: Encoding
 
     @property
@@ -74,6 +75,7 @@ class Wanted:
             "corrupted": [str(model) for model in self.corrupted],
             "layers": self.layers if isinstance(self.layers, int) else list(self.layers),
             "batch_norm": self.batch_norm,
+            **({"replace": list(self.replace)} if self.replace else {}),
             "encoding": {"kind": self.encoding.name, **self.encoding.model_dump()},
         }
 
@@ -148,6 +150,7 @@ def extract_signature(
                 journal = Journal(partial / JOURNAL, plan.digest)
                 journal.open()
                 try:
+                    journal.clear_folder()
                     artifact = work.write(plan, trio, extraction, partial, out, journal, document, cache)
                 finally:
                     journal.close()
@@ -175,7 +178,7 @@ def _opened(wanted: Wanted, roots: Sequence[Path] | None) -> Iterator[Trio]:
 def _planned(
     wanted: Wanted, trio: Trio, limit: int, threads: int | None, tick: Callable[[int], None] = lambda count: None
 ) -> tuple[SignaturePlan, Extraction]:
-    orthogonal, replaced = select(trio, wanted.layers, wanted.batch_norm)
+    orthogonal, replaced = select(trio, wanted.layers, wanted.batch_norm, wanted.replace)
     if not orthogonal and not replaced:
         raise IncompatibleModels("none of the models' tensors would be in the signature; choose other layers")
     pairs: list[tuple[Mean, Encoding]] = [(Orthogonal(trio, name, tick), wanted.encoding) for name in orthogonal]

@@ -42,7 +42,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "remove": ("model",),
 }
 _ALLOWED: Mapping[str, tuple[str, ...]] = {
-    "extract": ("batch_norm", "encoding", "levels", "scale"),
+    "extract": ("batch_norm", "replace", "encoding", "levels", "scale"),
     "apply": ("reversible", "dtype", "max_shard_size"),
     "remove": ("reversal", "sources", "max_shard_size"),
 }
@@ -69,6 +69,12 @@ class Patch(Keys):
         None, description="extract: so many from the input on, or pieces of tensor names"
     )
     batch_norm: BatchNorm = Field("replace", description="extract: what becomes of all BatchNorms")
+    replace: list[str] = Field(
+        [],
+        max_length=64,
+        description="extract: pieces of names of tensors that are replaced as BatchNorms are; [downsample] as the "
+        "official code does",
+    )
     encoding: Literal["levels", "dense"] = Field("levels", description="extract: quantised, or all numbers in float32")
     levels: int = Field(256, ge=2, le=MOST_LEVELS, description="extract: how many; 256 take a byte each")
     scale: Literal["linear", "log"] = Field("linear", description="extract: how levels lie between the extremes")
@@ -124,9 +130,10 @@ class Patch(Keys):
             if key in type(self).model_fields:
                 keys = ", ".join((*needed, *allowed))
                 yield Problem(f"{self.operation} has no {key}; it has {keys}", f"#/{key}")
-        for i, piece in enumerate(self.layers if isinstance(self.layers, list) else []):
-            if not piece:
-                yield Problem("an empty piece is in every name", f"#/layers/{i}")
+        for key, pieces in (("layers", self.layers), ("replace", self.replace)):
+            for i, piece in enumerate(pieces if isinstance(pieces, list) else []):
+                if not piece:
+                    yield Problem("an empty piece is in every name", f"#/{key}/{i}")
         for i, model in enumerate(self.corrupted):
             if model in self.corrupted[:i]:
                 yield Problem(f"{model} is listed twice", f"#/corrupted/{i}")
@@ -144,7 +151,15 @@ class Patch(Keys):
         assert self.base_model is not None and self.clean is not None and self.layers is not None
         encoding: Encoding = Dense() if self.encoding == "dense" else Levels(levels=self.levels, scale=self.scale)
         layers = self.layers if isinstance(self.layers, int) else tuple(self.layers)
-        return Wanted(self.base_model, self.clean, tuple(self.corrupted), layers, self.batch_norm, encoding)
+        return Wanted(
+            self.base_model,
+            self.clean,
+            tuple(self.corrupted),
+            layers,
+            self.batch_norm,
+            tuple(self.replace),
+            encoding,
+        )
 
     def applying(self) -> Recipe:
         """The recipe that puts the patches on the model. Raises `RecipeError`."""
@@ -230,12 +245,12 @@ def describe(delta: Delta) -> dict[str, Any]:
     """What a patch is, as plain data: where it comes from, and of each tensor how it is stored."""
     tensors = [
         {
+            **tensor.entry.settings,
             "tensor": name,
             "encoding": tensor.entry.encoding,
             "shape": list(tensor.entry.shape),
             "dtype": str(tensor.entry.dtype),
             "bytes": sum(info.nbytes for info in tensor.entry.parts.values()),
-            **tensor.entry.settings,
         }
         for name, tensor in delta.tensors.items()
     ]
@@ -322,25 +337,30 @@ class _Removal:
         """Read the sources and raise `IncompatibleModels` unless they are the files that the lock names."""
         if self.lock is None:
             return
-        sources = self.lock.get("sources")
-        listed = [
-            source.get("files")
-            for source in (sources if isinstance(sources, list) else ())
-            if isinstance(source, Mapping)
-        ]
-        files = [file for each in listed if isinstance(each, list) for file in each if isinstance(file, Mapping)]
-        hashes = {str(file.get("sha256")) for file in files}
+        hashes = self._hashes(self.lock.get("sources"))
         with opened(self.recipe, self.roots) as models:
             with closing(Sources.whole(list(models.values()), threads=threads, cache=cache, stop=stop)) as reading:
                 found = reading.result()
             for ref, weights in models.items():
+                named = [name for name, place in self.document.sources.items() if place == ref] or [str(ref)]
                 for name, shard in weights.shards.items():
-                    if found[shard.path] not in hashes:
+                    if any(found[shard.path] not in hashes.get(model, ()) for model in named):
                         detail = (
                             f"{ref}: {clip(name)} is not the file that {self.model} was made from, says its lock; give "
                             "the reversal, or say under sources where that model is now"
                         )
                         raise IncompatibleModels(detail, [Problem(detail, "#/sources", file=name)])
+
+    @staticmethod
+    def _hashes(sources: Any) -> dict[str, set[str]]:
+        """By model the sha256 of its files, of a lock that anybody may have written."""
+        found: dict[str, set[str]] = {}
+        for source in sources if isinstance(sources, list) else ():
+            files = source.get("files") if isinstance(source, Mapping) else None
+            if isinstance(files, list):
+                hashes = {str(file.get("sha256")) for file in files if isinstance(file, Mapping)}
+                found[str(source.get("model"))] = hashes
+        return found
 
 
 def _recipe(models: list[dict[str, Any]], keys: Mapping[str, Any]) -> Recipe:

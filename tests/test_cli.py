@@ -85,6 +85,7 @@ def test_patches_go_on_and_come_off(models: Path, monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(off[name], before[name]) for name in before)
     assert "m2 has no reversal.safetensors and no merge.lock.json" in ran("remove", "m2", "again", status=1)
     assert "either --layers or --layer" in ran("extract", "more", *asked, "--layers", 1, status=2)
+    assert "replace/0: no tensor's name contains" in ran("extract", "more", *asked, "--replace", "odd", status=1)
 
 
 def test_mistakes_are_one_message(models: Path, recipe: Path) -> None:

@@ -5,7 +5,10 @@
 per parameter tensor: v is the part of d that is orthogonal to what training on clean images did. Of BatchNorms the
 corrupted models' values, running statistics too, are put in place instead. https://arxiv.org/abs/2302.12480
 
-The official code applies a weight twice, so that its weights are the square roots of our strengths.
+The official code differs in two ways. It applies a weight twice, so that its weights are the square roots of our
+strengths. And it puts the corrupted models' mean in place of every tensor whose name contains `bn` or `downsample`: of
+a ResNet that is also the 1x1 convolution of each downsampling path, in all layers. Here such a convolution is one like
+any other; `replace: [downsample]` does as the official code does.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from merge_core import kernels
 from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.errors import IncompatibleModels, NonFinite, Problem, RecipeError
 from merge_core.headers import TensorInfo
-from merge_core.kernels.plain import pairs
+from merge_core.kernels.plain import pairs, rounded
 from merge_core.kernels.vectors import Rows
 from merge_core.patches.encoding import Difference
 from merge_core.patches.shallow import RUNNING, batch_norms, layers
@@ -101,7 +104,7 @@ class Mean(Difference):
         for start, stop, (mean, *others) in self.runs():
             for rows in others:
                 mean = mean + rows
-            yield start, stop, (mean / (1 + len(others))).to(self.info.dtype.torch)
+            yield start, stop, rounded(mean / (1 + len(others)), self.info.dtype.torch)
 
 
 class Orthogonal(Mean):
@@ -148,19 +151,23 @@ class Orthogonal(Mean):
             yield start, stop, (change / len(corrupted) - (clean - origin) * coefficient).reshape(-1)
 
 
-def select(trio: Trio, chosen: int | Sequence[str], batch_norm: BatchNorm) -> tuple[list[str], list[str]]:
+def select(
+    trio: Trio, chosen: int | Sequence[str], batch_norm: BatchNorm, replace: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
     """The tensors of which a signature keeps the orthogonal part, and those it replaces, in storage order.
 
-    `chosen`: so many layers from the input on, or pieces of tensor names. Raises `RecipeError` for a choice that means
-    nothing, and `IncompatibleModels` where the models differ.
+    `chosen`: so many layers from the input on, or pieces of tensor names. What has one of the pieces `replace` in its
+    name is replaced, wherever it stands. Raises `RecipeError` for a choice that means nothing, and `IncompatibleModels`
+    where the models differ.
     """
     tensors = {name: info for name, info in trio.clean.tensors.items() if info.dtype.kind == "float" and info.elements}
     norms = batch_norms(tensors)
-    names = _first(tensors, chosen) if isinstance(chosen, int) else _named(tensors, chosen)
+    names = _first(tensors, chosen) if isinstance(chosen, int) else _named(tensors, chosen, "layers")
     kept = names - norms
     if batch_norm == "project":
         kept = {name for name in names if name.rpartition(".")[2] not in RUNNING}
-    replaced = norms if batch_norm == "replace" else set()
+    replaced = _named(tensors, replace, "replace") | (norms if batch_norm == "replace" else set())
+    kept -= replaced
     problems = [
         problem
         for name in tensors
@@ -181,10 +188,10 @@ def _first(tensors: Mapping[str, TensorInfo], count: int) -> set[str]:
     return {name for layer in found[:count] for name in layer}
 
 
-def _named(tensors: Mapping[str, TensorInfo], pieces: Sequence[str]) -> set[str]:
+def _named(tensors: Mapping[str, TensorInfo], pieces: Sequence[str], key: str) -> set[str]:
     idle = [i for i, piece in enumerate(pieces) if not any(piece in name for name in tensors)]
     if idle:
-        raise RecipeError.of(Problem(f"no tensor's name contains {pieces[i][:60]!r}", f"#/layers/{i}") for i in idle)
+        raise RecipeError.of(Problem(f"no tensor's name contains {pieces[i][:60]!r}", f"#/{key}/{i}") for i in idle)
     return {name for name in tensors if any(piece in name for piece in pieces)}
 
 

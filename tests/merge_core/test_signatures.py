@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from merge_core.errors import Canceled, IncompatibleModels, NonFinite, RecipeError, WeightsmithError
+from merge_core.merge import merge
 from merge_core.patches.delta import Delta
 from merge_core.patching import Patch, describe, patch, plan_patch
 from merge_core.progress import Progress
+from merge_core.recipe import Recipe
 from tests.conftest import FORMS, kernels_in, write_checkpoint
 from tests.merge_core.test_deltas import assert_same_bits
 
@@ -71,7 +73,7 @@ def application(model: str, *patches: tuple[str, float], **keys: Any) -> dict[st
 
 
 def run(folder: Path, document: Mapping[str, Any], out: str | Path, **how: Any) -> Path:
-    patch(Patch.from_data(document), folder / out, roots=[folder], **how)
+    patch(Patch.from_data(document), folder / out, **{"roots": [folder], **how})
     return folder / out
 
 
@@ -82,7 +84,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def change(folder: Path) -> dict[str, Tensor]:
     """What a signature adds to zeros."""
     with Delta.open(folder) as delta:
-        return {name: delta.rows(name, torch.zeros(SHAPES[name]), 0, SHAPES[name][0]) for name in delta.tensors}
+        return {
+            name: tensor.change(torch.zeros(SHAPES[name]), 0, SHAPES[name][0]) for name, tensor in delta.tensors.items()
+        }
 
 
 def expected(name: str, corrupted: list[int]) -> Tensor:
@@ -131,6 +135,15 @@ def test_signatures_of_strengths_that_come_to_one_give_the_mean_of_norms(nets: P
     assert torch.allclose(made["features.4.weight"], wanted, atol=1e-6)
 
 
+def test_what_is_replaced_is_so_whatever_was_there(nets: Path, tmp_path: Path) -> None:
+    vast = {name: tensor * 1e9 if name in NORMS else tensor for name, tensor in tensors(4).items()}
+    write_checkpoint(tmp_path / "vast", vast)
+    named = run(nets, extraction(replace=["features.0.weight"], encoding="dense"), tmp_path / "named")
+    made = weights(run(nets, application(str(tmp_path / "vast"), (str(named), 1.0)), tmp_path / "out", roots=None))
+    for name in [*NORMS, "features.0.weight"]:
+        assert torch.equal(made[name], tensors(2)[name])
+
+
 def test_replacing_beyond_the_values_is_told(nets: Path) -> None:
     def warnings(*patches: tuple[str, float]) -> list[str]:
         return list(plan_patch(Patch.from_data(application("other", *patches)), roots=[nets]).warnings)
@@ -148,6 +161,7 @@ def test_replacing_beyond_the_values_is_told(nets: Path) -> None:
         ({"batch_norm": "leave"}, {*FIRST}),
         ({"batch_norm": "project", "layers": 1}, {*FIRST[:2], "features.1.weight", "features.1.bias"}),
         ({"batch_norm": "leave", "layers": ["classifier.w", "features.0"]}, {*FIRST[:2], "classifier.weight"}),
+        ({"layers": 1, "replace": ["features.8"]}, {*FIRST[:2], *NORMS, "features.8.weight"}),
     ],
 )
 def test_layers_are_chosen_by_count_or_name(nets: Path, keys: dict[str, Any], names: set[str]) -> None:
@@ -230,6 +244,19 @@ def test_without_a_reversal_the_lock_proves_the_source(nets: Path, tmp_path: Pat
         run(nets, {"operation": "remove", "model": "on"}, tmp_path / "lost")
 
 
+def test_each_source_must_be_what_it_was(nets: Path, tmp_path: Path) -> None:
+    models = [{"model": str(nets / name), "parameters": {"weight": i}} for i, name in enumerate(("clean", "other"), 1)]
+    recipe = {"merge_method": "linear", "models": models, "patches": [{"patch": str(nets / "signature")}]}
+    merge(Recipe.from_data(recipe), tmp_path / "on")
+    remove = {"operation": "remove", "model": str(tmp_path / "on")}
+    clean, other = (each["model"] for each in models)
+    with pytest.raises(IncompatibleModels, match="is not the file that"):
+        run(tmp_path, remove | {"sources": {clean: other, other: clean}}, "turned", roots=None)
+    off = run(tmp_path, remove | {"sources": {clean: clean}}, "off", roots=None)
+    merge(Recipe.from_data(recipe | {"patches": []}), tmp_path / "plain")
+    assert_same_bits(weights(off), weights(tmp_path / "plain"))
+
+
 def test_a_reversal_is_for_its_own_model(nets: Path, tmp_path: Path) -> None:
     on = run(nets, application("other", ("signature", 1.0)), tmp_path / "on")
     remove = {"operation": "remove", "model": "clean", "reversal": str(on / "reversal.safetensors")}
@@ -254,6 +281,8 @@ def test_a_reversal_is_for_its_own_model(nets: Path, tmp_path: Path) -> None:
         (extraction(layers=[]), "#/layers", "needs layers"),
         (extraction(layers=[""]), "#/layers/0", "in every name"),
         (extraction(layers=9), "#/layers", "there are 3 besides the head"),
+        (extraction(replace=["downsample"]), "#/replace/0", "no tensor's name contains"),
+        (extraction(replace=[""]), "#/replace/0", "in every name"),
         (extraction(layers=["attention"]), "#/layers/0", "no tensor's name contains"),
         (extraction(levels=1), "#/levels", "greater"),
         (extraction(levels=2, scale="log"), "#/levels", "3 levels"),
@@ -304,10 +333,14 @@ def test_cancel_leaves_nothing_and_a_kill_goes_on(nets: Path, tmp_path: Path) ->
         if progress.tensors_done == 3:
             raise KeyboardInterrupt
 
+    (tmp_path / ".out.partial").mkdir()
+    for left in ("journal.jsonl", "model.safetensors"):  # of a merge that was killed there before
+        (tmp_path / ".out.partial" / left).write_text("")
     with pytest.raises(KeyboardInterrupt):
         run(nets, extraction(), tmp_path / "out", report=killed, threads=1)
     artifact = patch(Patch.from_data(extraction()), tmp_path / "out", roots=[nets])
     assert artifact.resumed_tensors >= 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"delta.safetensors", "patch.lock.json"}
     made = (tmp_path / "out" / "delta.safetensors").read_bytes()
     assert made == (nets / "signature" / "delta.safetensors").read_bytes()
 
