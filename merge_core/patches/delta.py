@@ -13,9 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-import torch
-from torch import Tensor
-
 from merge_core.checkpoint import Checkpoint, check_below
 from merge_core.dtypes import STORED, DType
 from merge_core.errors import CheckpointError, CheckpointNotFound
@@ -44,9 +41,9 @@ def find_delta(path: Path, roots: Sequence[Path] | None = None) -> Path | None:
 class Delta:
     """A delta, opened from its header.
 
-    Attributes: `path`; `tensors`, name → `DeltaTensor`, in storage order; `removed`, names of the base's tensors that
-    go; `provenance`, what it was made from; `file`, its parts; `model`, config and tokenizer files that lie beside it,
-    None where there are none.
+    Attributes: `path`; `tensors`, name → `DeltaTensor`, as the metadata list them; `removed`, names of the base's
+    tensors that go; `provenance`, what it was made from; `file`, its parts; `model`, config and tokenizer files that
+    lie beside it, None where there are none.
     """
 
     def __init__(
@@ -83,15 +80,6 @@ class Delta:
         stored = Checkpoint.open(file, roots=roots)
         beside = Checkpoint.open(where, roots=roots, weights=False) if where.is_dir() else None
         return cls(file, stored, read_metadata(file), beside if beside is not None and beside.config else None)
-
-    def rows(self, name: str, base: Tensor, start: int, stop: int) -> Tensor:
-        """δ of some rows, float32 (float64 where a part of it is stored so), given those of the base; 0 of a tensor
-        that the delta does not name.
-        """
-        if name not in self.tensors:
-            wide = base.dtype == torch.float64
-            return torch.zeros(base.shape, dtype=torch.float64 if wide else torch.float32)
-        return self.tensors[name].change(base, start, stop)
 
     def close(self) -> None:
         self.file.close()

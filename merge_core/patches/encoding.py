@@ -23,6 +23,7 @@ from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.errors import CheckpointError, NonFinite
 from merge_core.files import disk_error
 from merge_core.headers import TensorInfo, clip
+from merge_core.kernels.plain import rounded
 from merge_core.method import ExactOn
 from merge_core.statistics import Grains
 from merge_core.weights import Weights
@@ -84,6 +85,8 @@ class DeltaTensor(ABC):
     """Whether new values are stored, which say something on the very base they were taken from only."""
 
     def __post_init__(self) -> None:
+        if not self.replaces and (self.entry.base is None or self.entry.base.shape != self.entry.shape):
+            self.refuse("holds a change, but of nothing that the base has in that shape")
         self.check()
 
     @abstractmethod
@@ -91,7 +94,7 @@ class DeltaTensor(ABC):
         """Whether parts and settings are there and have the sizes they must have, as far as the header tells."""
 
     @abstractmethod
-    def change(self, base: Tensor | None, start: int, stop: int) -> Tensor:
+    def change(self, base: Tensor, start: int, stop: int) -> Tensor:
         """δ of some rows in the `working` format, given those of the base as they are stored."""
 
     def replaced(self, base: Tensor | None, start: int, stop: int) -> Tensor:
@@ -120,6 +123,15 @@ class DeltaTensor(ABC):
 
     def read(self, part: str, start: int, stop: int) -> Tensor:
         return self.file.rows(self.entry.parts[part], start, stop)
+
+    def read_flat(self, part: str, start: int, stop: int) -> Tensor:
+        """Some rows of the tensor from a part that holds one number per element, flat."""
+        width = self.entry.grains.width
+        return self.shaped(self.read(part, start * width, stop * width), start, stop)
+
+    def shaped(self, values: Tensor, start: int, stop: int) -> Tensor:
+        """The values of some rows in the shape that these rows have."""
+        return values.reshape((stop - start, *self.entry.shape[1:]) if self.entry.shape else ())
 
     def expect(self, **parts: tuple[tuple[int, ...], Sequence[DType]]) -> None:
         """Refuse unless exactly these parts are there, each with its shape and in one of the formats."""
@@ -150,7 +162,7 @@ class Encoding(BaseModel, ABC):
 
     @abstractmethod
     def takes(self, difference: Difference) -> bool:
-        """Whether it can store the difference of a tensor; what it cannot is stored otherwise, without loss."""
+        """Whether it can store the difference of a tensor; what it cannot is stored as `dense`, else as `sparse`."""
 
     @abstractmethod
     def encode(self, difference: Difference, parts: Parts) -> Mapping[str, Any] | None:
@@ -227,10 +239,7 @@ class Difference:
     @property
     def block_rows(self) -> int:
         """Rows of a block: whole grains, or all where the tuned rows can only be had at once."""
-        grains = self.grains
-        if self.tuned.is_whole(self.info):
-            return max(1, grains.rows)
-        return max(1, BLOCK_ELEMENTS // max(1, grains.size * grains.width)) * grains.size
+        return _block_rows(self.tuned, self.info)
 
     @property
     def block_elements(self) -> int:
@@ -277,6 +286,14 @@ class Difference:
                 raise NonFinite(self.name, str(self.tuned.path), detail)
             yield start, stop, delta
 
+    def fitted(self, numbers: Tensor, stored: DType) -> Tensor:
+        """Numbers in the format that they are stored in, rounded once. Raises `NonFinite` where one does not fit."""
+        found = rounded(numbers, stored.torch)
+        if kernels.first_nonfinite(found) >= 0:
+            detail = f"{self.name}: what it differs by from the base does not fit into {stored}; choose a wider dtype"
+            raise NonFinite(self.name, str(self.tuned.path), detail)
+        return found
+
     def base_tensor(self) -> BaseTensor | None:
         """What the base has; its digest is read where that was not done yet."""
         info = self.base_info
@@ -289,14 +306,20 @@ class Difference:
 
 def digest_of(weights: Weights, info: TensorInfo, tick: Callable[[int], None] = lambda count: None) -> str:
     """The blake3 of a tensor's bytes."""
-    digest = blake3()
-    grains = Grains.of(info.shape)
-    step = max(1, BLOCK_ELEMENTS // max(1, grains.width))
+    digest, step = blake3(), _block_rows(weights, info)
     for start in range(0, info.rows if info.elements else 0, step):
         rows = weights.rows(info, start, min(start + step, info.rows))
         digest.update(raw(rows))
         tick(rows.nbytes)
     return digest.hexdigest()
+
+
+def _block_rows(weights: Weights, info: TensorInfo) -> int:
+    """Rows to read at once: whole grains, or all where they can only be had at once."""
+    grains = Grains.of(info.shape)
+    if weights.is_whole(info):
+        return max(1, grains.rows)
+    return max(1, BLOCK_ELEMENTS // max(1, grains.size * grains.width)) * grains.size
 
 
 def raw(rows: Tensor) -> memoryview:

@@ -48,8 +48,8 @@ class _Pair(LowRank):
         stored = OUTPUT[self.dtype]
         outputs, inputs = sides[::-1] if self.is_turned else sides
         for direction in range(inputs.shape[1]):
-            parts.write("A", stored, inputs[:, direction].to(stored.torch), width=inputs.shape[0])
-        parts.write("B", stored, outputs.to(stored.torch), width=outputs.shape[1])
+            parts.write("A", stored, difference.fitted(inputs[:, direction], stored), width=inputs.shape[0])
+        parts.write("B", stored, difference.fitted(outputs, stored), width=outputs.shape[1])
         return {"rank": outputs.shape[1]}
 
     def most_bytes(self, difference: Difference) -> int:

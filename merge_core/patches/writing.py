@@ -23,7 +23,7 @@ from blake3 import blake3
 from merge_core.dtypes import STORED, DType
 from merge_core.errors import IncompatibleModels, Problem
 from merge_core.files import WrittenFile, disk_error
-from merge_core.headers import MAX_HEADER_BYTES, MAX_NAME_LENGTH
+from merge_core.headers import MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
 from merge_core.journal import Journal
 from merge_core.layout import ShardLayout, Slot, lay_out
 from merge_core.patches.delta import DELTA_NAME, FORMAT, VERSION
@@ -69,7 +69,7 @@ class Extraction:
         tick: Callable[[int], None] = lambda count: None,
         covariance: Weights | None = None,
     ) -> Self:
-        """Everything by which two models differ; what an encoding cannot store is stored without loss.
+        """Everything by which two models differ; what an encoding cannot take is stored as `dense`, else as `sparse`.
 
         Raises `IncompatibleModels`.
         """
@@ -108,8 +108,6 @@ def encode_all(
     encoded before. `done` is told of each that is; `watch` is called every now and then, and raises to stop.
     """
     parts = folder / PARTS
-    if journal.is_new:
-        shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(exist_ok=True)
     found: list[Encoded] = []
     resumed = 0
@@ -192,6 +190,9 @@ def write_file(layout: ShardLayout, folder: Path, files: Mapping[str, Path], sto
 
     Raises `IncompatibleModels` where there are too many.
     """
+    if len(layout.slots) > MAX_TENSORS:
+        what = f"{layout.file} would hold {len(layout.slots):,} parts; at most {MAX_TENSORS:,} are read"
+        raise IncompatibleModels(what)
     if len(layout.header) > MAX_HEADER_BYTES:
         what = f"the header of {layout.file} would take {len(layout.header):,} bytes; {MAX_HEADER_BYTES:,} may be read"
         raise IncompatibleModels(what)

@@ -35,6 +35,7 @@ from merge_core.patches.encodings.sign import Sign
 from merge_core.patches.encodings.sparse import Sparse
 from merge_core.patches.patched import Patch, Patched
 from merge_core.patches.writing import Extraction, assemble, encode_all
+from merge_core.patching import describe
 from merge_core.plan import Plan
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
@@ -227,6 +228,28 @@ def test_sign_has_the_mean_magnitude(tmp_path: Path):
         assert opened.tensors["w"].entry.parts["signs"].nbytes == 27
 
 
+@pytest.mark.parametrize("encoding", [Dense(dtype="float16"), LowRank(rank=2, dtype="float16")], ids=type)
+def test_a_change_must_fit_into_its_format(tmp_path: Path, encoding: Encoding):
+    base = {"w": torch.zeros(8, 8)}
+    with pytest.raises(NonFinite, match="does not fit into float16"):
+        extract(tmp_path, base, {"w": torch.full((8, 8), 1e15)}, encoding)
+
+
+@pytest.mark.parametrize("encoding", [Sparse(), Dense()], ids=type)
+def test_a_tied_head_follows_its_embedding(tmp_path: Path, encoding: Encoding):
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    tied, tuned = {embedding: torch.rand(6, 4)}, {embedding: torch.rand(6, 4)}
+    extract(tmp_path, tied, tuned, encoding)
+    extract_of_both = extract(tmp_path / "both", tied | {head: tied[embedding].clone()}, tuned, encoding)
+    config = {"tie_word_embeddings": True}
+    write_checkpoint(tmp_path / "other", tied | {head: tied[embedding].clone()}, config=config)
+
+    found = patched(tmp_path / "other", tmp_path / "delta", 0.5)
+    assert torch.equal(found[head], found[embedding]) and not torch.equal(found[embedding], tied[embedding])
+    found = patched(tmp_path / "other", extract_of_both, 0.5)  # which takes the head away
+    assert found.keys() == {embedding}
+
+
 def test_a_change_may_go_onto_another_base(tmp_path: Path):
     base = {"w": torch.randn(30, 7)}
     delta = extract(tmp_path, base, {"w": base["w"] + 1}, Dense())
@@ -417,6 +440,10 @@ def whole(*values: int, dtype: torch.dtype = torch.uint8) -> Tensor:
          {"values": torch.ones(1), "bitmap": whole(0, 1)}, "another in shape or format"),
         (SIGN | {"scale": float("nan")}, {"signs": whole(0, 0)}, "a scale that is no finite number"),
         (SIGN | {"scale": "1"}, {"signs": whole(0, 0)}, "a scale that is no finite number"),
+        (SIGN | {"scale": 10**400}, {"signs": whole(0, 0)}, "a scale that is no finite number"),
+        (SIGN | {"base": None}, {"signs": whole(0, 0)}, "of nothing that the base has in that shape"),
+        (SIGN | {"shape": [2, 8], "base": {**SPARSE["base"], "shape": [4, 4]}},
+         {"signs": whole(0, 0)}, "of nothing that the base has in that shape"),
         (SIGN, {"signs": whole(0)}, r"stores signs as uint8 \[1\]"),
         (LOW_RANK, {"left": torch.ones(4, 2), "right": torch.ones(3, 4)}, r"stores right as float32 \[3, 4\]"),
         (LOW_RANK, {"left": torch.ones(4, 5), "right": torch.ones(5, 4)}, "a rank of 5"),
@@ -459,6 +486,13 @@ def test_metadata_that_lie_are_refused(tmp_path: Path, metadata: dict[str, str],
 
     with pytest.raises(CheckpointError, match=message):
         Delta.open(tmp_path)
+
+
+def test_settings_hide_nothing(tmp_path: Path):
+    forge(tmp_path / DELTA_NAME, {"w::signs": whole(0, 0)}, {"w": SIGN | {"tensor": "\x1b[2J", "bytes": "none"}})
+    with Delta.open(tmp_path) as delta:
+        (told,) = describe(delta)["tensors"]
+    assert (told["tensor"], told["bytes"], told["scale"]) == ("w", 2, 1.0)
 
 
 def test_a_delta_with_nan_is_refused_like_a_model_with_nan(tmp_path: Path):

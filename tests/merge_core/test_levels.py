@@ -22,7 +22,8 @@ from merge_core.patches.encoding import Difference, Encoding, Parts
 from merge_core.patches.encodings.levels import Levels, code_bits, pack, unpack
 from merge_core.patches.encodings.replacement import Replacement
 
-ENTRY = {"encoding": "levels", "shape": [5], "dtype": "F32", "base": None, "levels": 4, "scale": "linear"}
+BASE = {"dtype": "F32", "blake3": "0" * 64}
+ENTRY = {"encoding": "levels", "shape": [5], "dtype": "F32", "base": BASE, "levels": 4, "scale": "linear"}
 
 
 def stored(
@@ -44,7 +45,13 @@ def stored(
             for part in parts.finish()
         }
         dtype = difference.dtype.name
-    entry = {"encoding": encoding.name, "shape": list(change.shape), "dtype": dtype, "base": None, **settings}
+    entry = {
+        "encoding": encoding.name,
+        "shape": list(change.shape),
+        "dtype": dtype,
+        "base": BASE | {"dtype": dtype},
+        **settings,
+    }
     return written(folder, entry, whole), settings
 
 
@@ -56,7 +63,7 @@ def written(folder: Path, entry: Mapping[str, Any], parts: Mapping[str, Tensor])
 
 
 def changes(delta: Delta, shape: tuple[int, ...]) -> Tensor:
-    return delta.tensors["w"].change(None, 0, shape[0] if shape else 1)
+    return delta.tensors["w"].change(torch.zeros(shape), 0, shape[0] if shape else 1)
 
 
 @given(
@@ -126,10 +133,17 @@ def test_any_run_of_codes_is_read_back(bits: int, codes: list[int], data: st.Dat
     assert found.tolist() == wanted[first:].tolist()
 
 
+def test_a_change_too_small_for_float32_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    change = torch.tensor([1e-60, 1.0, -2.0], dtype=torch.float64)
+    delta, _ = stored(tmp_path, Levels(levels=255, scale="log"), change)
+    assert torch.allclose(changes(delta, (3,)), change, rtol=0.5, atol=1e-30)
+
+
 def test_rows_do_not_depend_on_how_many_are_read(tmp_path: Path) -> None:
     delta, _ = stored(tmp_path, Levels(levels=5), torch.randn(9, 3, 7))
-    whole = delta.tensors["w"].change(None, 0, 9)
-    rows = [delta.tensors["w"].change(None, row, row + 1) for row in range(9)]
+    base = torch.zeros(9, 3, 7)
+    whole = delta.tensors["w"].change(base, 0, 9)
+    rows = [delta.tensors["w"].change(base[row : row + 1], row, row + 1) for row in range(9)]
     assert torch.equal(torch.cat(rows), whole)
     assert code_bits(5) == 3
 
@@ -138,8 +152,8 @@ def test_a_replacement_gives_the_new_values_on_any_base(tmp_path: Path) -> None:
     base, change = torch.rand(6), torch.rand(6)
     delta, _ = stored(tmp_path, Replacement(), change, base)
     new, other = base + change, torch.rand(6)
-    assert torch.equal(delta.rows("w", other, 0, 6), new - other)
-    assert torch.allclose(other + delta.rows("w", other, 0, 6), new)
+    assert torch.equal(delta.tensors["w"].change(other, 0, 6), new - other)
+    assert torch.allclose(other + delta.tensors["w"].change(other, 0, 6), new)
 
 
 def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -18,10 +18,8 @@ class DenseTensor(DeltaTensor):
     def check(self) -> None:
         self.expect(values=((self.entry.elements,), tuple(OUTPUT.values())))
 
-    def change(self, base: Tensor | None, start: int, stop: int) -> Tensor:
-        width = self.entry.grains.width
-        rows = self.read("values", start * width, stop * width).to(self.working.torch)
-        return rows.reshape((stop - start, *self.entry.shape[1:]) if self.entry.shape else ())
+    def change(self, base: Tensor, start: int, stop: int) -> Tensor:
+        return self.read_flat("values", start, stop).to(self.working.torch)
 
 
 class Dense(Encoding):
@@ -45,7 +43,7 @@ class Dense(Encoding):
         is_changed = False
         for _, _, delta in difference.changes():
             is_changed = is_changed or bool(delta.any())
-            parts.write("values", stored, delta.to(stored.torch))
+            parts.write("values", stored, difference.fitted(delta, stored))
         if is_changed:
             return {}
         parts.drop("values")

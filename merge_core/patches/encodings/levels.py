@@ -29,6 +29,7 @@ _GROUP = 8
 """Codes that fill whole bytes, however many bits one has."""
 _WHOLE = (8, 16)
 """Bits of codes that are whole bytes themselves."""
+_SMALLEST = float(np.finfo(np.float32).tiny)
 _ENCODING_BYTES = 64
 """Bytes of memory per element while changes become codes, and codes bits."""
 Codes = NDArray[np.int64]
@@ -55,7 +56,7 @@ class LevelsTensor(DeltaTensor):
     def prepare(self) -> None:
         _ = self._table
 
-    def change(self, base: Tensor | None, start: int, stop: int) -> Tensor:
+    def change(self, base: Tensor, start: int, stop: int) -> Tensor:
         width = self.entry.grains.width
         first, count = start * width, (stop - start) * width
         begin = first * self._bits // 8
@@ -63,8 +64,7 @@ class LevelsTensor(DeltaTensor):
         codes = unpack(packed, self._bits, first * self._bits % 8, count)
         if codes.size and int(codes.max()) >= self._count:
             self.refuse(f"has code {int(codes.max())}, but only {self._count} levels")
-        shape = (stop - start, *self.entry.shape[1:]) if self.entry.shape else ()
-        return self._table[torch.from_numpy(codes)].to(self.working.torch).reshape(shape)
+        return self.shaped(self._table[torch.from_numpy(codes)].to(self.working.torch), start, stop)
 
     @property
     def temporary(self) -> float:
@@ -143,7 +143,11 @@ class Levels(Encoding):
             found = delta.abs()[delta != 0] if self.scale == "log" else delta
             if found.numel():
                 least, most = min(least, float(found.min())), max(most, float(found.max()))
-        return (0.0, 0.0) if least > most else (float(np.float32(least)), float(np.float32(most)))
+        if least > most:
+            return 0.0, 0.0
+        least, most = float(np.float32(least)), float(np.float32(most))
+        # One magnitude below all that float32 has must not take the proportions from the others.
+        return (_SMALLEST if self.scale == "log" and least == 0 < most else least), most
 
     def _codes(self, delta: NDArray[np.float64], table: Table) -> Codes:
         if self.scale == "linear":
@@ -199,7 +203,9 @@ def pack(codes: Codes, bits: int) -> NDArray[np.uint8]:
     """
     if bits in _WHOLE:
         return codes.astype(f"<u{bits // 8}").view(np.uint8)
-    digits = (codes[:, None] >> np.arange(bits) & 1).astype(np.uint8)
+    digits = np.empty((codes.size, bits), np.uint8)
+    for place in range(bits):
+        digits[:, place] = codes >> place & 1
     return np.packbits(digits.reshape(-1), bitorder="little")
 
 

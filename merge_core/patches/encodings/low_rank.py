@@ -45,15 +45,15 @@ class LowRankTensor(DeltaTensor):
         if not 0 < rank <= min(rows, width):
             self.refuse(f"has a rank of {rank}, but the tensor is {list(self.entry.shape)}")
 
-    def change(self, base: Tensor | None, start: int, stop: int) -> Tensor:
-        working, shape, width = self.working.torch, (stop - start, *self.entry.shape[1:]), self.entry.grains.width
+    def change(self, base: Tensor, start: int, stop: int) -> Tensor:
+        working = self.working.torch
         if "values" in self.entry.parts:
-            return self.read("values", start * width, stop * width).to(working).reshape(shape)
+            return self.read_flat("values", start, stop).to(working)
         left = self.read("left", start, stop).to(working).contiguous()
         right = self.read("right", 0, self.entry.parts["right"].rows).to(working).contiguous()
-        out = torch.empty(stop - start, width, dtype=working)
+        out = torch.empty(stop - start, right.shape[1], dtype=working)
         kernels.low_rank(torch.zeros_like(out), left, right, 1.0, out)
-        return out.reshape(shape)
+        return self.shaped(out, start, stop)
 
     @property
     def temporary(self) -> float:
@@ -72,7 +72,7 @@ class LowRankTensor(DeltaTensor):
 
 
 class LowRank(Encoding):
-    """Store the strongest directions of each matrix; all other tensors are stored as they are."""
+    """Store the strongest directions of each matrix; other numbers are stored as `dense`."""
 
     name: ClassVar[str] = "low_rank"
     title: ClassVar[str] = "Strongest directions (truncated SVD, EoRA)"
@@ -121,12 +121,12 @@ class LowRank(Encoding):
         left, right = sides
         if not left.shape[1]:
             for _, _, change in difference.changes():
-                parts.write("values", stored, change.to(stored.torch))
+                parts.write("values", stored, difference.fitted(change, stored))
             return {}
         for run in runs(*left.shape):
-            parts.write("left", stored, left[run].to(stored.torch), width=left.shape[1])
+            parts.write("left", stored, difference.fitted(left[run], stored), width=left.shape[1])
         for direction in range(right.shape[1]):
-            parts.write("right", stored, right[:, direction].to(stored.torch), width=width)
+            parts.write("right", stored, difference.fitted(right[:, direction], stored), width=width)
         return {}
 
     def sides(self, difference: Difference, most: int) -> tuple[Tensor, Tensor] | None:

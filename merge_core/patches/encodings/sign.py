@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -28,18 +28,17 @@ class SignTensor(DeltaTensor):
     def check(self) -> None:
         self.expect(signs=((-(-self.entry.elements // 8),), (_BYTE,)))
         scale = self.entry.settings.get("scale")
-        if not isinstance(scale, int | float) or not math.isfinite(scale):
+        if not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:
             self.refuse("has a scale that is no finite number")
 
-    def change(self, base: Tensor | None, start: int, stop: int) -> Tensor:
+    def change(self, base: Tensor, start: int, stop: int) -> Tensor:
         width = self.entry.grains.width
         begin, end = start * width, stop * width
         packed = self.read("signs", begin // 8, -(-end // 8)).numpy()
         plus = np.unpackbits(packed, bitorder="little")[begin % 8 :][: end - begin]
         scale = float(self.entry.settings["scale"])
         values = torch.tensor([-scale, scale], dtype=self.working.torch)
-        shape = (stop - start, *self.entry.shape[1:]) if self.entry.shape else ()
-        return values[torch.from_numpy(plus).to(torch.int64)].reshape(shape)
+        return self.shaped(values[torch.from_numpy(plus).to(torch.int64)], start, stop)
 
     @property
     def temporary(self) -> float:
@@ -47,7 +46,7 @@ class SignTensor(DeltaTensor):
 
 
 class Sign(Encoding):
-    """Store one bit of each element of a matrix; all other tensors are stored as they are."""
+    """Store one bit of each element of a matrix; other numbers are stored as `dense`."""
 
     name: ClassVar[str] = "sign"
     title: ClassVar[str] = "One bit of each change (BitDelta)"

@@ -21,8 +21,10 @@ from merge_core.dtypes import STORED, DType
 from merge_core.patches.encoding import Bits, DeltaTensor, Difference, Encoding, Parts, bits
 
 _BYTE = STORED["U8"]
-_RUN = 2**19
-"""Numbers of an index, or bytes of a bitmap, that are looked through at once."""
+_RUN = 2**17
+"""Numbers of an index, or bits of a bitmap, that are looked through at once."""
+_RUN_BYTES = 48
+"""Bytes of memory for each of them."""
 
 
 def _index_format(elements: int) -> DType:
@@ -68,7 +70,10 @@ class SparseTensor(DeltaTensor):
         grain = self.entry.grains.size * self.entry.grains.width
         before = np.zeros(self.entry.grains.count + 1, np.int64)
         for positions in self._bitmap_positions() if "bitmap" in self.entry.parts else self._index_positions():
-            before += np.bincount(positions // grain + 1, minlength=len(before))
+            if len(positions):
+                first = 1 + positions[0] // grain
+                counts = np.bincount(positions // grain - (first - 1))
+                before[first : first + len(counts)] += counts
         count = self.entry.parts["values"].elements
         before = np.cumsum(before)
         if before[-1] != count:
@@ -77,8 +82,8 @@ class SparseTensor(DeltaTensor):
 
     def _bitmap_positions(self) -> Iterator[NDArray[np.int64]]:
         count = self.entry.parts["bitmap"].elements
-        for start in range(0, count, _RUN):
-            packed = self.read("bitmap", start, min(start + _RUN, count)).numpy()
+        for start in range(0, count, _RUN // 8):
+            packed = self.read("bitmap", start, min(start + _RUN // 8, count)).numpy()
             positions = np.flatnonzero(np.unpackbits(packed, bitorder="little")) + 8 * start
             if len(positions) and positions[-1] >= self.entry.elements:
                 self.refuse(f"marks element {positions[-1]:,}, but the tensor has {self.entry.elements:,}")
@@ -119,17 +124,15 @@ class SparseTensor(DeltaTensor):
 
     def replaced(self, base: Tensor | None, start: int, stop: int) -> Tensor:
         width = self.entry.grains.width
-        shape = (stop - start, *self.entry.shape[1:]) if self.entry.shape else ()
         if self._is_all:
-            return self.read("values", start * width, stop * width).reshape(shape)
+            return self.read_flat("values", start, stop)
         assert base is not None
         rows = base.clone(memory_format=torch.contiguous_format)
         positions, values = self._changed(start * width, stop * width)
         bits(rows)[positions] = values
-        return rows.reshape(shape)
+        return self.shaped(rows, start, stop)
 
-    def change(self, base: Tensor | None, start: int, stop: int) -> Tensor:
-        assert base is not None
+    def change(self, base: Tensor, start: int, stop: int) -> Tensor:
         working = self.working.torch
         return self.replaced(base, start, stop).to(working) - base.to(working)
 
@@ -153,7 +156,7 @@ class Sparse(Encoding):
         return difference.info.nbytes
 
     def work_bytes(self, difference: Difference) -> int:
-        return difference.block_bytes + 10 * max(8 * _RUN, difference.block_elements)
+        return difference.block_bytes + 10 * difference.block_elements + _RUN_BYTES * _RUN
 
     def encode(self, difference: Difference, parts: Parts) -> Mapping[str, Any] | None:
         if not difference.is_same_kind:
@@ -193,8 +196,8 @@ class Sparse(Encoding):
     def _write_index(parts: Parts, elements: int) -> None:
         """The bitmap as an index."""
         stored = _index_format(elements)
-        for start in range(0, parts.count("bitmap"), _RUN):
-            marks = np.unpackbits(parts.read("bitmap", start, _RUN), bitorder="little")
+        for start in range(0, parts.count("bitmap"), _RUN // 8):
+            marks = np.unpackbits(parts.read("bitmap", start, _RUN // 8), bitorder="little")
             positions = np.flatnonzero(marks) + 8 * start
             parts.write("index", stored, positions.astype(f"u{stored.itemsize}"))
         parts.drop("bitmap")
