@@ -21,7 +21,7 @@ from merge_core.checkpoint import Checkpoint
 from merge_core.dtypes import STORED
 from merge_core.errors import CheckpointError, IncompatibleModels, Problem, RecipeError
 from merge_core.files import WrittenFile, write_whole
-from merge_core.headers import TensorInfo, clip, is_usable_name, read_metadata
+from merge_core.headers import MAX_TENSORS, TensorInfo, clip, is_usable_name, read_metadata
 from merge_core.layout import Slot, lay_out
 from merge_core.weights import Derived, Weights
 
@@ -98,8 +98,10 @@ class Permutations:
     def open(cls, path: str | Path, *, roots: Sequence[Path] | None = None) -> Self:
         """Read what `save` wrote. Raises `CheckpointError` for a file that lies in any way."""
         with Checkpoint.open(path, roots=roots) as stored:
-            (shard,) = stored.shards.values()
+            shard, *others = stored.shards.values()
             file = shard.path
+            if others:
+                raise CheckpointError(stored.path, "holds no permutations: it is a model in several files")
             metadata = read_metadata(file)
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(file, "holds no permutations")
@@ -122,6 +124,8 @@ class Permutations:
                 spec.check()
             except (RecipeError, IncompatibleModels) as error:
                 raise CheckpointError(file, f"has a spec that is wrong: {clip(error.problems[0].detail)}") from None
+            if (count := len(models) * len(spec.permutations)) > MAX_TENSORS:
+                raise CheckpointError(file, f"names {count:,} vectors; at most {MAX_TENSORS:,} are read")
             wanted = {
                 f"{number}{_SEPARATOR}{name}": size
                 for number in range(len(models))

@@ -29,7 +29,9 @@ Indexed: TypeAlias = Mapping[str, Indices]
 
 _DEEPEST = 8
 _MOST_PERMUTED = 2**24
-"""Elements of one permutation, or of an axis on which permutations stand."""
+"""Elements of one permutation, or of an axis of which a spec says anything."""
+_MOST_IN_ALL = 2**27
+"""Elements of all permutations of a spec: what says where they go is held in memory, for every model."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,9 @@ class PermutationSpec:
             for name in [*self.axes, *sorted(self.unmeasured - self.axes.keys())]
             if name not in known
         ]
+        if (elements := sum(self.permutations.values())) > _MOST_IN_ALL:
+            what = f"the alignment permutes {elements:,} elements in all; at most {_MOST_IN_ALL:,} can be"
+            problems.append(Problem(what))
         contexts: dict[str, tuple[_Context, str]] = {}
         for name, axes in self.axes.items():
             problems += [Problem(what, tensor=name) for what in self._wrong(name, axes, known.get(name), contexts)]
@@ -202,7 +207,9 @@ class PermutationSpec:
             if wrong := self._unsound(axis):
                 yield f"axis {number} of {clip(tensor)}: {wrong}"
                 continue
-            size = self.size(axis)
+            if (size := self.size(axis)) > _MOST_PERMUTED:
+                yield f"axis {number} of {clip(tensor)} has {size:,} elements; at most {_MOST_PERMUTED:,} can be"
+                continue
             if shape is not None and size != shape[number]:
                 yield f"axis {number} of {clip(tensor)} has {shape[number]:,} elements, the alignment makes it {size:,}"
             found = dict.fromkeys(names(axis))
@@ -228,6 +235,8 @@ class PermutationSpec:
                     return f"{count} blocks, but {len(inner)} expressions for what is inside them"
                 if wrong := next((wrong for each in insides if (wrong := self._unsound(each))), None):
                     return wrong
+                if not self.size(axis):
+                    return f"{count:,} blocks of no elements"
                 if outer is not None and self.permutations.get(outer) != count:
                     return f"{clip(outer)} moves {count} blocks, but its size is {self.permutations.get(outer)}"
                 if outer is not None and outer in names(*insides):
@@ -273,11 +282,12 @@ class PermutationSpec:
             raise _wrong(
                 f"unknown key {clip(min(map(str, unknown)))!r}; a spec has permutations, axes, unmeasured", "#"
             )
+        above = "#" if whole["axes"] is data else "#/axes"
         axes: dict[str, Axes] = {}
         for name, written in whole["axes"].items():
-            pointer = f"#/axes/{_escaped(name)}"
+            pointer = f"{above}/{_escaped(name)}"
             if not isinstance(name, str) or not is_usable_name(name):
-                raise _wrong(f"{clip(name)!r} cannot be the name of a tensor", "#/axes")
+                raise _wrong(f"{clip(name)!r} cannot be the name of a tensor", above)
             if not isinstance(written, list):
                 raise _wrong(f"{clip(name)} needs a list with an entry for each of its axes", pointer)
             axes[name] = tuple(

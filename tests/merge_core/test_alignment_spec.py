@@ -80,7 +80,8 @@ def test_the_short_form_takes_its_sizes_from_the_tensors() -> None:
     ("data", "says"),
     [
         ([], "JSON object"),
-        ({"w": "P"}, "#/axes/w"),
+        ({"w": "P"}, "#/w"),
+        ({"axes": {"w": "P"}}, "#/axes/w"),
         ({"w": [{"blocks": "P", "count": 0, "of": 1}]}, "at least 1"),
         ({"w": [{"blocks": 1, "count": 2, "of": 1}]}, "name of the permutation"),
         ({"w": [-1]}, "not what can happen"),
@@ -138,3 +139,23 @@ def test_names_are_connected_by_groups() -> None:
 def test_a_spec_that_does_not_fit_is_refused(permutations: Any, axes: Any, says: str) -> None:
     with pytest.raises(IncompatibleModels, match=says):
         PermutationSpec(permutations, axes).check({"w": (4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("axis", "says"),
+    [
+        ({"concat": [{"blocks": None, "count": 2**50, "of": 0}, "P"]}, "blocks of no elements"),
+        ({"concat": [2**50, "P"]}, "at most 16,777,216"),
+        ({"blocks": None, "count": 2**50, "of": "P"}, "at most 16,777,216"),
+    ],
+)
+def test_what_would_take_for_ever_is_refused(axis: Any, says: str) -> None:
+    with pytest.raises(IncompatibleModels, match=says):
+        PermutationSpec.from_data({"axes": {"w": [axis]}, "permutations": {"P": 4}}).check()
+
+
+def test_permutations_on_no_axis_take_no_memory() -> None:
+    data = {"axes": {"w": ["P"]}, "permutations": {"P": 4} | {f"unused.{i}": 2**24 for i in range(9)}}
+
+    with pytest.raises(IncompatibleModels, match="in all"):
+        PermutationSpec.from_data(data).check({"w": (4,)})

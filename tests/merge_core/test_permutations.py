@@ -222,3 +222,17 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", tensors())
     with pytest.raises(CheckpointError, match="holds no permutations"):
         Permutations.open(tmp_path / "model" / "model.safetensors")
+    write_checkpoint(tmp_path / "sharded", tensors(), shards=2)
+    with pytest.raises(CheckpointError, match="in several files"):
+        Permutations.open(tmp_path / "sharded")
+
+
+def test_a_file_that_speaks_of_more_than_any_holds_is_refused(found: Permutations, tmp_path: Path) -> None:
+    file = tmp_path / "alignment.safetensors"
+    found.save(file)
+    sizes = {f"P{i}": 1 for i in range(5000)}
+    metadata = {"spec": json.dumps({"axes": {}, "permutations": sizes}), "models": json.dumps([*sizes])}
+    save_file(load_file(file), file, {**read_metadata(file), **metadata})
+
+    with pytest.raises(CheckpointError, match="names 25,000,000 vectors"):
+        Permutations.open(file)
