@@ -178,14 +178,14 @@ class DifferenceExecution:
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(self.plan.memory.threads, "merge", torch.set_num_threads, (1,)) as pool:
-                self._enter("measuring")
-                for stage in stages:
-                    stage.check_tied(pool)
                 permutations = []
                 if self.alignments:
                     self._enter("aligning")
                     folder, digest = self.partial, self.plan.digest
                     permutations = settle(self.alignments, folder, digest, self.progress, self.report, self.stop)
+                self._enter("measuring")
+                for stage in stages:
+                    stage.check_tied(pool)
                 if self.plan.scope == "model" and extraction.pairs:
                     made.prepare(extraction.pairs[0][0].info, pool)
             self._enter("comparing")

@@ -72,15 +72,15 @@ class Execution:
                 self.plan.memory, progress=self.progress, stop=self._is_stopped, device=self.device, warn=self.warn
             )
         with _pool(self.plan.memory.threads) as pool:
+            if self.alignments:  # before anything is read: rows of aligned models lie nowhere until then
+                self.enter("aligning")
+                folder, digest = self.writer.folder, self.plan.digest
+                self.permutations = settle(self.alignments, folder, digest, self.progress, self.report, self.stop)
             self.enter("checking tied weights" if self.plan.tied else "measuring")
             for pair in self.plan.tied:
                 self.blocks.check_tied(pool, pair)
             for stage in self.stages:
                 stage.check_tied(pool)
-            if self.alignments:
-                self.enter("aligning")
-                folder, digest = self.writer.folder, self.plan.digest
-                self.permutations = settle(self.alignments, folder, digest, self.progress, self.report, self.stop)
             known = self._measure_model(pool)
             self.enter("merging")
             self._merge_all(pool, known)
