@@ -501,6 +501,12 @@ def group_norms() -> nn.Module:
     return ResNet(deep=False, norm=lambda size: nn.GroupNorm(4, size))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same networks every time, whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quiet() -> Iterable[None]:
     transformers_logging.set_verbosity_error()
@@ -706,6 +712,41 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
         {"conv1.weight": (4, 3, 3, 3), "se.fc1.weight": (2, 4), "se.fc2.weight": (4, 2), "fc.weight": (2, 4)},
         {},
         "se.fc1.weight .* the names do not say how the layers around it are connected",
+    ),
+    "a norm over pixels": (
+        {"0.weight": (8, 3, 3, 3), "1.weight": (8, 4, 4), "1.bias": (8, 4, 4), "3.weight": (8, 8, 3, 3)},
+        {},
+        r"1.weight \[8, 4, 4\]: its role in a network",
+    ),
+    "a norm over pixels without bias": (
+        {"conv1.weight": (8, 3, 3, 3), "norm1.weight": (8, 4, 4), "conv2.weight": (8, 8, 3, 3)},
+        {},
+        r"norm1.weight \[8, 4, 4\]: its role in a network",
+    ),
+    "mean and spread": (
+        {"tdnn1.weight": (8, 3, 5), "tdnn2.weight": (8, 8, 3), "segment6.weight": (6, 16), "segment7.weight": (2, 6)},
+        {},
+        "segment6.weight .* reads two numbers for each of 8 channels",
+    ),
+    "gated convolutions": (
+        {"conv1.weight": (8, 3, 3), "conv2.weight": (8, 4, 3), "conv3.weight": (2, 4, 3)},
+        {},
+        "conv2.weight .* reads 4 of 8 channels: in groups, or halved",
+    ),
+    "transposed convolutions": (
+        {"encoder.0.weight": (8, 3, 3, 3), "decoder.0.weight": (8, 8, 3, 3), "decoder.2.weight": (3, 8, 3, 3)},
+        {},
+        "decoder.0.weight .* the names do not say how",
+    ),
+    "rows of an embedding": (
+        {"embed.weight": (16, 4), "fc1.weight": (8, 16), "fc2.weight": (2, 8)},
+        {},
+        "embed.weight .* the names do not say how",
+    ),
+    "a norm of as many neurons": (
+        {"layers.0.mlp.fc1.weight": (8, 8), "layers.0.mlp.norm.weight": (8,), "layers.0.mlp.fc2.weight": (8, 8)},
+        {},
+        "layers.0.mlp.norm.weight .* stands among 8 neurons",
     ),
     "no order": (
         {"left.weight": (4, 4), "right.weight": (4, 4)},

@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from merge_core.alignment.families.draft import MOST_BLOCKS, Draft, Module, natural, pattern
+from merge_core.alignment.families.draft import MOST_BLOCKS, Draft, Module, Shape, is_norm, natural, pattern
 from merge_core.alignment.spec import Axis
 from merge_core.headers import clip
+from merge_core.weights import is_embedding
 
 _SHORTCUT = re.compile(r"(?i)^(downsample|shortcut|skip\w*|conv_shortcut|res_?conv|projection_shortcut)$")
 _BESIDE = re.compile(
     r"(?i)(^|[._])(se|att\w*|squeeze|excit\w*|fuse|branch\w*|inception\w*|dense(block|layer)\d*)([._]|$)"
 )
-_TRANSPOSED = re.compile(r"(?i)(^|[._])(deconv\w*|\w*transpose\w*|up\w*)([._\d]|$)")
+_TRANSPOSED = re.compile(r"(?i)(^|[._])(deconv\w*|decod\w*|generator|\w*transpose\w*|up\w*)([._\d]|$)")
 _LAYER_NORM = re.compile(r"(?i)layer_?norm|(^|_)ln(_|\d|$)")
 _GROUP_NORM = re.compile(r"(?i)group_?norm|(^|_)gn(_|\d|$)")
 _MOST_UNTOLD = 8
@@ -106,9 +107,10 @@ class Network:
             unknown = module.parameters.keys() - {"weight", "bias"}
             if 0 in shape:
                 draft.refuse_module(module, "a layer without elements")
-            elif len(shape) >= 2 and not unknown and module.parameters["weight"].endswith(".weight"):
+            elif not unknown and self._is_layer(module, shape):
                 self.layers[module.path] = _Layer(module, shape)
-                if _BESIDE.search(module.path) or (len(shape) > 2 and _TRANSPOSED.search(module.path)):
+                is_unclear = _TRANSPOSED.search(module.path) if len(shape) > 2 else is_embedding(module.path)
+                if is_unclear or _BESIDE.search(module.path):
                     draft.refuse_module(module, "the names do not say how the layers around it are connected")
             elif all(
                 len(draft.shapes[tensor]) == 1 or kind == "num_batches_tracked"
@@ -117,6 +119,16 @@ class Network:
                 self.norms.append(module)
             else:
                 draft.refuse_module(module, "its role in a network of convolutions or linear layers is not known")
+
+    def _is_layer(self, module: Module, shape: Shape) -> bool:
+        """Whether a module has the weight of a convolution or a linear layer, and a bias for each of its outputs."""
+        bias = module.parameters.get("bias")
+        return (
+            len(shape) >= 2
+            and module.parameters["weight"].endswith(".weight")
+            and (bias is None or self.draft.shapes[bias] == shape[:1])
+            and not is_norm(module.path)
+        )
 
     def _blocks(self) -> dict[str, str]:
         """Layer or norm → the residual block that it is in, for those that are in one.
@@ -275,12 +287,18 @@ class Network:
             out = self._step(skip[0], current)
         inner = current
         for layer in body[:-1]:
-            inner = self._step(layer, inner)
+            inner = self._step(layer, inner, in_block=True)
         self._step(body[-1], inner, out=out)
         return out
 
     def _step(
-        self, layer: _Layer, current: _Channels | None, *, out: _Channels | None = None, is_last: bool = False
+        self,
+        layer: _Layer,
+        current: _Channels | None,
+        *,
+        out: _Channels | None = None,
+        is_last: bool = False,
+        in_block: bool = False,
     ) -> _Channels:
         """Walk through a layer; its output channels, which are `out` if that is given."""
         written, read = layer.shape[:2]
@@ -294,10 +312,16 @@ class Network:
                 self._use_norm(norm, current)
             times, left = divmod(read, current.size)
             groups, rest = divmod(current.size, read)
-            if not left and times and (times == 1 or (self._flat and not layer.is_convolution)):
+            is_flattened = self._flat and not layer.is_convolution
+            if not left and times == 2 and is_flattened:
+                self._refuse(layer, f"reads two numbers for each of {current.size} channels: pixels, or two averages")
+            elif not left and times and (times == 1 or is_flattened):
                 self._use(layer.module, "weight", 1, current, times)
             elif layer.is_convolution and not rest and read == 1 and written == current.size and out is None:
                 found = current
+            elif layer.is_convolution and not rest and not in_block:
+                what = f"reads {read} of {current.size} channels: in groups, or halved or rearranged before it"
+                self._refuse(layer, f"{what}, the names do not say")
             elif layer.is_convolution and not rest and written % groups == 0 and out is None:
                 self._group(layer, current, found, groups)
             else:

@@ -103,7 +103,7 @@ def place(draft: Draft, parts: list[Neurons], transposed: frozenset[str]) -> Non
     for module in draft.modules.values():
         path = nearest(module.path, scopes)
         if path and not any(tensor in draft.placed for tensor in module.parameters.values()):
-            _place_beside(draft, module, *scopes[path])
+            _place_beside(draft, module, *scopes[path], is_inside=FEED_FORWARD.search(path) is not None)
 
 
 def _width(draft: Draft, part: Neurons, transposed: frozenset[str]) -> int:
@@ -160,8 +160,11 @@ def _place_experts(draft: Draft, part: Neurons) -> None:
                 draft.put(tensor, 0, axis)
 
 
-def _place_beside(draft: Draft, module: Module, size: int, width: int, axis: Axis) -> None:
-    """Place what stands among the layers of a feed-forward part and has as many elements as it has neurons."""
+def _place_beside(draft: Draft, module: Module, size: int, width: int, axis: Axis, *, is_inside: bool) -> None:
+    """Place what stands among the layers of a feed-forward part and has as many elements as it has neurons.
+
+    Where the part reads as many, what only stands beside it is no part of it; what is inside (`is_inside`) may be.
+    """
     shape = draft.weight(module)
     known = not module.parameters.keys() - {"weight", "bias"}
     if not any(
@@ -175,5 +178,5 @@ def _place_beside(draft: Draft, module: Module, size: int, width: int, axis: Axi
     elif known and set(shape[:-1]) == {1} and shape[-1] == size and module.word == "grn":
         for tensor in module.parameters.values():
             draft.put(tensor, len(shape) - 1, axis)
-    elif size != width or not (len(shape) <= 1 or ROUTER.search(module.path)):
+    elif size != width or not (ROUTER.search(module.path) or (len(shape) <= 1 and not is_inside)):
         draft.refuse_module(module, f"stands among {size} neurons, and it is not known how they pass through it")
