@@ -382,7 +382,10 @@ def test_somebody_is_told_and_may_end_it(opened: Opened) -> None:
 
     assert told
     assert progress.bytes_read == progress.bytes_read_total > 0
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("match", "multiply"))]
+    left = [thread for thread in threading.enumerate() if thread.name.startswith(("match", "multiply"))]
+    for thread in left:  # a cancel waits for no assignment
+        thread.join(30)
+    assert not any(thread.is_alive() or thread.name.startswith("multiply") for thread in left)
 
 
 # Many models.
