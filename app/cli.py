@@ -358,11 +358,12 @@ def align(
             from merge_core import align as core
             from merge_core.aligned import FILE_NAME
 
-        if out is None and len(given) == 2 and not any(how.values()) and Path(given[0]).is_file():
+        asked = full_report or any(how.values())
+        if out is None and len(given) == 2 and not asked and Path(given[0]).is_file():
             document = core.AlignmentDocument.from_text(Path(given[0]).read_bytes())
             out = Path(given[1])
         elif out is None:
-            raise click.UsageError("give a document and a folder for what is found, or models and -o FOLDER")
+            raise click.UsageError("give a document, which says all else, and a folder, or models and -o FOLDER")
         else:
             base, keys = how.pop("base"), {key: value for key, value in how.items() if value}
             written = {"models": list(given), "alignment": keys, "report": "full" if full_report else None}
@@ -425,6 +426,8 @@ def invert_permutations(file: Path, out: Path) -> None:
 
         if out.exists():
             raise click.UsageError(f"{out} exists; give another name or remove it")
+        if out.suffix != ".safetensors":
+            raise click.UsageError(f"{out} is to hold permutations; give it a name that ends in .safetensors")
         Permutations.open(file).inverse().save(out)
 
 

@@ -159,6 +159,7 @@ def test_the_command_line_inspects_inverts_and_applies(folder: Path, tmp_path: P
     assert "2 permutations of 40 elements on 6 tensors" in told and "a  moves 0 elements" in told
     weightsmith("permutations", "invert", found, away)
     assert "exists" in weightsmith("permutations", "invert", found, away, status=2)
+    assert "ends in .safetensors" in weightsmith("permutations", "invert", found, tmp_path / "away", status=2)
     assert "say which of them" in weightsmith("permutations", "apply", away, folder / "a", out, status=1)
     weightsmith("permutations", "apply", away, folder / "a", out, "--as", "b")
     assert same(load_file(out / "model.safetensors"), load_file(folder / "b" / "model.safetensors"))
@@ -395,6 +396,7 @@ def test_the_command_line_aligns(folder: Path, tmp_path: Path) -> None:
     assert f"{b}: moved" in told and told.strip().endswith("alignment.safetensors")
     wanted = tmp_path / "align.yml"
     wanted.write_text(json.dumps({"models": [str(a), str(b)], "alignment": {"spec": AXES}}))
+    assert "which says all else" in weightsmith("align", "--full-report", wanted, tmp_path / "again", status=2)
     weightsmith("align", wanted, tmp_path / "again")
     found = [Permutations.open(each / "alignment.safetensors").models for each in (out, tmp_path / "again")]
     assert all((found[0][str(b)][name] == found[1][str(b)][name]).all() for name in SPEC.permutations)
