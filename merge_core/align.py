@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,7 +21,7 @@ from merge_core import __version__
 from merge_core.adapter_sums import Placed
 from merge_core.aligned import FILE_NAME, Alignment, align_models, plan_alignment
 from merge_core.alignment.permutations import Permutations
-from merge_core.alignment.report import analyse, decomposition_bytes
+from merge_core.alignment.report import analyse, analysis_bytes
 from merge_core.artifact import Artifact, made_here, source_entry
 from merge_core.documents import Keys, canonical_json, load_documents, read_as, unknown_keys
 from merge_core.errors import CheckpointError, MemoryLimitExceeded, Problem, RecipeError
@@ -125,7 +125,7 @@ class DocumentPlan:
     @property
     def digest(self) -> str:
         """The same for two runs that find the same: document, sources, version."""
-        text = canonical_json([__version__, self.document.canonical(), self.sources_digest])
+        text = canonical_json([__version__, self.document.canonical(), self.sources_digest, self.alignment.digest])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -216,14 +216,17 @@ def _planned(
     alignment = align_models(document.alignment, document.aligned_models(), models, document.base_model, roots)
     plan = plan_alignment(alignment, FILE_NAME, limit, threads or document.limits.threads)
     if document.report == "full":
-        infos = [weights.tensors[name] for weights in alignment.models.values() for name in weights.tensors]
-        worst = max(infos, key=decomposition_bytes)
-        if (needed := FLOOR_BYTES + decomposition_bytes(worst, worst)) > limit:
+        first, *others = alignment.models.values()
+        found = (analysis_bytes(first, each, alignment.compared) for each in others)
+        needed, worst = max(found, key=lambda each: each[0])
+        needed += FLOOR_BYTES
+        if worst is not None and needed > limit:
             detail = (
                 f"the full report takes {needed / 2**20:,.0f} MiB to decompose {worst.name} {list(worst.shape)}, but "
                 f"the limit is {limit / 2**20:,.0f} MiB; raise limits.memory, or leave report: full away"
             )
             raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=worst.name)])
+        plan = replace(plan, peak=max(plan.peak, needed))
     return DocumentPlan(document, alignment, plan, digest_of(list(models), models))
 
 

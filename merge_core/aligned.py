@@ -6,6 +6,8 @@ at once; those that are to be found are found between plan and merge, and stay w
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from merge_core.checkpoint import check_below, locate
 from merge_core.documents import escaped, suggestion
 from merge_core.errors import CheckpointError, IncompatibleModels, MemoryLimitExceeded, Problem, RecipeError
 from merge_core.files import WrittenFile
-from merge_core.headers import clip, read_json
+from merge_core.headers import MAX_TENSORS, clip, read_json
 from merge_core.keys import AlignmentKeys
 from merge_core.memory import FLOOR_BYTES
 from merge_core.plan import AlignmentPlan
@@ -73,6 +75,11 @@ class Alignment:
     reference: ModelRef | None = None
     stored: Permutations | None = None
 
+    @property
+    def digest(self) -> str:
+        """The same for the same spec, which may be a file's; its order counts, as permutations are visited by it."""
+        return hashlib.sha256(json.dumps(self.spec.to_data()).encode()).hexdigest()
+
     def pair(self, ref: ModelRef) -> tuple[Weights, Weights]:
         """What a model is matched with, the reference or the mean of the others, and the model."""
         if self.reference is not None:
@@ -94,6 +101,7 @@ class Alignment:
         counts in the `progress`. Raises `NonFinite`, `Canceled`, `StorageFailed`, `InsufficientStorage`.
         """
         found = self._left_by(path, digest)
+        _check_machine(plan)
         for matched in self._matched(found.models, _Counting(plan, progress, report, stop).work()):
             reports = {**found.provenance["models"], **matched.reports}
             provenance = {**found.provenance, "models": reports}
@@ -179,7 +187,9 @@ class _Counting:
             self.progress.bytes_read_total = total + own.bytes_read_total
             self.report(self.progress)
 
-        return Work(self.plan.threads, self.plan.peak - FLOOR_BYTES, Progress(), tell, self.stop)
+        models = len(self.plan.moved) + (self.plan.reference is not None)
+        memory = self.plan.peak - FLOOR_BYTES - _index_bytes(models, self.plan.sizes)
+        return Work(self.plan.threads, memory, Progress(), tell, self.stop)
 
 
 def align_models(
@@ -202,8 +212,12 @@ def align_models(
     spec = _spec(keys, taking_part, first, roots)
     moved = {ref: _wrapped(taking_part[ref], spec, named[ref], {}) for ref in named if ref != reference}
     common = [name for name in spec.axes if len({_shape(weights, name) for weights in taking_part.values()}) == 1]
-    compared = {ref: _Only(weights, common) for ref, weights in taking_part.items()}
-    return Alignment(keys, spec, _restricted(spec, common), compared, moved, reference)
+    compared = _restricted(spec, common)
+    if not any(any(axes) for axes in compared.axes.values()):
+        detail = "the models have no tensor in common that is permuted, so that nothing tells which neurons correspond"
+        raise IncompatibleModels.of([Problem(detail, "#/alignment")])
+    parts = {ref: _Only(weights, common) for ref, weights in taking_part.items()}
+    return Alignment(keys, spec, compared, parts, moved, reference)
 
 
 def settle(
@@ -261,8 +275,9 @@ def _spec(
         for name, info in weights.tensors.items():
             shapes.setdefault(name, info.shape)
     if keys.spec is None:
+        configs = {ref: weights.config for ref, weights in models.items()}
         try:
-            return derive(shapes, models[first].config, residual=keys.residual)
+            return _derived(shapes, configs, first, residual=keys.residual)
         except IncompatibleModels as error:
             raise IncompatibleModels.of(replace(problem, pointer="#/alignment") for problem in error.problems) from None
     written = keys.spec
@@ -282,6 +297,22 @@ def _spec(
     return spec
 
 
+def _derived(
+    shapes: Mapping[str, Sequence[int]],
+    configs: Mapping[ModelRef, Mapping[str, Any]],
+    first: ModelRef,
+    *,
+    residual: bool,
+) -> PermutationSpec:
+    """What is exact for the first of some models, and by their own configs, where they have one, for all others."""
+    spec = derive(shapes, configs[first], residual=residual)
+    for ref, config in configs.items():
+        if config and config != configs[first] and derive(shapes, config, residual=residual) != spec:
+            detail = f"other permutations leave {ref} as it is than {first}: their configs differ in heads or positions"
+            raise IncompatibleModels(detail, [Problem(detail)])
+    return spec
+
+
 def plan_alignment(alignment: Alignment, file: str, memory: int, threads: int | None) -> AlignmentPlan:
     """What it takes to bring the models into one order, with found permutations put into a `file`.
 
@@ -292,17 +323,23 @@ def plan_alignment(alignment: Alignment, file: str, memory: int, threads: int | 
     if alignment.keys.permutations is not None:
         return AlignmentPlan(alignment.keys.permutations, True, moved, None, sizes)
     pairs = [alignment.pair(ref) for ref in alignment.models if ref != alignment.reference]
+    if (vectors := len(alignment.models) * len(sizes)) > MAX_TENSORS:
+        detail = (
+            f"{len(sizes):,} permutations of each model are {vectors:,} vectors; a file holds {MAX_TENSORS:,} at most"
+        )
+        raise IncompatibleModels.of([Problem(detail, "#/alignment")])
     found = bundles(alignment.compared, measured_tensors(alignment.compared, *pairs[0]))
     assignment = max((bundle.nbytes for bundle in found), default=0)
     workers = threads or len(os.sched_getaffinity(0))
 
     def besides(workers: int) -> int:
         needed = max(matching_bytes(alignment.compared, *pair, workers)[0] for pair in pairs)
-        return FLOOR_BYTES + needed - assignment
+        return FLOOR_BYTES + _index_bytes(len(alignment.models), sizes) + needed - assignment
 
-    while workers > 1 and besides(workers) > memory:
-        workers -= 1
-    if (needed := besides(workers)) > memory:
+    alone = besides(1)
+    each = besides(2) - alone
+    workers = max(1, min(workers, 1 + (memory - alone) // each))
+    if (needed := alone + (workers - 1) * each) > memory:
         detail = (
             f"to find permutations takes {needed / 2**20:,.0f} MiB besides what is assigned as one, but the limit is "
             f"{memory / 2**20:,.0f} MiB; raise limits.memory"
@@ -326,6 +363,22 @@ def plan_alignment(alignment: Alignment, file: str, memory: int, threads: int | 
             for term in bundle.terms
         ),
     )
+
+
+def _index_bytes(models: int, sizes: Sequence[int]) -> int:
+    """Memory for the permutations of so many models: where every element comes from, and again while it is written."""
+    return 20 * models * sum(sizes)
+
+
+def _check_machine(plan: AlignmentPlan) -> None:
+    """Raise `MemoryLimitExceeded` if an assignment, which no limit keeps from being solved, cannot be solved here."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if FLOOR_BYTES + plan.assignment > memory:
+        detail = (
+            f"the largest permutation, of {max(plan.sizes):,} elements, is assigned as one, which takes "
+            f"{plan.assignment / 2**20:,.0f} MiB; this machine has {memory / 2**20:,.0f} MiB"
+        )
+        raise MemoryLimitExceeded(detail, [Problem(detail, "#/alignment")])
 
 
 def _shape(weights: Weights, tensor: str) -> tuple[int, ...] | None:

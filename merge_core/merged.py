@@ -7,6 +7,7 @@ its methods have to measure is measured once, per tensor or for the whole model,
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -93,7 +94,7 @@ def _with_alignment(plan: Plan, alignment: Alignment | None, aligning: Alignment
     """A plan and how its models come to be in one order, by models that it may not read itself."""
     if alignment is None:
         return plan
-    digest = f"{plan.sources_digest} {digest_of(list(alignment.models), alignment.models)}"
+    digest = json.dumps([plan.sources_digest, digest_of(list(alignment.models), alignment.models), alignment.digest])
     return replace(plan, alignment=aligning, sources_digest=hashlib.sha256(digest.encode()).hexdigest())
 
 

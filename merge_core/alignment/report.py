@@ -126,14 +126,13 @@ def analyse(
     spec.check({name: info.shape for name, info in reference.tensors.items()})
     comparison = _Comparison(reference, model, Permuted(model, spec, indexed), spec, indexed, share, top)
     infos = [info for info in reference.tensors.values() if _is_measured(info, model, spec)]
-    for info in infos:
-        needed = decomposition_bytes(info, model.tensors[info.name])
-        if decompose and memory is not None and needed > memory:
-            detail = (
-                f"to decompose {info.name} {list(info.shape)} takes {needed / 2**20:,.0f} MiB, but the report may take "
-                f"{memory / 2**20:,.0f} MiB; raise the limit, or ask for distances only"
-            )
-            raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=info.name)])
+    needed, worst = analysis_bytes(reference, model, spec)
+    if decompose and memory is not None and worst is not None and needed > memory:
+        detail = (
+            f"to decompose {worst.name} {list(worst.shape)} takes {needed / 2**20:,.0f} MiB, but the report may take "
+            f"{memory / 2**20:,.0f} MiB; raise the limit, or ask for distances only"
+        )
+        raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=worst.name)])
     progress = Progress("comparing", tensors_total=len(infos))
 
     def tick(info: TensorInfo) -> None:
@@ -154,6 +153,13 @@ def analyse(
     total = [math.fsum(column) for column in zip(*sums, strict=True)] or [0.0] * 4
     report(progress)
     return AlignmentReport(tuple(found), *_distances(total))
+
+
+def analysis_bytes(reference: Weights, model: Weights, spec: PermutationSpec) -> tuple[int, TensorInfo | None]:
+    """The most memory that decomposing a tensor of two models takes, and which it is."""
+    infos = [info for info in reference.tensors.values() if _is_measured(info, model, spec)]
+    found = ((decomposition_bytes(info, model.tensors[info.name]), info) for info in infos)
+    return max(found, key=lambda each: each[0], default=(0, None))
 
 
 def decomposition_bytes(*infos: TensorInfo) -> int:

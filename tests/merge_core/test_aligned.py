@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from torch import Tensor
 from app.cli import main
 from merge_core import aligned
 from merge_core.align import AlignmentDocument, align, applying
+from merge_core.align import plan_only as align_plan
 from merge_core.alignment import assignment
 from merge_core.alignment.assignment import assign
 from merge_core.alignment.derive import derive
@@ -25,7 +28,14 @@ from merge_core.alignment.matching import Matching, match
 from merge_core.alignment.permutations import Permutations, Permuted
 from merge_core.alignment.spec import Indexed, PermutationSpec
 from merge_core.checkpoint import Checkpoint
-from merge_core.errors import Canceled, CheckpointError, IncompatibleModels, RecipeError, WeightsmithError
+from merge_core.errors import (
+    Canceled,
+    CheckpointError,
+    IncompatibleModels,
+    MemoryLimitExceeded,
+    RecipeError,
+    WeightsmithError,
+)
 from merge_core.merge import adopt, merge, plan_only
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
@@ -49,6 +59,7 @@ SHAPES = {
     "2.bias": (4,),
 }
 SPEC = PermutationSpec.from_data(AXES, SHAPES)
+FIRST: dict[str, list[str | None]] = {"0.weight": ["P_0", None], "0.bias": ["P_0"], "1.weight": [None, "P_0"]}
 
 
 def mlp(seed: int) -> dict[str, Tensor]:
@@ -347,8 +358,8 @@ def test_a_model_with_an_adapter_is_aligned_as_one(folder: Path, tmp_path: Path)
     assert all(torch.allclose(found[name], changed[name], atol=1e-5) for name in changed)
 
 
-def test_a_llama_and_the_same_permuted_average_to_itself(tmp_path: Path) -> None:
-    """No spec is given: which permutations are exact is derived, and they are planned before they are known."""
+def llama(folder: Path, **settings: Any) -> dict[str, Tensor]:
+    """`a`, and `b`, which is `a` with its neurons elsewhere; the config has these `settings` too."""
     width, inner, heads, groups = 16, 24, 4, 2
     generator = torch.Generator().manual_seed(0)
     shapes = {"model.embed_tokens.weight": (32, width), "model.norm.weight": (width,), "lm_head.weight": (32, width)}
@@ -360,19 +371,94 @@ def test_a_llama_and_the_same_permuted_average_to_itself(tmp_path: Path) -> None
         shapes |= {f"{layer}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
     config = {"model_type": "llama", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 2}
     config |= {"num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": 32}
+    config |= settings
     tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    if settings.get("tie_word_embeddings"):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     spec = derive(shapes, config)
-    write_checkpoint(tmp_path / "a", tensors, config=config)
-    with Permuted(Checkpoint.open(tmp_path / "a"), spec, spec.random(1)) as moved:
+    write_checkpoint(folder / "a", tensors, config=config)
+    with Permuted(Checkpoint.open(folder / "a"), spec, spec.random(1)) as moved:
         write_checkpoint(
-            tmp_path / "b",
+            folder / "b",
             {name: moved.rows(info, 0, info.rows).clone() for name, info in moved.tensors.items()},
             config=config,
         )
+    return tensors
+
+
+def test_a_llama_and_the_same_permuted_average_to_itself(tmp_path: Path) -> None:
+    """No spec is given: which permutations are exact is derived, and they are planned before they are known."""
+    tensors = llama(tmp_path)
     plan = plan_only(recipe("a", "b", alignment={}), roots=[tmp_path])
-    assert plan.alignment is not None and set(plan.alignment.sizes) == set(spec.permutations.values())
+    assert plan.alignment is not None and set(plan.alignment.sizes) == {4, 24}
     found = merged(recipe("a", "b", alignment={}), tmp_path, tmp_path / "out")
     assert same(found, tensors)
+
+
+@pytest.mark.parametrize("outputs", ["full", "delta"])
+def test_tied_weights_are_compared_when_their_order_is_known(tmp_path: Path, outputs: str) -> None:
+    tensors = llama(tmp_path, tie_word_embeddings=True)
+    keys = {"method": "task_arithmetic", "parameters": {"weight": 1.0}, "base_model": "a", "outputs": outputs}
+    wanted = recipe("b", alignment={"residual": True}, **keys)
+    artifact = merge(wanted, tmp_path / "out", roots=[tmp_path])
+    if outputs == "full":
+        written = load_file(artifact.folder / "model.safetensors")
+        assert same(tensors, written) and tensors.keys() - written.keys() == {"lm_head.weight"}
+    assert "alignment.safetensors" in {file.path for file in artifact.files}
+
+
+def test_models_whose_configs_ask_for_other_permutations_are_refused(tmp_path: Path) -> None:
+    llama(tmp_path)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "vocab_size": 31}))
+    plan_only(recipe("a", "b", alignment={}), roots=[tmp_path])
+    (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "num_attention_heads": 2}))
+    with pytest.raises(IncompatibleModels, match="their configs differ"):
+        plan_only(recipe("a", "b", alignment={}), roots=[tmp_path])
+
+
+def test_models_with_nothing_in_common_are_refused(folder: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "other", {"3.weight": torch.ones(2, 2)})
+    asked = document(str(folder / "a"), str(tmp_path / "other"), alignment={"spec": AXES | {"3.weight": [None, None]}})
+    with pytest.raises(IncompatibleModels, match="no tensor in common that is permuted"):
+        align(asked, tmp_path / "out")
+
+
+def test_another_spec_in_the_same_file_is_another_plan(folder: Path, tmp_path: Path) -> None:
+    """Or what was merged before a kill would be in another order than the rest."""
+    spec = tmp_path / "spec.json"
+    keys = {"alignment": {"spec": str(spec)}}
+    models, digests = [str(folder / name) for name in "ab"], set()
+    for axes in (AXES, dict(reversed(AXES.items())), {name: [None] * len(axes) for name, axes in AXES.items()} | FIRST):
+        spec.write_text(json.dumps(axes))
+        digests |= {plan_only(recipe(*models, **keys)).digest, align_plan(document(*models, **keys)).digest}
+    assert len(digests) == 6
+
+
+def test_an_assignment_that_the_machine_cannot_hold_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**13)
+    with pytest.raises(MemoryLimitExceeded, match=r"of 24 elements.* this machine has 64 MiB"):
+        align(document("a", "b"), tmp_path / "out", roots=[folder])
+
+
+def test_the_full_report_is_planned_by_what_it_decomposes(tmp_path: Path) -> None:
+    """Not by what nothing permutes, however large; only headers are there."""
+    for name in "ab":
+        tensors = {"fc.weight": [8, 4], "out.weight": [2, 8], "fixed.weight": [3000, 3000]}
+        header, at = {}, 0
+        for tensor, shape in tensors.items():
+            header[tensor] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at := at + 4 * math.prod(shape)]}
+        text = json.dumps(header).encode()
+        (tmp_path / f"{name}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+        os.truncate(tmp_path / f"{name}.safetensors", 8 + len(text) + at)
+    models = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    keys: dict[str, Any] = {"report": "full", "limits": {"memory": "600MiB"}}
+    spec = {"fc.weight": ["P", None], "out.weight": [None, "P"], "fixed.weight": [None, None]}
+    align_plan(document(*models, alignment={"spec": spec}, **keys), threads=1)
+    with pytest.raises(MemoryLimitExceeded, match=r"decompose fixed\.weight"):
+        align_plan(document(*models, alignment={"spec": {**spec, "fixed.weight": ["Q", None]}}, **keys), threads=1)
 
 
 def test_what_only_one_model_has_is_permuted_with_it(folder: Path, tmp_path: Path) -> None:
