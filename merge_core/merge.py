@@ -37,7 +37,7 @@ from merge_core.memory import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge_core.merged import MergedWeights, Unrounded, make_plan_in_stages
 from merge_core.method import Randomness
 from merge_core.patches.delta import Delta, find_delta
-from merge_core.patches.patched import Patch, Patched
+from merge_core.patches.patched import Patched, ScaledDelta
 from merge_core.plan import AlignmentPlan, Plan, Step
 from merge_core.progress import Progress, Report
 from merge_core.recipe import Recipe, referenced_models
@@ -333,7 +333,7 @@ def open_model(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, wei
     try:
         if find_delta(added, roots):
             delta = Delta.open(added, roots=roots)
-            return Patched(base, [Patch(delta, ref.adapter)], delta.model)
+            return Patched(base, [ScaledDelta(delta, ref.adapter)], delta.model)
         return Adapted(base, Adapter.open(added, roots=roots), ref.adapter)
     except IncompatibleModels as error:
         raise IncompatibleModels.of(replace(problem, pointer=pointer) for problem in error.problems) from None

@@ -28,7 +28,7 @@ from merge_core.headers import TensorInfo
 from merge_core.keys import ModelEntry
 from merge_core.method import Known, Randomness
 from merge_core.patches.delta import Delta
-from merge_core.patches.patched import Patch, Patched
+from merge_core.patches.patched import Patched, ScaledDelta
 from merge_core.plan import AlignmentPlan, MemoryPlan, Plan, PlannedPatch, Step
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
@@ -115,7 +115,11 @@ def _before_patches(
     ref = ModelRef(path=f"{document.name or document.merge_method}, before patches")
     before = Unrounded(str(ref), plan, [models[model] for model in plan.models], unrounded)
     try:
-        patched = Patched(before, [Patch(patches[each.patch], str(each.patch), each.strength) for each in put])
+        patched = Patched(before, [ScaledDelta(patches[each.patch], str(each.patch), each.strength) for each in put])
+        if document.outputs.reversible and patched.described_by is not None:
+            name = patched.described_by.name
+            detail = f"{name}: brings a config for other shapes, which a reversal of tensors cannot take back"
+            raise IncompatibleModels.of([Problem(f"{detail}; write reversible: false", file=name)])
     except IncompatibleModels as error:
         places = {str(each.patch): f"#/patches/{i}/patch" for i, each in enumerate(document.patches)}
         found = [replace(each, pointer=places.get(each.file or ""), file=None) for each in error.problems]

@@ -27,7 +27,7 @@ from merge_core.weights import Companions, Weights
 
 
 @dataclass(frozen=True)
-class Patch:
+class ScaledDelta:
     """A delta to be added so many times; `name` is what messages call it."""
 
     delta: Delta
@@ -51,7 +51,7 @@ class Patched(Weights):
     before its rows are first used. What is added may be added to another base of the same shapes.
     """
 
-    def __init__(self, base: Weights, patches: Sequence[Patch], model: Weights | None = None) -> None:
+    def __init__(self, base: Weights, patches: Sequence[ScaledDelta], model: Weights | None = None) -> None:
         """`model`: whose config and tokenizer it has. Without it they are the base's, or, where a patch adds tensors,
         takes some away or gives them another shape, those that lie beside that patch.
 
@@ -80,15 +80,17 @@ class Patched(Weights):
         for number, patch in enumerate(self.patches):
             for file, shard in patch.delta.file.shards.items():
                 self.shards[_prefixed(number, file)] = shard
-        beside = [patch.delta.model for patch in self.patches if patch.delta.model and self._alters_shapes(patch)]
-        self._model = model or next(reversed(beside), base)
+        beside = [patch for patch in self.patches if patch.delta.model and self._alters_shapes(patch)]
+        self.described_by = beside[-1] if beside and model is None else None
+        """The patch whose config and tokenizer it has, if it does not have the base's."""
+        self._model = model or (self.described_by and self.described_by.delta.model) or base
         self.config = self._model.config or base.config
         self._proved: set[str] = set()
         self._proving = threading.Lock()
 
     # What each patch does.
 
-    def _add(self, number: int, patch: Patch) -> None:
+    def _add(self, number: int, patch: ScaledDelta) -> None:
         if not math.isfinite(patch.strength):
             self._refuse(patch, f"a strength of {patch.strength} is no number to multiply with")
         if patch.strength == 0:
@@ -103,13 +105,13 @@ class Patched(Weights):
             if len(parts) > 1 and any(not entry.base or entry.base.shape != entry.shape for entry in entries):
                 self._refuse(patch, f"changes {name}, which another delta adds or gives another shape", name)
 
-    def _taken_away(self, patch: Patch) -> list[str]:
+    def _taken_away(self, patch: ScaledDelta) -> list[str]:
         """What the base has and would not have with a patch on it, heads left out that are tied anyway."""
         names = patch.delta.removed if patch.strength else ()
         infos = [info for name in names if (info := self.base.tensors.get(name)) is not None]
         return [info.name for info in infos if self.base.tied_partner(info.name, info.shape) is None]
 
-    def _alters_shapes(self, patch: Patch) -> bool:
+    def _alters_shapes(self, patch: ScaledDelta) -> bool:
         """Whether a patch makes a model that its base's config may not describe."""
         entries = [tensor.entry for tensor in patch.delta.tensors.values()]
         altered = any(entry.base is None or entry.base.shape != entry.shape for entry in entries)
@@ -122,7 +124,7 @@ class Patched(Weights):
             if partner is not None and partner.name in self._parts and info.name not in self._parts:
                 self._parts[info.name] = self._parts[partner.name]
 
-    def _fits(self, patch: Patch, tensor: DeltaTensor, info: TensorInfo | None) -> bool:
+    def _fits(self, patch: ScaledDelta, tensor: DeltaTensor, info: TensorInfo | None) -> bool:
         """Whether a patch changes a tensor of the base; what does not fit is a problem."""
         entry = tensor.entry
         name = entry.name
@@ -183,7 +185,7 @@ class Patched(Weights):
         last = parts[-1:] if len(parts) == 1 else []
         return any(part.tensor.replaces and part.strength == 1 for part in last)
 
-    def _refuse(self, patch: Patch, detail: str, tensor: str | None = None) -> None:
+    def _refuse(self, patch: ScaledDelta, detail: str, tensor: str | None = None) -> None:
         self._problems.append(Problem(f"{patch.name}: {detail}", tensor=tensor, file=patch.name))
 
     # Rows.

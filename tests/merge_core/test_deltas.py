@@ -33,7 +33,7 @@ from merge_core.patches.encodings.dense import Dense
 from merge_core.patches.encodings.low_rank import LowRank
 from merge_core.patches.encodings.sign import Sign
 from merge_core.patches.encodings.sparse import Sparse
-from merge_core.patches.patched import Patch, Patched
+from merge_core.patches.patched import Patched, ScaledDelta
 from merge_core.patches.writing import Extraction, assemble, encode_all
 from merge_core.patching import describe
 from merge_core.plan import Plan
@@ -73,7 +73,7 @@ def extract(folder: Path, base: Tensors, tuned: Tensors, encoding: Encoding) -> 
 
 def patched(base: Path, delta: Path, strength: float = 1.0, step: int = 10**9) -> dict[str, Tensor]:
     """All tensors of a model with a delta on it, read by so many rows."""
-    with Patched(Checkpoint.open(base), [Patch(Delta.open(delta), "delta", strength)]) as model:
+    with Patched(Checkpoint.open(base), [ScaledDelta(Delta.open(delta), "delta", strength)]) as model:
         found = {}
         for name, info in model.tensors.items():
             runs = [

@@ -271,6 +271,9 @@ def test_config_is_that_of_the_model_unless_shapes_are_not(folder: Path) -> None
     assert config("same", 1.0) == "mine"
     assert config("grown", 0.0) == "mine"
     assert config("grown", 1.0) == "grown"
+    recipe = {"merge_method": "passthrough", "models": [{"model": "m"}], "patches": [{"patch": "grown/delta"}]}
+    with pytest.raises(IncompatibleModels, match=r"patches/0/patch: .*cannot take back; write reversible: false"):
+        plan_only(Recipe.from_data({**recipe, "outputs": {"reversible": True}}), roots=[folder])
 
 
 def test_a_patch_of_no_strength_changes_nothing(folder: Path) -> None:
