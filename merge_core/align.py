@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 import yaml
 from pydantic import Field
 
@@ -252,7 +253,8 @@ def _carry_out(
         stack.callback(sources.close)
         report(progress)
         found, file = plan.alignment.find(folder / FILE_NAME, plan.plan, plan.digest, progress, report, stop)
-        told = _report(plan, found, report, stop)
+        with _one_thread():
+            told = _report(plan, found, report, stop)
         progress.phase = "hashing the models"
         progress.complete()
         report(progress)
@@ -274,6 +276,17 @@ def _carry_out(
         "warnings": list(plan.warnings),
     }
     return [*files, write_text(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n")]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Decompose with one thread: what comes out must not depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _report(plan: DocumentPlan, found: Permutations, report: Report, stop: Callable[[], bool]) -> dict[str, Any]:

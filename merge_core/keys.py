@@ -143,6 +143,12 @@ FileName = Annotated[str, BeforeValidator(_file)]
 """A path as models have it: from the working directory, or below one of a service's model folders."""
 
 
+def _spec(written: Any) -> Any:
+    if not isinstance(written, str | dict):
+        raise ValueError("a spec is the name of a file, or what would stand in it")
+    return _file(written)
+
+
 class AlignmentKeys(Keys):
     """How models are permuted before anything else is done with them, so that what corresponds has the same place."""
 
@@ -157,7 +163,7 @@ class AlignmentKeys(Keys):
     residual: bool = Field(
         False, description="permute the residual stream too, which only models trained from different starts need"
     )
-    spec: FileName | dict[str, Any] | None = Field(
+    spec: Annotated[str | dict[str, Any], BeforeValidator(_spec)] | None = Field(
         None,
         description="which permutations there are, as JSON or a file of it; without it, what is known of the "
         "model's family",

@@ -290,6 +290,7 @@ class Products:
     ) -> Tensor:
         if not isinstance(rows, range) and len(rows) and bool((np.diff(rows) == 1).all()):
             rows = range(int(rows[0]), int(rows[-1]) + 1)
+        self.check()  # whoever canceled closes the files, and reading would open them again
         found = gather(weights, info, rows, others)
         if kernels.first_nonfinite(found) >= 0:
             file = f"{weights.path}/{info.file}"

@@ -217,10 +217,14 @@ class PermutationSpec:
                 if name in seen:
                     yield f"{clip(name)} permutes two axes of {clip(tensor)}"
             seen |= found.keys()
+            misplaced = {}
             for name, context in _contexts(axis, ()):
                 before, where = contexts.setdefault(name, (context, tensor))
                 if before != context:
-                    yield f"{clip(name)} stands inside other blocks in {clip(tensor)} than in {clip(where)}"
+                    misplaced[name] = where
+            for name, where in misplaced.items():
+                other = "at one place" if where == tensor else f"in {clip(where)}"
+                yield f"{clip(name)} stands inside other blocks in {clip(tensor)} than {other}"
 
     def _unsound(self, axis: Axis) -> str | None:
         """What makes an expression meaningless, whatever the axis is."""

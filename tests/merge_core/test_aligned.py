@@ -26,6 +26,7 @@ from merge_core.alignment.assignment import assign
 from merge_core.alignment.derive import derive
 from merge_core.alignment.matching import Matching, match
 from merge_core.alignment.permutations import Permutations, Permuted
+from merge_core.alignment.report import AlignmentReport, analyse
 from merge_core.alignment.spec import Indexed, PermutationSpec
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import (
@@ -138,6 +139,9 @@ REFUSED: list[tuple[dict[str, Any], type[WeightsmithError], str, str]] = [
     ({"to": "base"}, RecipeError, "#/alignment/to", "no base_model"),
     ({"method": "zipit"}, RecipeError, "#/alignment/method", "weight_matching"),
     ({"names": {"a": "b"}}, RecipeError, "#/alignment/names", "not given"),
+    ({"spec": 3}, RecipeError, "#/alignment/spec", "name of a file"),
+    ({"spec": "\0"}, RecipeError, "#/alignment/spec", "names no file"),
+    ({"spec": "../x"}, CheckpointError, "#/alignment/spec", "outside"),
 ]
 
 
@@ -225,6 +229,25 @@ def test_an_alignment_is_an_artifact_of_its_own(folder: Path, tmp_path: Path, to
     assert adopt(tmp_path / "out").files == artifact.files
     lock = json.loads((tmp_path / "out" / "alignment.lock.json").read_text())
     assert lock["exact_on"] == "this machine" and [source["model"] for source in lock["sources"]] == ["a", "b", "c"]
+
+
+def test_a_report_does_not_depend_on_how_many_threads_there_are(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def watched(*models: Any, **how: Any) -> AlignmentReport:
+        seen.append(torch.get_num_threads())
+        return analyse(*models, **how)
+
+    monkeypatch.setattr("merge_core.align.analyse", watched)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        align(document("a", "b", report="full"), tmp_path / "out", roots=[folder])
+        assert seen == [1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_stage_s_models_are_aligned_and_a_stage_can_be_aligned(folder: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_names_are_connected_by_groups() -> None:
         ({"B": 2}, {"w": (Blocks("B", 2, (Fixed(1), Fixed(3))), None)}, "differ in size"),
         ({"B": 2, "a": 2}, {"w": (Blocks("B", 2, (Permuted("a"), Fixed(2))), None)}, "what is permuted inside"),
         ({"B": 2}, {"w": (Blocks("B", 2, (Fixed(4),)), None)}, "1 expressions"),
-        ({"B": 2, "a": 2}, {"w": (Blocks("B", 2, (Permuted("a"), Permuted("a"))), None)}, "inside other blocks"),
+        ({"B": 2, "a": 2}, {"w": (Blocks("B", 2, (Permuted("a"), Permuted("a"))), None)}, "in w than at one place"),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused(permutations: Any, axes: Any, says: str) -> None:
