@@ -278,6 +278,8 @@ class Difference:
         working = self.working.torch
         for start, stop, base, tuned in self.blocks():
             delta = (tuned.to(working) - base.to(working)).reshape(-1)
+            if kernels.first_nonfinite(delta) >= 0:
+                delta[(tuned == base).reshape(-1)] = 0  # an infinity that stayed, as in a mask
             if (found := kernels.first_nonfinite(delta)) >= 0:
                 at = found + start * self.grains.width
                 detail = (

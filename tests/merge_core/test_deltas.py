@@ -30,6 +30,7 @@ from merge_core.merge import merge, plan_only
 from merge_core.patches.delta import DELTA_NAME, Delta
 from merge_core.patches.encoding import Encoding
 from merge_core.patches.encodings.dense import Dense
+from merge_core.patches.encodings.levels import Levels
 from merge_core.patches.encodings.low_rank import LowRank
 from merge_core.patches.encodings.sign import Sign
 from merge_core.patches.encodings.sparse import Sparse
@@ -233,6 +234,13 @@ def test_a_change_must_fit_into_its_format(tmp_path: Path, encoding: Encoding):
     base = {"w": torch.zeros(8, 8)}
     with pytest.raises(NonFinite, match="does not fit into float16"):
         extract(tmp_path, base, {"w": torch.full((8, 8), 1e15)}, encoding)
+
+
+@pytest.mark.parametrize("encoding", [Dense(), Levels(), Sign()], ids=type)
+def test_an_infinity_that_stays_is_no_change(tmp_path: Path, encoding: Encoding):
+    base = {"w": torch.zeros(4, 4), "mask": torch.full((4, 4), -torch.inf).triu(1)}
+    delta = extract(tmp_path, base, {**base, "w": base["w"] + 1}, encoding)
+    assert_same_bits(patched(tmp_path / "base", delta), {**base, "w": base["w"] + 1})
 
 
 @pytest.mark.parametrize("encoding", [Sparse(), Dense()], ids=type)
