@@ -8,14 +8,16 @@ from typing import Annotated, Any
 from fastapi import Depends, Path, Request
 from fastapi.concurrency import run_in_threadpool
 
+from app.auth import CallerDep
 from app.errors import HttpProblem
 from merge_core.documents import MAX_DOCUMENT_BYTES
 from merge_core.published import MAX_CARD_BYTES
 from merge_core.recipe import Recipe
-from workers.jobs import Job, JobKind
+from workers.jobs import JobKind
 from workers.kinds import WORK, Document
 from workers.queue import Queue
 from workers.settings import Settings
+from workers.tables import Job
 
 YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml", "text/plain")
 
@@ -70,11 +72,11 @@ async def _body(request: Request, most: int) -> bytes:
 
 
 def job_of(kind: JobKind) -> Callable[..., Job]:
-    """Finds the job of this kind that the path names."""
+    """Finds the caller's job of this kind that the path names."""
 
-    def find(job_id: Annotated[str, Path(max_length=32)], queue: QueueDep) -> Job:
-        job = queue.store.get(job_id)
-        if job is None or job.kind != kind:
+    def find(job_id: Annotated[str, Path(max_length=32)], queue: QueueDep, caller: CallerDep) -> Job:
+        job = queue.store.find(job_id, caller.owner, kind)
+        if job is None:
             raise HttpProblem(404, "not-found", "Not found", f"there is no {kind} {job_id[:60]!r}")
         return job
 

@@ -8,7 +8,8 @@ from typing import Any, Self
 from pydantic import BaseModel, Field
 
 from merge_core.method import Given
-from workers.jobs import Job, JobKind, JobState, RecipeData
+from workers.jobs import JobKind, JobState, RecipeData
+from workers.tables import Job
 
 
 class Urls(BaseModel):

@@ -14,29 +14,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    URL,
-    ColumnElement,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    String,
-    and_,
-    create_engine,
-    event,
-    func,
-    inspect,
-    make_url,
-    select,
-    text,
-    update,
-)
-from sqlalchemy.exc import OperationalError, ProgrammingError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import ColumnElement, Update, and_, func, select, update
+from sqlalchemy.orm import Session
 
+from workers.database import open_database
 from workers.settings import Settings
+from workers.tables import LOCAL_OWNER, Event, Job
 
 RecipeData = dict[str, Any] | list[dict[str, Any]]
 """A recipe, or a document of another kind, as it was sent: one document, or the list of several."""
@@ -85,45 +68,15 @@ FINISHED = frozenset(state for state, moves in MOVES.items() if not moves)
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
-class Base(DeclarativeBase):
-    """Tables."""
-
-
-class Job(Base):
-    """One thing that somebody asked for; `recipe` is the document that says it. Times are seconds since 1970, UTC."""
-
-    __tablename__ = "jobs"
-    __table_args__ = (Index("jobs_by_state", "state", "id"),)
-
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    kind: Mapped[str] = mapped_column(String(16), default=JobKind.MERGE, server_default=JobKind.MERGE)
-    state: Mapped[str] = mapped_column(String(16), default=JobState.QUEUED)
-    phase: Mapped[str] = mapped_column(String(100), default="")
-    recipe: Mapped[RecipeData] = mapped_column(JSON)
-    plan: Mapped[dict[str, Any]] = mapped_column(JSON)
-    progress: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
-    warnings: Mapped[list[str]] = mapped_column(JSON, default=list)
-    files: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
-    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
-    attempt: Mapped[int] = mapped_column(Integer, default=0)
-    deaths: Mapped[int] = mapped_column(Integer, default=0)
-    owner: Mapped[str | None] = mapped_column(String(100), default=None)
-    lease_until: Mapped[float | None] = mapped_column(Float, default=None)
-    announced: Mapped[int] = mapped_column(Integer, default=0)
-    announced_at: Mapped[float] = mapped_column(Float, default=0.0)
-    created_at: Mapped[float] = mapped_column(Float)
-    started_at: Mapped[float | None] = mapped_column(Float, default=None)
-    finished_at: Mapped[float | None] = mapped_column(Float, default=None)
-
-
 @dataclass(frozen=True)
 class Lease:
-    """The right to work on a job, good until `lease_until` unless renewed."""
+    """A worker's right to work on a job, good until `lease_until` unless renewed; `owner` asked for the job."""
 
     job_id: str
-    owner: str
+    holder: str
     attempt: int
     kind: JobKind
+    owner: str
     recipe: RecipeData
 
 
@@ -139,59 +92,30 @@ class IllegalMove(Exception):
         super().__init__(f"{job_id} is {state}; it cannot become {wanted}")
 
 
-def new_job_id(kind: JobKind) -> str:
-    """The kind's prefix and a ULID: 48 bits of milliseconds, 80 random bits, so that ids sort by age."""
+def new_id(prefix: str) -> str:
+    """The prefix and a ULID: 48 bits of milliseconds, 80 random bits, so that ids sort by age."""
     number = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10))
-    return kind.prefix + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-def open_engine(url: str | URL, patience: float) -> Engine:
-    """An engine for SQLite (write-ahead log, waits `patience` seconds for other writers) or any other database."""
-    if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": patience})
-
-    @event.listens_for(engine, "connect")
-    def _set_up(connection: Any, _: Any) -> None:
-        cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
-
-    return engine
-
-
-def _add_kind(engine: Engine) -> None:
-    """Give a database from before there were kinds of jobs their column: all that it has are merges."""
-    if "kind" in {column["name"] for column in inspect(engine).get_columns("jobs")}:
-        return
-    column = f"kind VARCHAR(16) NOT NULL DEFAULT '{JobKind.MERGE}'"
-    try:
-        with engine.begin() as connection:
-            connection.execute(text(f"ALTER TABLE jobs ADD COLUMN {column}"))
-    except (OperationalError, ProgrammingError):
-        # Unless another process, which started at the same time, was quicker.
-        if "kind" not in {column["name"] for column in inspect(engine).get_columns("jobs")}:
-            raise
+    return prefix + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 class JobStore:
-    """Every change to a job, each one statement or one transaction."""
+    """Every change to a job, each one statement or one transaction, with the event that tells of it."""
 
     def __init__(self, settings: Settings, *, patience: float = 30.0) -> None:
         settings.prepare()
         self.settings = settings
-        self.engine = open_engine(settings.database, patience)
-        Base.metadata.create_all(self.engine)
-        _add_kind(self.engine)
+        self.engine = open_database(settings, patience=patience)
 
     def close(self) -> None:
         self.engine.dispose()
 
     @contextmanager
-    def _session(self) -> Iterator[Session]:
+    def session(self) -> Iterator[Session]:
+        """A transaction."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+
+    # What people ask for.
 
     def add(
         self,
@@ -200,62 +124,103 @@ class JobStore:
         warnings: Sequence[str] = (),
         *,
         kind: JobKind = JobKind.MERGE,
+        owner: str = LOCAL_OWNER,
+        **fields: Any,
     ) -> Job:
-        """Put a new job in the queue's table; `queue.submit` also announces it."""
+        """Put a new job in the queue's table; `queue.submit` also announces it. `fields` are columns of `Job`."""
         now = time.time()
         job = Job(
-            id=new_job_id(kind),
+            id=new_id(kind.prefix),
             kind=kind,
+            owner=owner,
             recipe=recipe,
             plan=dict(plan),
             warnings=list(warnings),
             created_at=now,
             announced_at=now,
+            events=1,
+            **fields,
         )
-        with self._session() as session:
+        with self.session() as session:
             session.add(job)
+            session.add(Event(job_id=job.id, seq=1, at=now, kind="state", data={"status": JobState.QUEUED}))
         return job
 
     def get(self, job_id: str) -> Job | None:
-        with self._session() as session:
-            return session.get(Job, job_id)
+        """A job, whoever asked for it; None if it is deleted."""
+        with self.session() as session:
+            return session.scalars(select(Job).where(Job.id == job_id, Job.deleted_at.is_(None))).one_or_none()
+
+    def find(self, job_id: str, owner: str, kind: JobKind) -> Job | None:
+        """A job of that kind, if that owner asked for it."""
+        job = self.get(job_id)
+        return job if job is not None and job.owner == owner and job.kind == kind else None
 
     def page(
         self,
         *,
+        owner: str = LOCAL_OWNER,
         kind: JobKind = JobKind.MERGE,
         state: JobState | None = None,
         limit: int = 50,
         before: str | None = None,
     ) -> Sequence[Job]:
-        """Jobs of a kind, newest first, older than the id `before`."""
-        query = select(Job).where(Job.kind == kind).order_by(Job.id.desc()).limit(limit)
+        """An owner's jobs of a kind, newest first, older than the id `before`."""
+        theirs = select(Job).where(Job.owner == owner, Job.kind == kind, Job.deleted_at.is_(None))
+        query = theirs.order_by(Job.id.desc()).limit(limit)
         if state:
             query = query.where(Job.state == state)
         if before:
             query = query.where(Job.id < before)
-        with self._session() as session:
+        with self.session() as session:
             return session.scalars(query).all()
 
-    def claim(self, job_id: str, owner: str) -> Lease | None:
+    def events(self, job_id: str, *, after: int = 0, limit: int = 100) -> Sequence[Event]:
+        """What happened to a job since its event number `after`."""
+        query = select(Event).where(Event.job_id == job_id, Event.seq > after).order_by(Event.seq).limit(limit)
+        with self.session() as session:
+            return session.scalars(query).all()
+
+    def cancel(self, job_id: str) -> Job | None:
+        """Ask for a job to stop: a queued one is canceled at once. None: no such job. Raises `IllegalMove` if it has
+        finished.
+        """
+        with self.session() as session:
+            self._move(
+                session,
+                update(Job).where(Job.id == job_id, Job.state == JobState.QUEUED),
+                state=JobState.CANCELED,
+                finished_at=time.time(),
+                phase="",
+            )
+            running = update(Job).where(Job.id == job_id, Job.state == JobState.RUNNING)
+            self._move(session, running, state=JobState.CANCELING)
+            job = session.get(Job, job_id)
+        if job is not None and job.state in (JobState.SUCCEEDED, JobState.FAILED):
+            raise IllegalMove(job_id, job.state, JobState.CANCELED)
+        return job
+
+    # What workers do.
+
+    def claim(self, job_id: str, holder: str) -> Lease | None:
         """Take a queued job; None: somebody else has it, or it is finished."""
         now = time.time()
-        taken = (
-            update(Job)
-            .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.deaths < self.settings.max_attempts)
-            .values(
+        free = update(Job).where(
+            Job.id == job_id, Job.state == JobState.QUEUED, Job.deaths < self.settings.max_attempts
+        )
+        with self.session() as session:
+            moved = self._move(
+                session,
+                free,
                 state=JobState.RUNNING,
                 phase="starting",
-                owner=owner,
+                holder=holder,
                 attempt=Job.attempt + 1,
                 lease_until=now + self.settings.lease_seconds,
                 started_at=func.coalesce(Job.started_at, now),
             )
-            .returning(Job.attempt, Job.kind, Job.recipe)
-        )
-        with self._session() as session:
-            row = session.execute(taken).one_or_none()
-        return Lease(job_id, owner, row.attempt, JobKind(row.kind), row.recipe) if row else None
+            job = session.get(Job, job_id) if moved else None
+        return Lease(job_id, holder, job.attempt, JobKind(job.kind), job.owner, job.recipe) if job else None
 
     def heartbeat(self, lease: Lease, *, phase: str, progress: Mapping[str, Any]) -> JobState:
         """Renew the lease and store the progress; the job's state, `canceling` if somebody wants it stopped. Raises
@@ -264,10 +229,15 @@ class JobStore:
         renewed = (
             update(Job)
             .where(self._held(lease))
-            .values(lease_until=time.time() + self.settings.lease_seconds, phase=phase, progress=dict(progress))
+            .values(
+                lease_until=time.time() + self.settings.lease_seconds,
+                phase=phase[:100],
+                progress=dict(progress),
+                version=Job.version + 1,
+            )
             .returning(Job.state)
         )
-        with self._session() as session:
+        with self.session() as session:
             state = session.execute(renewed).scalar_one_or_none()
         if state is None:
             raise LeaseLost(lease.job_id)
@@ -276,7 +246,15 @@ class JobStore:
     def succeed(
         self, lease: Lease, *, files: Sequence[Mapping[str, Any]], warnings: Sequence[str], progress: Mapping[str, Any]
     ) -> None:
-        self._finish(lease, JobState.SUCCEEDED, files=list(files), warnings=list(warnings), progress=dict(progress))
+        stored = sum(file.get("size", 0) for file in files)
+        self._finish(
+            lease,
+            JobState.SUCCEEDED,
+            files=list(files),
+            warnings=list(warnings),
+            progress=dict(progress),
+            stored_bytes=stored,
+        )
 
     def fail(self, lease: Lease, error: Mapping[str, Any]) -> None:
         self._finish(lease, JobState.FAILED, error=dict(error))
@@ -287,42 +265,25 @@ class JobStore:
     def announced(self, job_id: str, *, sent: bool = True) -> None:
         """Remember that a message for this job was sent, or that it could not be."""
         values = {"announced": Job.announced + sent, "announced_at": time.time()}
-        with self._session() as session:
+        with self.session() as session:
             session.execute(update(Job).where(Job.id == job_id).values(values))
 
-    def cancel(self, job_id: str) -> Job | None:
-        """Ask for a job to stop: a queued one is canceled at once. None: no such job. Raises `IllegalMove` if it has
-        finished.
-        """
-        now = time.time()
-        with self._session() as session:
-            session.execute(
-                update(Job)
-                .where(Job.id == job_id, Job.state == JobState.QUEUED)
-                .values(state=JobState.CANCELED, finished_at=now, phase="")
-            )
-            session.execute(
-                update(Job).where(Job.id == job_id, Job.state == JobState.RUNNING).values(state=JobState.CANCELING)
-            )
-            job = session.get(Job, job_id)
-        if job is not None and job.state in (JobState.SUCCEEDED, JobState.FAILED):
-            raise IllegalMove(job_id, job.state, JobState.CANCELED)
-        return job
+    # What keeps things going.
 
-    def release(self, owner_prefix: str, *, died: bool = True) -> None:
+    def release(self, holder_prefix: str, *, died: bool = True) -> None:
         """Give back what a worker that is gone held: its jobs are queued again. `died`: not because it was told to."""
-        self._give_back(Job.owner.startswith(owner_prefix, autoescape=True), died=died)
+        self._give_back(Job.holder.startswith(holder_prefix, autoescape=True), died=died)
 
     def give_back_expired(self) -> None:
         """Queue the jobs again whose worker has been silent for longer than its lease."""
         self._give_back(Job.lease_until < time.time(), died=True)
 
-    def is_silent(self, owner_prefix: str) -> bool:
+    def is_silent(self, holder_prefix: str) -> bool:
         """Whether a worker holds a job whose lease has run out: it hangs, or its child does."""
         silent = select(Job.id).where(
-            Job.owner.startswith(owner_prefix, autoescape=True), Job.lease_until < time.time()
+            Job.holder.startswith(holder_prefix, autoescape=True), Job.lease_until < time.time()
         )
-        with self._session() as session:
+        with self.session() as session:
             return session.scalars(silent.limit(1)).first() is not None
 
     def give_up(self) -> list[str]:
@@ -333,43 +294,51 @@ class JobStore:
             "detail": f"the worker died {self.settings.max_attempts} times at this job; has the machine the memory?",
             "retryable": True,
         }
-        lost = (
-            update(Job)
-            .where(Job.state == JobState.QUEUED, Job.deaths >= self.settings.max_attempts)
-            .values(state=JobState.FAILED, error=error, finished_at=time.time(), phase="")
-            .returning(Job.id)
-        )
-        with self._session() as session:
-            return list(session.scalars(lost))
+        lost = update(Job).where(Job.state == JobState.QUEUED, Job.deaths >= self.settings.max_attempts)
+        with self.session() as session:
+            return self._move(session, lost, state=JobState.FAILED, error=error, finished_at=time.time(), phase="")
 
     def overdue(self) -> list[str]:
         """Queued jobs whose message may be lost: announced long ago, and longer ago the more often it was done."""
-        with self._session() as session:
+        with self.session() as session:
             queued = session.scalars(select(Job).where(Job.state == JobState.QUEUED).order_by(Job.id).limit(100)).all()
         now, wait = time.time(), self.settings.redeliver_seconds
         return [job.id for job in queued if now - job.announced_at > wait * 2 ** min(max(job.announced - 1, 0), 5)]
 
     def _give_back(self, which: ColumnElement[bool], *, died: bool) -> None:
-        nobody = {"owner": None, "lease_until": None, "phase": ""}
-        again = {"state": JobState.QUEUED, "deaths": Job.deaths + died, "announced": 0, "announced_at": 0.0, **nobody}
-        stopped = {"state": JobState.CANCELED, "finished_at": time.time(), **nobody}
-        with self._session() as session:
-            session.execute(update(Job).where(which, Job.state == JobState.RUNNING).values(again))
-            session.execute(update(Job).where(which, Job.state == JobState.CANCELING).values(stopped))
+        nobody: dict[str, Any] = {"holder": None, "lease_until": None, "phase": ""}
+        again = {"deaths": Job.deaths + died, "announced": 0, "announced_at": 0.0, **nobody}
+        with self.session() as session:
+            running = update(Job).where(which, Job.state == JobState.RUNNING)
+            self._move(session, running, state=JobState.QUEUED, **again)
+            canceling = update(Job).where(which, Job.state == JobState.CANCELING)
+            self._move(session, canceling, state=JobState.CANCELED, finished_at=time.time(), **nobody)
 
     def _finish(self, lease: Lease, state: JobState, **values: Any) -> None:
         sources = [before for before, moves in MOVES.items() if state in moves]
-        finished = (
-            update(Job)
-            .where(self._held(lease), Job.state.in_(sources))
-            .values(state=state, phase="", owner=None, lease_until=None, finished_at=time.time(), **values)
-            .returning(Job.id)
-        )
-        with self._session() as session:
-            if session.execute(finished).one_or_none() is None:
+        held = update(Job).where(self._held(lease), Job.state.in_(sources))
+        nobody = {"phase": "", "holder": None, "lease_until": None}
+        with self.session() as session:
+            if not self._move(session, held, state=state, finished_at=time.time(), **nobody, **values):
                 raise LeaseLost(lease.job_id)
+
+    @staticmethod
+    def _move(session: Session, which: Update, *, state: JobState, **values: Any) -> list[str]:
+        """Move jobs to a state, with an event for each; the ids of those that were moved."""
+        moved = session.execute(
+            which.values(state=state, version=Job.version + 1, events=Job.events + 1, **values).returning(
+                Job.id, Job.events
+            )
+        ).all()
+        told: dict[str, Any] = {"status": state}
+        if values.get("error"):
+            told["error"] = values["error"]
+        for row in moved:
+            session.add(Event(job_id=row.id, seq=row.events, at=time.time(), kind="state", data=told))
+        return [row.id for row in moved]
 
     @staticmethod
     def _held(lease: Lease) -> ColumnElement[bool]:
         held = (JobState.RUNNING, JobState.CANCELING)
-        return and_(Job.id == lease.job_id, Job.owner == lease.owner, Job.attempt == lease.attempt, Job.state.in_(held))
+        mine = and_(Job.id == lease.job_id, Job.holder == lease.holder, Job.attempt == lease.attempt)
+        return and_(mine, Job.state.in_(held))

@@ -13,8 +13,9 @@ from typing import Any
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from workers.jobs import FINISHED, Job, JobKind, JobState, JobStore, RecipeData
+from workers.jobs import FINISHED, JobKind, JobState, JobStore, RecipeData
 from workers.settings import Settings
+from workers.tables import LOCAL_OWNER, Job
 
 RUN_JOB = "weightsmith.run_job"
 _CACHED_SECONDS = 30 * 24 * 3600
@@ -35,9 +36,11 @@ class Queue:
         warnings: Sequence[str] = (),
         *,
         kind: JobKind = JobKind.MERGE,
+        owner: str = LOCAL_OWNER,
+        **fields: Any,
     ) -> Job:
         """Make a job and announce it. With no broker it waits in the database until the reaper can announce it."""
-        job = self.store.add(recipe, plan, warnings, kind=kind)
+        job = self.store.add(recipe, plan, warnings, kind=kind, owner=owner, **fields)
         self._announce(job.id)
         return job
 

@@ -13,9 +13,10 @@ from starlette.types import Receive, Scope, Send
 from app.deps import SettingsDep, job_of
 from app.errors import HttpProblem
 from app.schemas import FileList, FileRead
-from workers.jobs import Job, JobKind, JobState
+from workers.jobs import JobKind, JobState
 from workers.queue import artifact_folder
 from workers.settings import Settings
+from workers.tables import Job
 
 
 class _Download(FileResponse):

@@ -7,11 +7,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Response
 from fastapi.concurrency import run_in_threadpool
 
+from app.auth import CallerDep
 from app.deps import QueueDep, SettingsDep, document_body, document_of, job_of
 from app.planning import plan_for_service
 from app.schemas import JobPage, JobRead
-from workers.jobs import FINISHED, Job, JobKind, JobState
+from workers.jobs import FINISHED, JobKind, JobState
 from workers.kinds import Document
+from workers.tables import Job
 
 POLL_SECONDS = "1"
 
@@ -26,6 +28,7 @@ def jobs_router(kind: JobKind) -> APIRouter:
         document: Annotated[Document, Depends(document_of(kind))],
         queue: QueueDep,
         settings: SettingsDep,
+        caller: CallerDep,
         response: Response,
     ) -> JobRead:
         """Accept a document. It is planned from headers first, so that what cannot work is refused here; then the job
@@ -34,7 +37,7 @@ def jobs_router(kind: JobKind) -> APIRouter:
 
         def plan_and_submit() -> Job:
             plan = plan_for_service(kind, document, settings)
-            return queue.submit(document.to_data(), plan.to_dict(), plan.warnings, kind=kind)
+            return queue.submit(document.to_data(), plan.to_dict(), plan.warnings, kind=kind, owner=caller.owner)
 
         job = await run_in_threadpool(plan_and_submit)
         response.headers["Location"] = f"{prefix}/{job.id}"
@@ -44,12 +47,13 @@ def jobs_router(kind: JobKind) -> APIRouter:
     @router.get("", name=f"list_{kind.plural}")
     def list_jobs(
         queue: QueueDep,
+        caller: CallerDep,
         status: JobState | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 50,
         after: Annotated[str | None, Query(max_length=32, description="the `next` of the page before")] = None,
     ) -> JobPage:
         """Newest first."""
-        found = queue.store.page(kind=kind, state=status, limit=limit + 1, before=after)
+        found = queue.store.page(owner=caller.owner, kind=kind, state=status, limit=limit + 1, before=after)
         page = [JobRead.of(job) for job in found[:limit]]
         more = len(found) > limit
         return JobPage(data=page, has_more=more, next=page[-1].id if more else None)

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from sqlalchemy import text
 
 from workers.celery_app import make_celery
-from workers.jobs import FINISHED, MOVES, IllegalMove, Job, JobKind, JobState, JobStore, Lease, LeaseLost, new_job_id
+from workers.jobs import FINISHED, MOVES, IllegalMove, JobKind, JobState, JobStore, Lease, LeaseLost, new_id
 from workers.queue import Queue
 from workers.settings import Settings
+from workers.tables import Job
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def claimed(store: JobStore, job: Job, owner: str = "w/1") -> Lease:
 def test_ids_sort_by_age() -> None:
     ids = []
     for _ in range(5):
-        ids.append(new_job_id(JobKind.MERGE))
+        ids.append(new_id("mrg_"))
         time.sleep(0.002)
     assert ids == sorted(ids) and len({len(i) for i in ids}) == 1 and ids[0].startswith("mrg_")
 
@@ -219,18 +219,6 @@ def test_jobs_of_each_kind_are_lists_of_their_own(store: JobStore) -> None:
         assert claimed(store, job).kind is kind
 
 
-def test_a_database_from_before_the_kinds_has_merges_only(tmp_path: Path) -> None:
-    settings = Settings(data=tmp_path / "data")
-    store = JobStore(settings)
-    job = store.add({}, {})
-    with store.engine.begin() as connection:
-        connection.execute(text("ALTER TABLE jobs DROP COLUMN kind"))
-    store.close()
-    store = JobStore(settings)
-    assert [found.id for found in store.page()] == [job.id] and claimed(store, job).kind is JobKind.MERGE
-    store.close()
-
-
 class Lives(RuleBasedStateMachine):
     """Any number of workers, dying and canceled at any time: a job moves only along the table."""
 
@@ -286,7 +274,7 @@ class Lives(RuleBasedStateMachine):
             assert now in MOVES[self.seen]
         if now in FINISHED:
             found = self.store.get(self.job.id)
-            assert found is not None and found.owner is None and found.finished_at
+            assert found is not None and found.holder is None and found.finished_at
         self.seen = now
 
     def teardown(self) -> None:
