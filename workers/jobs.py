@@ -11,60 +11,23 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import ColumnElement, Update, and_, func, select, update
 from sqlalchemy.orm import Session
 
+from workers.choosing import may_start, next_job
 from workers.database import open_database
 from workers.settings import Settings
+from workers.states import AT_WORK
+from workers.states import FINISHED as FINISHED
+from workers.states import MOVES as MOVES
+from workers.states import JobKind as JobKind
+from workers.states import JobState as JobState
 from workers.tables import LOCAL_OWNER, Event, Job
 
 RecipeData = dict[str, Any] | list[dict[str, Any]]
 """A recipe, or a document of another kind, as it was sent: one document, or the list of several."""
-
-
-class JobKind(StrEnum):
-    """What a job makes. `workers.kinds` says of each how."""
-
-    MERGE = "merge"
-    ALIGNMENT = "alignment"
-    PATCH = "patch"
-
-    @property
-    def prefix(self) -> str:
-        """What the ids of such jobs begin with."""
-        return {JobKind.MERGE: "mrg_", JobKind.ALIGNMENT: "aln_", JobKind.PATCH: "pat_"}[self]
-
-    @property
-    def plural(self) -> str:
-        """Many of them, as the service's paths say it."""
-        return "patches" if self is JobKind.PATCH else f"{self}s"
-
-
-class JobState(StrEnum):
-    """Where a job is. `canceling` waits for its worker to notice."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    CANCELING = "canceling"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELED = "canceled"
-
-
-MOVES: Mapping[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELED, JobState.FAILED}),
-    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.CANCELING, JobState.SUCCEEDED, JobState.FAILED}),
-    JobState.CANCELING: frozenset({JobState.CANCELED, JobState.SUCCEEDED, JobState.FAILED}),
-    JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELED: frozenset(),
-}
-"""A finished state moves nowhere. What finishes while it is being canceled has finished."""
-
-FINISHED = frozenset(state for state, moves in MOVES.items() if not moves)
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
@@ -203,15 +166,19 @@ class JobStore:
     # What workers do.
 
     def claim(self, job_id: str, holder: str) -> Lease | None:
-        """Take a queued job; None: somebody else has it, or it is finished."""
+        """Take this queued job; None: somebody else has it, or it is finished."""
+        return self._claim(Job.id == job_id, holder)
+
+    def claim_next(self, holder: str) -> Lease | None:
+        """Take the queued job whose turn it is (`workers.choosing`); None: there is none that may start."""
+        return self._claim(Job.id == next_job(self.settings.max_attempts).scalar_subquery(), holder)
+
+    def _claim(self, which: ColumnElement[bool], holder: str) -> Lease | None:
         now = time.time()
-        free = update(Job).where(
-            Job.id == job_id, Job.state == JobState.QUEUED, Job.deaths < self.settings.max_attempts
-        )
         with self.session() as session:
             moved = self._move(
                 session,
-                free,
+                update(Job).where(which, *may_start(self.settings.max_attempts)),
                 state=JobState.RUNNING,
                 phase="starting",
                 holder=holder,
@@ -219,8 +186,8 @@ class JobStore:
                 lease_until=now + self.settings.lease_seconds,
                 started_at=func.coalesce(Job.started_at, now),
             )
-            job = session.get(Job, job_id) if moved else None
-        return Lease(job_id, holder, job.attempt, JobKind(job.kind), job.owner, job.recipe) if job else None
+            job = session.get(Job, moved[0]) if moved else None
+        return Lease(job.id, holder, job.attempt, JobKind(job.kind), job.owner, job.recipe) if job else None
 
     def heartbeat(self, lease: Lease, *, phase: str, progress: Mapping[str, Any]) -> JobState:
         """Renew the lease and store the progress; the job's state, `canceling` if somebody wants it stopped. Raises
@@ -298,6 +265,21 @@ class JobStore:
         with self.session() as session:
             return self._move(session, lost, state=JobState.FAILED, error=error, finished_at=time.time(), phase="")
 
+    def end_late(self) -> list[str]:
+        """Fail the jobs whose deadline has passed; a worker that is at one learns of it as it renews its lease. The
+        ids.
+        """
+        error = {
+            "code": "deadline-exceeded",
+            "title": "The job was not done in time",
+            "detail": "its deadline passed before it was done; give it longer, or a higher priority",
+            "retryable": True,
+        }
+        late = update(Job).where(Job.deadline_at < time.time(), Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
+        nobody: dict[str, Any] = {"phase": "", "holder": None, "lease_until": None}
+        with self.session() as session:
+            return self._move(session, late, state=JobState.FAILED, error=error, finished_at=time.time(), **nobody)
+
     def overdue(self) -> list[str]:
         """Queued jobs whose message may be lost: announced long ago, and longer ago the more often it was done."""
         with self.session() as session:
@@ -339,6 +321,5 @@ class JobStore:
 
     @staticmethod
     def _held(lease: Lease) -> ColumnElement[bool]:
-        held = (JobState.RUNNING, JobState.CANCELING)
         mine = and_(Job.id == lease.job_id, Job.holder == lease.holder, Job.attempt == lease.attempt)
-        return and_(mine, Job.state.in_(held))
+        return and_(mine, Job.state.in_(AT_WORK))

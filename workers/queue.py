@@ -55,6 +55,7 @@ class Queue:
         """Put right what kills and lost messages left; to be called about every second, by any number of processes."""
         self.store.give_back_expired()
         self.store.give_up()
+        self.store.end_late()
         for job_id in self.store.overdue():
             if not self._announce(job_id):
                 break

@@ -38,11 +38,11 @@ log = logging.getLogger(__name__)
 
 @celery_app.task(name=RUN_JOB)
 def run_job(job_id: str) -> None:
-    """Run a job if it is free; a message for a job that is taken or finished does nothing."""
+    """Run the job whose turn it is, which need not be the one that the message names; with none free, do nothing."""
     settings = Settings()
     store = JobStore(settings)
     try:
-        lease = store.claim(job_id, f"{os.environ.get(WORKER_VARIABLE, socket.gethostname())}/{os.getpid()}")
+        lease = store.claim_next(f"{os.environ.get(WORKER_VARIABLE, socket.gethostname())}/{os.getpid()}")
         if lease is not None:
             _work(settings, store, lease)
     finally:
@@ -54,7 +54,7 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
         try:
             artifact = _run(settings, lease, keeper)
         except LeaseLost:
-            log.warning("%s passed to another worker", lease.job_id)
+            log.warning("%s is no longer this worker's", lease.job_id)
             shutil.rmtree(partial_folder(settings, lease.job_id, lease.attempt), ignore_errors=True)
         except Canceled:
             _end(settings, keeper, store.confirm_cancel)

@@ -1,0 +1,50 @@
+"""The kinds of jobs, their states and the legal moves between these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class JobKind(StrEnum):
+    """What a job makes. `workers.kinds` says of each how."""
+
+    MERGE = "merge"
+    ALIGNMENT = "alignment"
+    PATCH = "patch"
+
+    @property
+    def prefix(self) -> str:
+        """What the ids of such jobs begin with."""
+        return {JobKind.MERGE: "mrg_", JobKind.ALIGNMENT: "aln_", JobKind.PATCH: "pat_"}[self]
+
+    @property
+    def plural(self) -> str:
+        """Many of them, as the service's paths say it."""
+        return "patches" if self is JobKind.PATCH else f"{self}s"
+
+
+class JobState(StrEnum):
+    """Where a job is. `canceling` waits for its worker to notice."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELING = "canceling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+MOVES: Mapping[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELED, JobState.FAILED}),
+    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.CANCELING, JobState.SUCCEEDED, JobState.FAILED}),
+    JobState.CANCELING: frozenset({JobState.CANCELED, JobState.SUCCEEDED, JobState.FAILED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELED: frozenset(),
+}
+"""A finished state moves nowhere. What finishes while it is being canceled has finished."""
+
+AT_WORK = (JobState.RUNNING, JobState.CANCELING)
+"""The states in which a worker holds a job."""
+FINISHED = frozenset(state for state, moves in MOVES.items() if not moves)
