@@ -28,6 +28,7 @@ STATUS: Mapping[str, int] = {
     "memory-limit": 422,
     "non-finite": 422,
     "insufficient-storage": 507,
+    "storage-failed": 503,
 }
 CODES: Mapping[int, str] = {404: "not-found", 405: "method-not-allowed"}
 TYPE = "urn:weightsmith:problem:"

@@ -13,6 +13,7 @@ from typing import Any
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from workers.artifacts import open_artifacts
 from workers.jobs import FINISHED, JobKind, JobState, JobStore, RecipeData
 from workers.settings import Settings
 from workers.tables import LOCAL_OWNER, Job
@@ -24,10 +25,11 @@ log = logging.getLogger(__name__)
 
 
 class Queue:
-    """The store and the broker together."""
+    """The store, the artifacts and the broker together."""
 
     def __init__(self, store: JobStore, celery_app: Celery) -> None:
         self.store, self.celery_app = store, celery_app
+        self.artifacts = open_artifacts(store.settings)
 
     def submit(
         self,
@@ -68,8 +70,13 @@ class Queue:
             job = self.store.get(folder.name.removeprefix(".").partition(".")[0])
             if job is None or job.state not in FINISHED:
                 continue
-            if folder.name.startswith(".") or job.state != JobState.SUCCEEDED:
+            copied = not self.store.settings.keep_local and not self.artifacts.holds(folder)
+            if folder.name.startswith(".") or job.state != JobState.SUCCEEDED or copied:
                 shutil.rmtree(folder, ignore_errors=True)
+        for job_id in self.artifacts.list():
+            job = self.store.get(job_id)
+            if job is not None and job.state in FINISHED and job.state != JobState.SUCCEEDED:
+                self.artifacts.delete(job_id)
         for kept in self.store.settings.cache.glob("*/*"):
             with contextlib.suppress(OSError):
                 if time.time() - max(kept.stat().st_atime, kept.stat().st_mtime) > _CACHED_SECONDS:
@@ -95,7 +102,7 @@ class Queue:
 
 
 def artifact_folder(settings: Settings, job_id: str) -> Path:
-    """Where a job's finished artifact is."""
+    """Where a job's finished artifact appears; it stays there if there is no other store."""
     return settings.artifacts / job_id
 
 

@@ -44,6 +44,12 @@ class Settings(BaseSettings):
     )
     redis_url: str | None = Field(None, validation_alias=AliasChoices("redis_url", "REDIS_URL"))
     database_url: str | None = Field(None, validation_alias=AliasChoices("database_url", "DATABASE_URL"))
+    artifact_store: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("artifact_store", "WEIGHTSMITH_ARTIFACTS"),
+        description="where finished artifacts are kept (default: in the data folder)",
+    )
+    keep_local: bool = Field(False, description="keep a copy in the data folder of what the artifact store has")
     max_memory: Bytes = Field(4 * 2**30, description="the most that a recipe's limits.memory may ask for")
     threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: one per core)")
     device: str = Field("cpu", description="where merges compute: cpu, cuda, cuda:1 … or auto; the bytes are the same")
@@ -58,6 +64,7 @@ class Settings(BaseSettings):
 
     @property
     def artifacts(self) -> Path:
+        """Where work grows, and where what is finished stays unless an artifact store is named."""
         return self.data.absolute() / "artifacts"
 
     @property

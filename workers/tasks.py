@@ -14,8 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from merge_core.errors import Canceled, WeightsmithError
+from merge_core.errors import Canceled, StorageFailed, WeightsmithError
 from merge_core.imports import quick_imports
+from workers.artifacts import open_artifacts
 from workers.celery_app import celery_app
 from workers.jobs import JobState, JobStore, Lease, LeaseLost
 from workers.kinds import WORK
@@ -53,6 +54,8 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
     with Keeper(store, lease) as keeper:
         try:
             artifact = _run(settings, lease, keeper)
+            merged = keeper.snapshot()
+            _put(settings, artifact, keeper)
         except LeaseLost:
             log.warning("%s is no longer this worker's", lease.job_id)
             shutil.rmtree(partial_folder(settings, lease.job_id, lease.attempt), ignore_errors=True)
@@ -65,15 +68,43 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
             raise
         else:
             files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in artifact.files]
-            progress = keeper.snapshot()
-            move = partial(store.succeed, files=files, warnings=artifact.warnings, progress=progress)
-            _end(settings, keeper, move)
+            move = partial(store.succeed, files=files, warnings=artifact.warnings, progress=merged)
+            _end(settings, keeper, move, keep=True)
 
 
-def _end(settings: Settings, keeper: Keeper, move: Callable[[Lease], None]) -> None:
-    """Make the job's last move; what the attempts at it left is removed only by whoever made it."""
-    if keeper.finish(move):
-        remove_partial(settings, keeper.lease.job_id)
+def _end(settings: Settings, keeper: Keeper, move: Callable[[Lease], None], *, keep: bool = False) -> None:
+    """Make the job's last move; what the attempts at it left is removed only by whoever made it, and what was finished
+    unless it is to `keep`.
+    """
+    if not keeper.finish(move):
+        return
+    job_id, artifacts = keeper.lease.job_id, open_artifacts(settings)
+    remove_partial(settings, job_id)
+    out = artifact_folder(settings, job_id)
+    if not keep:
+        # What cannot be removed now, the janitor removes later.
+        with contextlib.suppress(StorageFailed):
+            artifacts.delete(job_id)
+    if not keep or not (settings.keep_local or artifacts.holds(out)):
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _put(settings: Settings, artifact: Artifact, keeper: Keeper) -> None:
+    """Put what is finished into the artifact store."""
+    from merge_core.progress import Progress
+
+    artifacts = open_artifacts(settings)
+    if artifacts.holds(artifact.folder):
+        return
+    progress = Progress("storing", bytes_written_total=sum(file.size for file in artifact.files))
+    counting = threading.Lock()
+
+    def sent(size: int) -> None:
+        with counting:
+            progress.bytes_written += size
+
+    keeper.report(progress)
+    artifacts.put_folder(keeper.lease.job_id, artifact.folder, artifact.files, sent=sent, stop=keeper.stop)
 
 
 def _run(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:

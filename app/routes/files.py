@@ -2,21 +2,27 @@
 
 # No `from __future__ import annotations`: the routes' annotations name dependencies of the function they are made in.
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import Annotated
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.deps import SettingsDep, job_of
+from app.deps import QueueDep, job_of
 from app.errors import HttpProblem
 from app.schemas import FileList, FileRead
+from workers.artifacts import ArtifactStore
 from workers.jobs import JobKind, JobState
-from workers.queue import artifact_folder
-from workers.settings import Settings
 from workers.tables import Job
+
+MEDIA_TYPE = "application/octet-stream"
+MAX_PARTS = 32
+"""Who asks for more parts than this gets the whole file: each part may be a request of its own to the store."""
 
 
 class _Download(FileResponse):
@@ -24,9 +30,9 @@ class _Download(FileResponse):
 
     chunk_size = 2**20
 
-    def __init__(self, path: Path, *, part: str | None, headers: Mapping[str, str]) -> None:
-        super().__init__(path, headers=headers, filename=path.name, media_type="application/octet-stream")
-        self._part = part
+    def __init__(self, path: Path, *, parts: Sequence[tuple[int, int]], headers: Mapping[str, str]) -> None:
+        super().__init__(path, headers=headers, filename=path.name, media_type=MEDIA_TYPE)
+        self._part = "bytes=" + ",".join(f"{start}-{end - 1}" for start, end in parts) if parts else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kept = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
@@ -49,16 +55,16 @@ def files_router(kind: JobKind) -> APIRouter:
     @router.head("/{path:path}", response_class=FileResponse, include_in_schema=False)
     @router.get("/{path:path}", name=f"download_{kind}_file", response_class=FileResponse)
     def download_file(
-        path: str, job: Annotated[Job, Depends(job_of(kind))], settings: SettingsDep, request: Request
+        path: str, job: Annotated[Job, Depends(job_of(kind))], queue: QueueDep, request: Request
     ) -> Response:
         """One file. Its ETag is its sha256; `Range` and `If-Range` give a part, `If-None-Match` spares a repetition."""
         _require_success(job)
-        return _download(path, job, settings, request)
+        return _download(path, job, queue.artifacts, request)
 
     return router
 
 
-def _download(path: str, job: Job, settings: Settings, request: Request) -> Response:
+def _download(path: str, job: Job, artifacts: ArtifactStore, request: Request) -> Response:
     file = next((file for file in job.files if file["path"] == path), None)
     if file is None:
         raise HttpProblem(404, "not-found", "Not found", f"{job.kind} {job.id} has no file {path[:200]!r}")
@@ -72,13 +78,61 @@ def _download(path: str, job: Job, settings: Settings, request: Request) -> Resp
         raise HttpProblem(412, "precondition-failed", "Precondition failed", f"the ETag of {path} is {etag}")
     if _tags(request, "if-none-match") & {etag, f"W/{etag}", "*"}:
         return Response(status_code=304, headers=headers)
-    part = None
+    parts: list[tuple[int, int]] = []
     if request.method == "GET" and request.headers.get("if-range", etag) == etag:
-        part = _part(request.headers.get("range", ""), file["size"], path)
-    target = artifact_folder(settings, job.id) / path
-    if not target.is_file():
-        raise HttpProblem(410, "gone", "Gone", f"{path} was removed from the service's disk")
-    return _Download(target, part=part, headers=headers)
+        parts = _parts(request.headers.get("range", ""), file["size"], path)
+    target = artifacts.local(job.id, path)
+    there = target.is_file() if target else artifacts.files(job.id).get(path) == file["size"]
+    if not there:
+        raise HttpProblem(410, "gone", "Gone", f"{path} is not in the artifact store any more")
+    if target:
+        return _Download(target, parts=parts, headers=headers)
+    return _streamed(partial(artifacts.read, job.id, path), parts, file["size"], request.method, headers, path)
+
+
+def _streamed(
+    read: Callable[[int, int], Iterator[bytes]],
+    parts: Sequence[tuple[int, int]],
+    size: int,
+    method: str,
+    headers: Mapping[str, str],
+    path: str,
+) -> Response:
+    """What is not on this machine, read as it is sent."""
+    name = quote(path.rpartition("/")[2])
+    headers = {
+        **headers,
+        "Accept-Ranges": "bytes",
+        "Content-Disposition": f"attachment; filename*=utf-8''{name}",
+        "Content-Length": str(sum(end - start for start, end in parts) or size),
+    }
+    if method == "HEAD":
+        return Response(headers=headers, media_type=MEDIA_TYPE)
+    if not parts:
+        return StreamingResponse(read(0, size), headers=headers, media_type=MEDIA_TYPE)
+    if len(parts) == 1:
+        ((start, end),) = parts
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        return StreamingResponse(read(start, end), 206, headers, MEDIA_TYPE)
+    boundary = token_hex(16)
+    heads = [
+        f"--{boundary}\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Range: bytes {start}-{end - 1}/{size}\r\n\r\n".encode()
+        for start, end in parts
+    ]
+    last = f"--{boundary}--\r\n".encode()
+    between = b"\r\n"
+    headers["Content-Length"] = str(
+        sum(len(head) + end - start + len(between) for head, (start, end) in zip(heads, parts, strict=True)) + len(last)
+    )
+
+    def body() -> Iterator[bytes]:
+        for head, (start, end) in zip(heads, parts, strict=True):
+            yield head
+            yield from read(start, end)
+            yield between
+        yield last
+
+    return StreamingResponse(body(), 206, headers, f"multipart/byteranges; boundary={boundary}")
 
 
 def _require_success(job: Job) -> None:
@@ -95,21 +149,36 @@ def _tags(request: Request, header: str) -> set[str]:
     return {tag.strip() for line in request.headers.getlist(header) for tag in line.split(",") if tag.strip()}
 
 
-def _part(written: str, size: int, path: str) -> str | None:
-    """The Range to serve: the parts that are there. None, for the whole file, where it makes no sense (RFC 9110, 14.2).
+def _parts(written: str, size: int, path: str) -> list[tuple[int, int]]:
+    """The Range to serve: the parts that are there, each from a byte to before another, in order and apart. None, for
+    the whole file, where it makes no sense (RFC 9110, 14.2).
 
     Raises `HttpProblem` 416 where it makes sense and asks for nothing that is there.
     """
     unit, _, parts = written.partition("=")
     found = [part.strip().partition("-") for part in parts.split(",") if part.strip()]
-    if unit.strip().lower() != "bytes" or not found or not all(_is_range(*part) for part in found):
-        return None
-    there = [(first, last) for first, _, last in found if (int(first) < size if first else int(last) > 0)]
+    if (
+        unit.strip().lower() != "bytes"
+        or not 0 < len(found) <= MAX_PARTS
+        or not all(_is_range(*part) for part in found)
+    ):
+        return []
+    there = sorted(
+        (int(first), min(int(last or size) + 1, size)) if first else (max(size - int(last), 0), size)
+        for first, _, last in found
+        if (int(first) < size if first else int(last) > 0 and size > 0)
+    )
     if not there:
         detail = f"{path} has {size:,} bytes, and {written[:100]!r} asks for none of them"
         headers = {"Content-Range": f"bytes */{size}"}
         raise HttpProblem(416, "range-not-satisfiable", "Range not satisfiable", detail, headers)
-    return "bytes=" + ",".join(f"{first}-{last}" for first, last in there)
+    apart = [there[0]]
+    for start, end in there[1:]:
+        if start <= apart[-1][1]:
+            apart[-1] = (apart[-1][0], max(end, apart[-1][1]))
+        else:
+            apart.append((start, end))
+    return apart
 
 
 def _is_range(first: str, dash: str, last: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email.policy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from merge_core.methods import METHODS
 from merge_core.published import MAX_CARD_BYTES
 from merge_core.recipe import Recipe
 from tests.conftest import METHOD_RECIPES, method_recipe, mixed_tensors
+from workers.artifacts import FolderStore
 from workers.jobs import JobStore
 from workers.queue import artifact_folder
 from workers.settings import Settings
@@ -289,7 +291,13 @@ def finished(client: TestClient, settings: Settings, models: Path) -> dict[str, 
     return dict(client.get(job["urls"]["self"]).json())
 
 
-def test_files_whole_and_in_part(client: TestClient, finished: dict[str, Any]) -> None:
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_files_whole_and_in_part(
+    client: TestClient, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The same answers whether the store is a folder of this machine or is read through a network."""
+    if where == "elsewhere":
+        monkeypatch.setattr(FolderStore, "local", lambda *_: None)
     files = {file["path"]: file for file in client.get(finished["urls"]["files"]).json()["data"]}
     assert {"model.safetensors", "config.json", "merge.lock.json", "README.md", "mergekit_config.yml"} == files.keys()
     for file in files.values():
@@ -310,6 +318,14 @@ def test_files_whole_and_in_part(client: TestClient, finished: dict[str, Any]) -
     assert client.get(url, headers={"Range": "bytes=0-1", "If-Range": '"other"'}).status_code == 200
     several = client.get(url, headers={"Range": "bytes=0-1,4-5"})
     assert several.status_code == 206 and several.headers["content-type"].startswith("multipart/byteranges")
+    kind = b"Content-Type: " + several.headers["content-type"].encode() + b"\r\n\r\n"
+    parts = email.message_from_bytes(kind + several.content, policy=email.policy.HTTP).get_payload()
+    assert [part["Content-Range"] for part in parts] == [f"bytes {n}-{n + 1}/{file['size']}" for n in (0, 4)]
+    assert [part.get_payload(decode=True) for part in parts] == [data[:2], data[4:6]]
+    assert client.get(url, headers={"Range": "bytes=2-4,0-3"}).content == data[:5], "what overlaps is one part"
+    assert (
+        client.get(url, headers={"Range": "bytes=" + ",".join(f"{3 * n}-{3 * n}" for n in range(99))}).content == data
+    )
     assert client.get(url, headers={"If-None-Match": etag}).status_code == 304
     assert client.get(url, headers={"If-None-Match": '"other"'}).status_code == 200
     assert client.get(url, headers=[("If-None-Match", '"other"'), ("If-None-Match", etag)]).status_code == 304
