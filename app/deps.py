@@ -45,12 +45,9 @@ def document_of(kind: JobKind) -> Callable[[Request], Awaitable[Any]]:
     async def read(request: Request) -> Document:
         media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if media_type not in ("application/json", *YAML_TYPES):
-            raise HttpProblem(
-                415,
-                "unsupported-media-type",
-                "Unsupported media type",
-                f"send a {document.__name__.lower()} as application/json or application/yaml, not {media_type}",
-            )
+            name = document.__name__.lower()
+            detail = f"send a {name} as application/json or application/yaml, not {media_type[:100]}"
+            raise HttpProblem("unsupported-media-type", detail)
         return await run_in_threadpool(document.from_text, await _body(request, MAX_DOCUMENT_BYTES))
 
     return read
@@ -67,7 +64,7 @@ async def _body(request: Request, most: int) -> bytes:
         body += part
         if len(body) > most:
             detail = f"at most {most:,} bytes are read here"
-            raise HttpProblem(413, "payload-too-large", "Payload too large", detail, {"Connection": "close"})
+            raise HttpProblem("payload-too-large", detail, headers={"Connection": "close"})
     return bytes(body)
 
 
@@ -77,7 +74,7 @@ def job_of(kind: JobKind) -> Callable[..., Job]:
     def find(job_id: Annotated[str, Path(max_length=32)], queue: QueueDep, caller: CallerDep) -> Job:
         job = queue.store.find(job_id, caller.owner, kind)
         if job is None:
-            raise HttpProblem(404, "not-found", "Not found", f"there is no {kind} {job_id[:60]!r}")
+            raise HttpProblem("not-found", f"there is no {kind} {job_id[:60]!r}")
         return job
 
     return find

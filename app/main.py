@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 
 from app import errors
-from app.routes import health, methods, recipes
+from app.routes import health, methods, problems, recipes
 from app.routes.files import files_router
 from app.routes.jobs import jobs_router
+from app.schemas import ProblemRead
 from merge_core import __version__
 from workers.celery_app import make_celery
 from workers.jobs import JobStore
@@ -23,8 +25,11 @@ DESCRIPTION = """
 Merge model weights: POST a recipe (mergekit's format, YAML or JSON), watch the job, download the checkpoint.
 
 Errors are problems as in RFC 9457: `type`, `title`, `status`, `detail`, `code`, and `errors` with a JSON pointer into
-the recipe, a tensor or a file for each place that is wrong.
+the recipe, a tensor or a file for each place that is wrong. `type` leads to what the code means. Wherever GET is, HEAD
+is too.
 """
+EVERYWHERE = ("invalid-request", "internal-error", "database-unavailable")
+"""What any route may answer."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -39,23 +44,29 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         store.close()
 
     app = FastAPI(
-        title="Weightsmith", version=__version__, description=DESCRIPTION, lifespan=lifespan, responses=errors.RESPONSES
+        title="Weightsmith",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        responses=errors.answers(*EVERYWHERE),
     )
     app.state.settings = settings
     errors.install(app)
     for kind in WORK:
         app.include_router(jobs_router(kind))
         app.include_router(files_router(kind))
-    for module in (recipes, methods, health):
+    for module in (recipes, methods, problems, health):
         app.include_router(module.router)
     _describe_documents(app)
     return app
 
 
 def _describe_documents(app: FastAPI) -> None:
-    """Describe recipes and their like in the OpenAPI document: routes read them by hand, because they may be YAML."""
+    """Describe in the OpenAPI document what no route's types tell: problems, and recipes and their like, which are
+    read by hand, because they may be YAML.
+    """
     schemas = app.openapi()["components"]["schemas"]
-    for work in WORK.values():
-        document = work().document
+    described: list[Any] = [ProblemRead, *(work().document for work in WORK.values())]
+    for document in described:
         schema = document.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= {**schema.pop("$defs", {}), document.__name__: schema}

@@ -72,6 +72,23 @@ class ProblemRead(BaseModel):
     errors: list[dict[str, str]] = []
 
 
+class ProblemTypeRead(BaseModel):
+    """A kind of problem, for programs `code` and for people the rest."""
+
+    type: str
+    code: str
+    status: int = Field(description="of an answer that says it; a job may end in it too")
+    title: str
+    meaning: str
+    retryable: bool = Field(description="whether the same may work later")
+
+
+class ProblemTypeList(BaseModel):
+    """Every kind of problem."""
+
+    data: list[ProblemTypeRead]
+
+
 class JobPage(BaseModel):
     """Jobs, newest first; `next` is the `after` of the following page."""
 

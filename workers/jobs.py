@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from workers.choosing import may_start, next_job
 from workers.database import open_database
+from workers.problems import problem_of
 from workers.settings import Settings
 from workers.states import AT_WORK
 from workers.states import FINISHED as FINISHED
@@ -255,12 +256,8 @@ class JobStore:
 
     def give_up(self) -> list[str]:
         """Fail the queued jobs that were started as often as they may be. The ids."""
-        error = {
-            "code": "worker-lost",
-            "title": "The worker died",
-            "detail": f"the worker died {self.settings.max_attempts} times at this job; has the machine the memory?",
-            "retryable": True,
-        }
+        detail = f"the worker died {self.settings.max_attempts} times at this job; has the machine the memory?"
+        error = problem_of("worker-lost", detail)
         lost = update(Job).where(Job.state == JobState.QUEUED, Job.deaths >= self.settings.max_attempts)
         with self.session() as session:
             return self._move(session, lost, state=JobState.FAILED, error=error, finished_at=time.time(), phase="")
@@ -269,12 +266,8 @@ class JobStore:
         """Fail the jobs whose deadline has passed; a worker that is at one learns of it as it renews its lease. The
         ids.
         """
-        error = {
-            "code": "deadline-exceeded",
-            "title": "The job was not done in time",
-            "detail": "its deadline passed before it was done; give it longer, or a higher priority",
-            "retryable": True,
-        }
+        detail = "its deadline passed before it was done; give it longer, or a higher priority"
+        error = problem_of("deadline-exceeded", detail)
         late = update(Job).where(Job.deadline_at < time.time(), Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
         nobody: dict[str, Any] = {"phase": "", "holder": None, "lease_until": None}
         with self.session() as session:

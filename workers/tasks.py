@@ -20,7 +20,7 @@ from workers.artifacts import open_artifacts
 from workers.celery_app import celery_app
 from workers.jobs import JobState, JobStore, Lease, LeaseLost
 from workers.kinds import WORK
-from workers.problems import problem
+from workers.problems import problem, problem_of
 from workers.queue import RUN_JOB, artifact_folder, partial_folder, partial_folders, remove_partial
 from workers.settings import WORKER_VARIABLE, Settings
 
@@ -28,12 +28,7 @@ if TYPE_CHECKING:
     from merge_core.artifact import Artifact
     from merge_core.progress import Progress
 
-INTERNAL_ERROR = {
-    "code": "internal-error",
-    "title": "Something is wrong with Weightsmith itself",
-    "detail": "an unexpected error, which the worker's log describes",
-    "retryable": True,
-}
+INTERNAL_ERROR = problem_of("internal-error", "an unexpected error, which the worker's log describes")
 log = logging.getLogger(__name__)
 
 

@@ -67,7 +67,7 @@ def files_router(kind: JobKind) -> APIRouter:
 def _download(path: str, job: Job, artifacts: ArtifactStore, request: Request) -> Response:
     file = next((file for file in job.files if file["path"] == path), None)
     if file is None:
-        raise HttpProblem(404, "not-found", "Not found", f"{job.kind} {job.id} has no file {path[:200]!r}")
+        raise HttpProblem("not-found", f"{job.kind} {job.id} has no file {path[:200]!r}")
     etag = f'"{file["sha256"]}"'
     headers = {
         "ETag": etag,
@@ -75,7 +75,7 @@ def _download(path: str, job: Job, artifacts: ArtifactStore, request: Request) -
         "X-Content-Type-Options": "nosniff",
     }
     if (wanted := _tags(request, "if-match")) and not wanted & {etag, "*"}:
-        raise HttpProblem(412, "precondition-failed", "Precondition failed", f"the ETag of {path} is {etag}")
+        raise HttpProblem("precondition-failed", f"the ETag of {path} is {etag}")
     if _tags(request, "if-none-match") & {etag, f"W/{etag}", "*"}:
         return Response(status_code=304, headers=headers)
     parts: list[tuple[int, int]] = []
@@ -84,7 +84,7 @@ def _download(path: str, job: Job, artifacts: ArtifactStore, request: Request) -
     target = artifacts.local(job.id, path)
     there = target.is_file() if target else artifacts.files(job.id).get(path) == file["size"]
     if not there:
-        raise HttpProblem(410, "gone", "Gone", f"{path} is not in the artifact store any more")
+        raise HttpProblem("gone", f"{path} is not in the artifact store any more")
     if target:
         return _Download(target, parts=parts, headers=headers)
     return _streamed(partial(artifacts.read, job.id, path), parts, file["size"], request.method, headers, path)
@@ -137,12 +137,7 @@ def _streamed(
 
 def _require_success(job: Job) -> None:
     if job.state != JobState.SUCCEEDED:
-        raise HttpProblem(
-            409,
-            "invalid-state",
-            "The job is not in a state for that",
-            f"{job.kind} {job.id} is {job.state}; it has no files yet",
-        )
+        raise HttpProblem("invalid-state", f"{job.kind} {job.id} is {job.state}; it has no files yet")
 
 
 def _tags(request: Request, header: str) -> set[str]:
@@ -171,7 +166,7 @@ def _parts(written: str, size: int, path: str) -> list[tuple[int, int]]:
     if not there:
         detail = f"{path} has {size:,} bytes, and {written[:100]!r} asks for none of them"
         headers = {"Content-Range": f"bytes */{size}"}
-        raise HttpProblem(416, "range-not-satisfiable", "Range not satisfiable", detail, headers)
+        raise HttpProblem("range-not-satisfiable", detail, headers=headers)
     apart = [there[0]]
     for start, end in there[1:]:
         if start <= apart[-1][1]:

@@ -10,9 +10,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.deps import QueueDep, SettingsDep
-from app.errors import problem_response
+from app.errors import answers, problem_response
 from app.schemas import Health
 from merge_core.shards import SPARE_BYTES
+from workers.problems import problem_of
 
 router = APIRouter(tags=["health"])
 
@@ -23,7 +24,7 @@ async def live() -> Health:
     return Health(status="ok")
 
 
-@router.get("/readyz", response_model=Health, responses={503: {"description": "Something it depends on is missing."}})
+@router.get("/readyz", response_model=Health, responses=answers("not-ready"))
 def ready(queue: QueueDep, settings: SettingsDep) -> Health | JSONResponse:
     """The database can be written, the broker reached, and there is room on the disk."""
     checks = {
@@ -34,9 +35,7 @@ def ready(queue: QueueDep, settings: SettingsDep) -> Health | JSONResponse:
     if all(checks.values()):
         return Health(status="ok", checks=checks)
     missing = ", ".join(name for name, good in checks.items() if not good)
-    return problem_response(
-        503, {"code": "not-ready", "title": "Not ready", "detail": f"not working: {missing}", "checks": checks}
-    )
+    return problem_response(problem_of("not-ready", f"not working: {missing}", checks=checks))
 
 
 def _database_is_writable(queue: QueueDep) -> bool:

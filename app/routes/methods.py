@@ -24,9 +24,7 @@ def list_methods() -> MethodList:
 def read_method(name: str) -> MethodList:
     """One method, with each meaning its name has."""
     if name not in METHODS:
-        raise HttpProblem(
-            404, "not-found", "Not found", f"there is no method {name[:60]!r}; there are {', '.join(METHODS)}"
-        )
+        raise HttpProblem("not-found", f"there is no method {name[:60]!r}; there are {', '.join(METHODS)}")
     return MethodList(data=[_read(method) for method in METHODS[name].values()])
 
 
