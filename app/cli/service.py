@@ -1,0 +1,80 @@
+"""`weightsmith serve | worker`."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from app.cli.terminal import DATA, MODELS, failures_told, settings_of
+from merge_core import __version__
+
+if TYPE_CHECKING:
+    from workers.supervisor import Supervisor
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@DATA
+@MODELS
+def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> None:
+    """Run the service and one worker: no Redis, no Docker.
+
+    Models are read only from the folders given by --models; recipes name them by their paths below these.
+    """
+    with failures_told():
+        import uvicorn
+
+        from app.main import create_app
+        from workers.supervisor import Supervisor
+
+        settings = settings_of(data, models)
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            click.echo(f"warning: anybody who can reach {host} can use this service; it has no accounts yet", err=True)
+        config = uvicorn.Config(
+            create_app(settings), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5
+        )
+        listening = config.bind_socket()
+        with _supervised(Supervisor(settings)):
+            roots = ", ".join(map(str, settings.roots))
+            click.echo(f"Weightsmith {__version__}: http://{host}:{listening.getsockname()[1]}/docs", err=True)
+            click.echo(f"  models in {roots}\n  data in {settings.data.absolute()}", err=True)
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+@click.command()
+@DATA
+@MODELS
+def worker(data: Path | None, models: tuple[Path, ...]) -> None:
+    """Run one more worker on this machine, or on another with the same data folder, database and broker."""
+    with failures_told():
+        from workers.supervisor import Supervisor
+
+        supervisor = Supervisor(settings_of(data, models))
+        with _supervised(supervisor):
+            supervisor.wait()
+
+
+def _leave(*_: object) -> None:
+    """SIGTERM is Ctrl-C: what was started is stopped on the way out."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _supervised(supervisor: Supervisor) -> Iterator[None]:
+    """A worker that runs until the end, however that comes; once it is being stopped no further signal is heard."""
+    signal.signal(signal.SIGTERM, _leave)
+    supervisor.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        supervisor.stop()

@@ -1,0 +1,153 @@
+"""What commands share: their options, and how they talk."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from merge_core.errors import WeightsmithError
+
+if TYPE_CHECKING:
+    from merge_core.artifact import Artifact
+    from merge_core.progress import Progress as MergeProgress
+    from merge_core.recipe import Recipe
+
+
+RECIPE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+URL = click.option(
+    "--url", default="http://127.0.0.1:8000", envvar="WEIGHTSMITH_URL", show_default=True, help="The service."
+)
+DATA = click.option(
+    "--data", type=click.Path(path_type=Path), help="Where jobs and artifacts live.  [default: ./weightsmith-data]"
+)
+MODELS = click.option(
+    "--models",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder that recipes may name models in; may be repeated.  [default: DATA/models]",
+)
+MEMORY = click.option("--memory", metavar="SIZE", help="Most memory of the whole process, such as 1GiB.")
+THREADS = click.option("--threads", type=click.IntRange(1), help="Compute threads (default: one per core).")
+
+
+def settings_of(data: Path | None, models: tuple[Path, ...]) -> Any:
+    """The environment's settings, with what `DATA` and `MODELS` said instead."""
+    from workers.settings import Settings
+
+    given: dict[str, Any] = {}
+    if data is not None:
+        given["data"] = data
+    if models:
+        given["model_roots"] = list(models)
+    return Settings(**given)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from a file, or from the standard input for `-`."""
+    from merge_core.recipe import Recipe
+
+    return Recipe.from_text(sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes())
+
+
+def tell_alignment(made: dict[str, Any] | None) -> None:
+    """Say what a plan says of an alignment."""
+    if made is None:
+        return
+    sizes = ", ".join(f"{each['count']} of {each['size']:,}" for each in made["permutations"][:4])
+    sizes += ", …" if made["permutations"][4:] else ""
+    models = ", ".join(made["models"])
+    if made["stored"]:
+        click.echo(f"aligned     {models} by {made['file']}: permutations {sizes}")
+        return
+    click.echo(f"aligns      {models} with {made['matched_with']}: permutations {sizes}")
+    sweep, most = shown_bytes(made["bytes_per_sweep"]), shown_bytes(made["peak_memory"])
+    click.echo(f"            reads {sweep} a sweep, at most {most} of memory")
+
+
+def cache_folder() -> Path:
+    """Where this user's commands keep what need not be found out twice."""
+    return Path(click.get_app_dir("weightsmith")) / "cache"
+
+
+def tell_of(artifact: Artifact, out: Path) -> None:
+    """Say what was made."""
+    for warning in artifact.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    size = sum(file.size for file in artifact.files)
+    click.echo(f"{out}: {len(artifact.tensors)} tensors, {shown_bytes(size)} in {len(artifact.files)} files")
+
+
+def size_of(written: str | None) -> int | None:
+    """Bytes of a size such as 1GiB. Raises `UsageError`."""
+    from merge_core.sizes import parse_bytes
+
+    try:
+        size = None if written is None else int(parse_bytes(written))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if size == 0:
+        raise click.UsageError("a size of nothing leaves no room for anything")
+    return size
+
+
+def shown_bytes(count: float) -> str:
+    """Such as `1.5 GB`."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.0f} bytes" if units[0] == "bytes" else f"{count:.1f} {units[0]}"
+
+
+@contextmanager
+def failures_told(interrupted: str = "interrupted") -> Iterator[None]:
+    """Expected failures as one message and exit status 1, without a traceback."""
+    try:
+        yield
+    except (WeightsmithError, OSError, ValueError) as error:
+        # ValueError: settings and URLs that cannot be read, texts that are no UTF-8.
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo(interrupted, err=True)
+        sys.exit(130)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Any]:
+    """A bar with rate and time left on a terminal, a line every few seconds elsewhere; yields the function to report
+    to.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda progress: None
+        return
+    columns = (
+        TextColumn("{task.description:>24.24}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("planning", total=None)
+
+        def report(progress: MergeProgress) -> None:
+            total = progress.bytes_read_total + progress.bytes_written_total
+            bar.update(
+                task,
+                description=progress.phase,
+                completed=progress.bytes_read + progress.bytes_written,
+                total=total or None,
+            )
+
+        yield report
