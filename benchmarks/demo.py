@@ -23,10 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from app.client import Client
+from app.client import Client, Job, ServiceError
 from benchmarks.digits import FIRST_IMAGES, TASKS, Digits, accuracies, load_checkpoint, train_models
-from merge_core.errors import WeightsmithError
-from merge_core.progress import Progress as MergeProgress
 
 console = Console()
 AVERAGE, ARITHMETIC, TIES = "linear: plain average", "task_arithmetic, scale 1", "ties, whole model, scale 1"
@@ -87,7 +85,7 @@ def main() -> int:
         with service(data, models) as url:
             try:
                 merged = {title: run(url, title, recipe, downloads) for title, recipe in wanted.items()}
-            except WeightsmithError as error:
+            except ServiceError as error:
                 console.print(f"[red]error:[/red] {error}")
                 return 1
         return report(digits, {name: models / name for name in names}, merged)
@@ -104,14 +102,14 @@ def run(url: str, title: str, recipe: Mapping[str, Any], downloads: Path) -> Pat
     )
     with Client(url) as client, Progress(*columns, console=console) as bar:
         shown = bar.add_task(title, total=None)
-        job = client.submit(yaml.safe_dump(dict(recipe)).encode())
+        job = client.merges.submit(recipe)
 
-        def follow(progress: MergeProgress) -> None:
-            bar.update(shown, total=progress.tensors_total, completed=progress.tensors_done)
+        def follow(job: Job) -> None:
+            bar.update(shown, total=job.progress.tensors_total or None, completed=job.progress.tensors_done)
 
-        client.wait(job, follow)
-        client.download(job, downloads / job["id"])
-    return downloads / job["id"]
+        client.merges.wait(job, progress=follow)
+        client.merges.download(job, downloads / job.id)
+    return downloads / job.id
 
 
 def report(digits: Digits, alone: Mapping[str, Path], merged: Mapping[str, Path]) -> int:

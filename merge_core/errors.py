@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,9 @@ class Problem:
 class WeightsmithError(Exception):
     """An expected failure. The message says what is wrong, where, what was expected and what to do."""
 
-    code: ClassVar[str] = "merge-failed"
-    title: ClassVar[str] = "The merge failed"
-    retryable: ClassVar[bool] = False
+    code: str = "merge-failed"
+    title: str = "The merge failed"
+    retryable: bool = False
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from app.cli.terminal import RECIPE, URL, failures_told, progress_bar
+from app.cli.terminal import RECIPE, URL, failures_told
 
 
 @click.command()
@@ -31,19 +31,19 @@ from app.cli.terminal import RECIPE, URL, failures_told, progress_bar
 def submit(recipe: Path, url: str, kind: str, wait: bool, download: Path | None) -> None:
     """POST RECIPE to a service; prints the job's id."""
     with failures_told("interrupted; the job goes on without you"):
-        from app.client import Client
+        from app.client import Client, Jobs
 
-        body = sys.stdin.buffer.read() if str(recipe) == "-" else recipe.read_bytes()
+        body = sys.stdin.buffer.read() if str(recipe) == "-" else recipe
         if download:
             download.mkdir(parents=True, exist_ok=True)
         with Client(url) as client:
-            job = client.submit(body, kind)
-            click.echo(job["id"])
+            jobs: Jobs = getattr(client, kind)
+            job = jobs.submit(body)
+            click.echo(job.id)
             if wait or download:
-                with progress_bar() as report:
-                    job = client.wait(job, report)
-                for warning in job["warnings"]:
+                job = jobs.wait(job, progress=True)
+                for warning in job.warnings:
                     click.echo(f"warning: {warning}", err=True)
             if download:
-                client.download(job, download)
+                jobs.download(job, download, progress=True)
                 click.echo(str(download))

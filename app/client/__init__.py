@@ -1,0 +1,90 @@
+"""The Python client: the API's words, for programs and for `weightsmith submit`.
+
+    with Client("http://127.0.0.1:8000") as client:
+        job = client.merges.submit("recipe.yml")
+        client.merges.wait(job, progress=True)
+        client.merges.download(job, "merged")
+
+It needs no torch and none of the service's libraries.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+from app.client.access import ApiKeys, Credentials
+from app.client.errors import (
+    Damaged,
+    JobCanceled,
+    JobEnded,
+    JobFailed,
+    NotFound,
+    NotWeightsmith,
+    Refused,
+    ServiceError,
+    Unreachable,
+)
+from app.client.jobs import Jobs
+from app.client.objects import Event, File, Job, Plan, Progress
+from app.client.service import Methods, System
+from app.client.transport import Transport
+
+__all__ = [
+    "Client",
+    "Damaged",
+    "Event",
+    "File",
+    "Job",
+    "JobCanceled",
+    "JobEnded",
+    "JobFailed",
+    "Jobs",
+    "NotFound",
+    "NotWeightsmith",
+    "Plan",
+    "Progress",
+    "Refused",
+    "ServiceError",
+    "Unreachable",
+]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+class Client:
+    """One service, for one owner.
+
+    `url` and `api_key` are WEIGHTSMITH_URL's and WEIGHTSMITH_API_KEY's where they are not given. `timeout` is how long
+    an answer may take, in seconds; `patience`, how long a service that has answered before, and does not now or says
+    that it cannot now, is asked again before the error is raised. Threads may share a client.
+    """
+
+    def __init__(
+        self, url: str | None = None, *, api_key: str | None = None, timeout: float = 60, patience: float = 60
+    ) -> None:
+        url = url or os.environ.get("WEIGHTSMITH_URL") or DEFAULT_URL
+        api_key = api_key or os.environ.get("WEIGHTSMITH_API_KEY")
+        self._transport = Transport(url, api_key, timeout=timeout, patience=patience)
+        self.url = self._transport.url
+        self.merges = Jobs(self._transport, "merges")
+        self.alignments = Jobs(self._transport, "alignments")
+        self.patches = Jobs(self._transport, "patches")
+        self.methods = Methods(self._transport)
+        self.credentials = Credentials(self._transport)
+        self.api_keys = ApiKeys(self._transport)
+        self.system = System(self._transport)
+
+    def __repr__(self) -> str:
+        return f"Client({self.url!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._transport.close()

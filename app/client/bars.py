@@ -1,0 +1,70 @@
+"""Bars with rate and time left, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from app.client.objects import Job
+
+
+@contextmanager
+def job_bar(wanted: bool | Callable[[Job], None]) -> Iterator[Callable[[Job], None]]:
+    """Yields what to tell of a job's progress: the bar, where one is wanted and there is a terminal."""
+    if callable(wanted):
+        yield wanted
+        return
+    with _bar(wanted) as bar:
+        if bar is None:
+            yield lambda job: None
+            return
+        task = bar.add_task("waiting", total=None)
+
+        def report(job: Job) -> None:
+            done = job.progress
+            bar.update(
+                task,
+                description=job.phase or job.status,
+                completed=done.bytes_read + done.bytes_written,
+                total=done.bytes_read_total + done.bytes_written_total or None,
+            )
+
+        yield report
+
+
+@contextmanager
+def download_bar(wanted: bool, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields what to tell of bytes that have arrived."""
+    with _bar(wanted) as bar:
+        if bar is None:
+            yield lambda count: None
+            return
+        task = bar.add_task("downloading", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def _bar(wanted: bool) -> Iterator[Progress | None]:
+    if not wanted:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description:>24.24}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield bar
