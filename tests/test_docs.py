@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from pydantic import AliasChoices
 
 from app.cli import main
 from app.main import create_app
@@ -70,7 +71,10 @@ def test_routes_in_the_readme_exist(tmp_path: Path) -> None:
 
 def test_settings_in_the_readme_exist() -> None:
     names = {f"WEIGHTSMITH_{name.upper()}" for name in Settings.model_fields}
-    names |= {"REDIS_URL", "DATABASE_URL", "WEIGHTSMITH_KERNELS"}
+    aliases = [field.validation_alias for field in Settings.model_fields.values()]
+    names |= {name for alias in aliases if isinstance(alias, AliasChoices) for name in alias.choices} | {
+        "WEIGHTSMITH_KERNELS"
+    }
     assert set(re.findall(r"`(WEIGHTSMITH_\w+|\w+_URL)`", README.read_text())) <= names
 
 
