@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test golden recipes oracle bench bench-peer bench-scale bench-cuda science lint lock serve clean
+.PHONY: help setup demo test chaos golden recipes oracle bench bench-peer bench-scale bench-cuda science lint lock serve clean
 PEER := .venv-peer
 
 help:  ## List the targets
@@ -24,6 +24,9 @@ demo: $(READY)  ## Train four small models, merge them over HTTP by every method
 
 test: $(READY)  ## Run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+chaos: $(READY)  ## Merge while everything that can break does (SEED=…, MERGES=…; 15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MERGES),--merges $(MERGES))
 
 golden: $(READY)  ## Run the golden cases in DIR
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden $(DIR)

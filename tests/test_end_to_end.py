@@ -228,7 +228,9 @@ def test_a_database_locked_for_long_stops_nothing_for_good(llamas: Path, tmp_pat
 
 
 def test_kill_9_of_the_whole_service_then_a_new_one(large: Path, tmp_path: Path) -> None:
-    recipe, short = method_recipe("ties-paper"), {"WEIGHTSMITH_LEASE_SECONDS": "2"}
+    recipe, temporary = method_recipe("ties-paper"), tmp_path / "tmp"
+    short = {"WEIGHTSMITH_LEASE_SECONDS": "2", "TMPDIR": str(temporary)}
+    temporary.mkdir()
     with running_service(tmp_path / "data", large, **SLOWLY, **short) as service:
         job = service.post(recipe)
         eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
@@ -236,6 +238,7 @@ def test_kill_9_of_the_whole_service_then_a_new_one(large: Path, tmp_path: Path)
         service.process.kill()
         service.process.wait()
         eventually(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 10)
+    assert not list(temporary.iterdir())
     with running_service(tmp_path / "data", large, **SLOWLY, **short) as service:
         assert service.ended(job)["status"] == "succeeded"
         assert service.files(job) == _whole(large, tmp_path, recipe)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from typing import Any
@@ -60,6 +62,8 @@ def _filesystem_options(settings: Settings) -> dict[str, Any]:
 @worker_init.connect
 def _before_forking(**_: object) -> None:
     Settings().prepare()
+    # Billiard makes a folder for files that it unlinks at once; a worker that is killed would leave it behind.
+    multiprocessing.current_process()._config["tempdir"] = tempfile.gettempdir()  # type: ignore[attr-defined]
     if "torch" in sys.modules:
         raise RuntimeError("torch was imported before the worker forked; its children would hang")
     if supervisor := os.environ.get(SUPERVISOR_VARIABLE):
