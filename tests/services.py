@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +37,11 @@ def eventually(what: Callable[[], Any], seconds: float = 60.0) -> Any:
             return found
         time.sleep(0.02)
     raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def sha256_of(folder: Path) -> dict[str, str]:
+    """The sha256 of every file in a folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 @dataclass
@@ -67,7 +75,10 @@ class Service:
         return dict(eventually(end, seconds))
 
     def files(self, job: Job) -> dict[str, str]:
-        return {file["path"]: file["sha256"] for file in self.get(job["urls"]["files"])["data"]}
+        return {file["path"]: file["sha256"] for file in self.files_of(job)}
+
+    def files_of(self, job: Job) -> list[Job]:
+        return list(self.get(f"{job['urls']['self']}/files")["data"])
 
     def download(self, job: Job, folder: Path) -> Path:
         folder.mkdir(parents=True)
@@ -170,3 +181,82 @@ def running_redis(folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+@dataclass
+class Bucket:
+    """A bucket of an S3 double over real HTTP, with faults that are asked for."""
+
+    endpoint: str
+    requests: list[str]
+    faults: list[Callable[[str, str], Fault | None]]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The environment that makes it the artifact store."""
+        return {
+            "WEIGHTSMITH_ARTIFACTS": "s3://bucket/some/prefix",
+            "WEIGHTSMITH_S3_ENDPOINT": self.endpoint,
+            "WEIGHTSMITH_S3_ACCESS_KEY_ID": "AKIDEXAMPLE",
+            "WEIGHTSMITH_S3_SECRET_ACCESS_KEY": "not-to-be-printed",
+        }
+
+    def objects(self) -> list[str]:
+        return re.findall("<Key>(.*?)</Key>", self._ask("/bucket?list-type=2"))
+
+    def uploads(self) -> int:
+        """Part-wise uploads that nobody completed or aborted."""
+        return self._ask("/bucket?uploads").count("<Upload>")
+
+    def _ask(self, path: str) -> str:
+        return httpx2.get(self.endpoint + path, trust_env=False).text
+
+
+@dataclass
+class Fault:
+    """What the double says instead of doing what was asked, after so many seconds; without a status it does it then."""
+
+    status: int = 0
+    code: str = ""
+    seconds: float = 0.0
+
+
+@contextmanager
+def running_s3() -> Iterator[Bucket]:
+    """moto's S3, in a thread."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Quiet(WSGIRequestHandler):
+        def log(self, *_: object) -> None:
+            """Nothing."""
+
+    s3 = DomainDispatcherApplication(create_backend_app)
+    requests: list[str] = []
+    faults: list[Callable[[str, str], Fault | None]] = []
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        query = environ.get("QUERY_STRING", "")
+        requests.append(f"{method} {path}?{query}" if query else f"{method} {path}")
+        for found in [fault for ask in list(faults) if (fault := ask(method, f"{path}?{query}"))][:1]:
+            time.sleep(found.seconds)
+            if found.status:
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                body = f"<Error><Code>{found.code}</Code><AWSAccessKeyId>AKIDEXAMPLE</AWSAccessKeyId></Error>".encode()
+                start_response(f"{found.status} Fault", [("Content-Length", str(len(body)))])
+                return [body]
+        return s3(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    bucket = Bucket(f"http://127.0.0.1:{server.server_port}", requests, faults)
+    try:
+        httpx2.post(f"{bucket.endpoint}/moto-api/reset", trust_env=False).raise_for_status()
+        httpx2.put(f"{bucket.endpoint}/bucket", trust_env=False).raise_for_status()
+        yield bucket
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

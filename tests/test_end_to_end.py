@@ -19,7 +19,7 @@ from merge_core.alignment.permutations import Permutations
 from merge_core.merge import merge
 from merge_core.recipe import Recipe
 from tests.conftest import method_recipe, write_checkpoint, write_numbers
-from tests.services import Service, eventually, running_redis, running_service
+from tests.services import Fault, Service, eventually, running_redis, running_s3, running_service, sha256_of
 
 pytestmark = pytest.mark.xdist_group("service")
 BROKERS = ("filesystem", "redis")
@@ -287,3 +287,41 @@ def test_stopping_the_service_hands_its_job_to_the_next(large: Path, tmp_path: P
         assert service.ended(job, 60)["status"] == "succeeded"
         assert service.files(job) == _whole(large, tmp_path, recipe)
     shutil.rmtree(tmp_path / "data")
+
+
+def test_an_artifact_in_s3(large: Path, tmp_path: Path) -> None:
+    """Stored before the row says so, served from there, gone with a cancel, and nothing of it stays on the disk."""
+    recipe = method_recipe("linear", outputs={"max_shard_size": "20MB"})
+    with running_s3() as bucket:
+        with running_service(tmp_path / "data", large, **bucket.settings) as service:
+            job = service.ended(service.post(recipe))
+            assert job["status"] == "succeeded", job["error"]
+            assert job["progress"]["tensors_done"] == 12
+            folder = service.download(job, tmp_path / "merged")
+            assert service.files(job) == _whole(large, tmp_path, recipe) == sha256_of(folder)
+            assert {key.removeprefix(f"some/prefix/{job['id']}/") for key in bucket.objects()} == service.files(
+                job
+            ).keys()
+            eventually(lambda: service.artifacts() == [])
+
+            bucket.faults.append(lambda method, path: Fault(seconds=1) if "partNumber" in path else None)
+            canceled = service.post(recipe)
+            eventually(lambda: service.job(canceled)["phase"] == "storing")
+            started = time.monotonic()
+            service.http.post(canceled["urls"]["cancel"])
+            assert service.ended(canceled)["status"] == "canceled" and time.monotonic() - started < 2.0
+            bucket.faults.clear()
+            eventually(lambda: service.artifacts() == [] and not any(canceled["id"] in key for key in bucket.objects()))
+
+            killed = service.post(recipe)
+            bucket.faults.append(lambda method, path: Fault(seconds=0.3) if "partNumber" in path else None)
+            eventually(lambda: service.job(killed)["phase"] == "storing")
+            service.kill_worker()
+            bucket.faults.clear()
+            assert service.ended(killed)["status"] == "succeeded"
+            assert service.files(killed) == service.files(job)
+
+            bucket.faults.append(lambda method, path: Fault(403, "AccessDenied"))
+            refused = service.http.get(service.files_of(job)[0]["url"])
+            assert refused.status_code == 503 and refused.json()["code"] == "storage-failed"
+        assert "not-to-be-printed" not in service.log.read_text()

@@ -1,4 +1,4 @@
-"""Where finished artifacts are kept: a folder, which many machines may share.
+"""Where finished artifacts are kept: a folder, which many machines may share, or S3.
 
 Work grows in the data folder of the machine that does it. What is finished is put here, the lock after everything that
 it names, and only then does the job's row say that it succeeded.
@@ -62,6 +62,10 @@ class ArtifactStore(ABC):
         """The file itself, where it lies in a folder of this machine."""
         return None
 
+    def link(self, job_id: str, path: str, seconds: float) -> str | None:
+        """A URL that gives the file to whoever has it, so long, where the store can make one."""
+        return None
+
     def holds(self, folder: Path) -> bool:
         """Whether what is finished in this folder need not be put anywhere."""
         return False
@@ -69,7 +73,14 @@ class ArtifactStore(ABC):
 
 def open_artifacts(settings: Settings) -> ArtifactStore:
     """The store that the settings name; the artifacts' place in the data folder if they name none."""
-    return FolderStore(settings.artifact_store or settings.artifacts)
+    place = settings.artifact_store
+    if place is None or not place.startswith("s3://"):
+        return FolderStore(Path(place) if place else settings.artifacts)
+    try:
+        from workers.s3 import S3Artifacts
+    except ModuleNotFoundError as error:
+        raise StorageFailed(f"{place} needs a package: pip install 'weightsmith[s3]'") from error
+    return S3Artifacts(settings)
 
 
 class FolderStore(ArtifactStore):

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AliasChoices, BeforeValidator, Field
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import URL
 
@@ -28,6 +28,13 @@ def _split_paths(written: object) -> object:
     )
 
 
+def _check_place(written: str) -> str:
+    scheme, separator, rest = written.partition("://")
+    if separator and (scheme != "s3" or not rest.strip("/")):
+        raise ValueError(f"{written} is neither a folder nor s3://bucket/prefix")
+    return written
+
+
 class Settings(BaseSettings):
     """`WEIGHTSMITH_DATA=/srv/weightsmith`, `WEIGHTSMITH_MODEL_ROOTS=/models:/more`, `REDIS_URL`, `DATABASE_URL`, …
 
@@ -44,11 +51,19 @@ class Settings(BaseSettings):
     )
     redis_url: str | None = Field(None, validation_alias=AliasChoices("redis_url", "REDIS_URL"))
     database_url: str | None = Field(None, validation_alias=AliasChoices("database_url", "DATABASE_URL"))
-    artifact_store: Path | None = Field(
+    artifact_store: Annotated[str, AfterValidator(_check_place)] | None = Field(
         None,
         validation_alias=AliasChoices("artifact_store", "WEIGHTSMITH_ARTIFACTS"),
-        description="where finished artifacts are kept (default: in the data folder)",
+        description="where finished artifacts are kept, a folder or s3://bucket/prefix (default: in the data folder)",
     )
+    s3_endpoint: str | None = Field(
+        None,
+        description="the store's URL if it is not Amazon's, such as https://minio:9000 (default: AWS_ENDPOINT_URL)",
+    )
+    s3_region: str | None = Field(None, description="the bucket's region (default: AWS_REGION)")
+    s3_access_key_id: SecretStr | None = Field(None, description="default: AWS_ACCESS_KEY_ID")
+    s3_secret_access_key: SecretStr | None = Field(None, description="default: AWS_SECRET_ACCESS_KEY")
+    s3_redirect: bool = Field(False, description="send who downloads to the store itself, with a link that expires")
     keep_local: bool = Field(False, description="keep a copy in the data folder of what the artifact store has")
     max_memory: Bytes = Field(4 * 2**30, description="the most that a recipe's limits.memory may ask for")
     threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: one per core)")

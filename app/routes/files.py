@@ -10,17 +10,18 @@ from typing import Annotated
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse, RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.deps import QueueDep, job_of
 from app.errors import HttpProblem
 from app.schemas import FileList, FileRead
-from workers.artifacts import ArtifactStore
 from workers.jobs import JobKind, JobState
+from workers.queue import Queue
 from workers.tables import Job
 
 MEDIA_TYPE = "application/octet-stream"
+LINK_SECONDS = 3600.0
 MAX_PARTS = 32
 """Who asks for more parts than this gets the whole file: each part may be a request of its own to the store."""
 
@@ -59,12 +60,12 @@ def files_router(kind: JobKind) -> APIRouter:
     ) -> Response:
         """One file. Its ETag is its sha256; `Range` and `If-Range` give a part, `If-None-Match` spares a repetition."""
         _require_success(job)
-        return _download(path, job, queue.artifacts, request)
+        return _download(path, job, queue, request)
 
     return router
 
 
-def _download(path: str, job: Job, artifacts: ArtifactStore, request: Request) -> Response:
+def _download(path: str, job: Job, queue: Queue, request: Request) -> Response:
     file = next((file for file in job.files if file["path"] == path), None)
     if file is None:
         raise HttpProblem("not-found", f"{job.kind} {job.id} has no file {path[:200]!r}")
@@ -78,6 +79,13 @@ def _download(path: str, job: Job, artifacts: ArtifactStore, request: Request) -
         raise HttpProblem("precondition-failed", f"the ETag of {path} is {etag}")
     if _tags(request, "if-none-match") & {etag, f"W/{etag}", "*"}:
         return Response(status_code=304, headers=headers)
+    artifacts = queue.artifacts
+    if (
+        request.method == "GET"
+        and queue.store.settings.s3_redirect
+        and (link := artifacts.link(job.id, path, LINK_SECONDS))
+    ):
+        return RedirectResponse(link, 307, {"Cache-Control": "no-store"})
     parts: list[tuple[int, int]] = []
     if request.method == "GET" and request.headers.get("if-range", etag) == etag:
         parts = _parts(request.headers.get("range", ""), file["size"], path)

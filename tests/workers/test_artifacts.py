@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
+import workers.s3
 from merge_core.errors import Canceled, StorageFailed
 from merge_core.files import WrittenFile
+from tests.services import Bucket, Fault, running_s3
 from workers.artifacts import ArtifactStore, FolderStore, open_artifacts
 from workers.settings import Settings
 
 JOB = "mrg_1"
 
 
+pytestmark = pytest.mark.xdist_group("s3")
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Bucket]:
+    with running_s3() as bucket:
+        yield bucket
+
+
 @pytest.fixture
-def artifacts(tmp_path: Path) -> Iterator[ArtifactStore]:
-    yield FolderStore(tmp_path / "shared" / "artifacts")
+def bucket(s3: Bucket) -> Bucket:
+    """An empty bucket without faults."""
+    s3.faults.clear()
+    artifacts = store_in(s3)
+    for job_id in list(artifacts.list()):
+        artifacts.delete(job_id)
+    s3.requests.clear()
+    return s3
+
+
+def store_in(bucket: Bucket, **changed: str) -> ArtifactStore:
+    names = {name.removeprefix("WEIGHTSMITH_").lower(): value for name, value in bucket.settings.items()}
+    return open_artifacts(Settings(artifact_store=names.pop("artifacts"), **(names | changed)))
+
+
+@pytest.fixture(params=["folder", "s3"])
+def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
+    if request.param == "folder":
+        return FolderStore(tmp_path / "shared" / "artifacts")
+    return store_in(request.getfixturevalue("bucket"))
 
 
 def made(folder: Path, **sizes: int) -> list[WrittenFile]:
@@ -115,3 +148,122 @@ def test_a_folder_that_cannot_be_used_is_said(tmp_path: Path) -> None:
         artifacts.put_folder(JOB, tmp_path / "out", made(tmp_path / "out"))
     with pytest.raises(StorageFailed, match="Not a directory"):
         list(artifacts.list())
+
+
+def test_large_files_are_sent_in_parts_and_read_in_ranges(bucket: Bucket, tmp_path: Path) -> None:
+    artifacts = store_in(bucket)
+    files = made(tmp_path / "out", large=24 * 2**20 + 1)
+    artifacts.put_folder(JOB, tmp_path / "out", files)
+    parts = [line for line in bucket.requests if "partNumber" in line]
+    assert len(parts) == 4 and bucket.uploads() == 0
+    stored = [line for line in bucket.requests if line.startswith("PUT") or "uploadId" in line]
+    assert "merge.lock.json" in stored[-1], "the lock comes last"
+    read_back(artifacts, files)
+    content = (tmp_path / "out" / "large").read_bytes()
+    for start, end in [(8 * 2**20 - 1, 8 * 2**20 + 1), (24 * 2**20, 24 * 2**20 + 1)]:
+        assert b"".join(artifacts.read(JOB, "large", start, end)) == content[start:end]
+
+
+def test_what_a_killed_upload_sent_is_not_sent_again(bucket: Bucket, tmp_path: Path) -> None:
+    artifacts = store_in(bucket)
+    files = made(tmp_path / "out", second=100, third=200)
+    bucket.faults.append(
+        lambda method, path: Fault(403, "AccessDenied") if "third" in path and method == "PUT" else None
+    )
+    with pytest.raises(StorageFailed):
+        artifacts.put_folder(JOB, tmp_path / "out", files)
+    bucket.faults.clear()
+    there = artifacts.files(JOB)
+    assert "third" not in there and "merge.lock.json" not in there
+    bucket.requests.clear()
+    artifacts.put_folder(JOB, tmp_path / "out", files)
+    sent = {line.rpartition("/")[2] for line in bucket.requests if line.startswith("PUT")}
+    assert sent == {file.path.rpartition("/")[2] for file in files} - {path.rpartition("/")[2] for path in there}
+    read_back(artifacts, files)
+
+
+def test_other_bytes_of_the_same_size_are_replaced(bucket: Bucket, tmp_path: Path) -> None:
+    artifacts = store_in(bucket)
+    files = made(tmp_path / "old")
+    artifacts.put_folder(JOB, tmp_path / "old", files)
+    for file in files:
+        path = tmp_path / "old" / file.path
+        path.write_bytes(bytes(reversed(path.read_bytes())))
+    changed = [
+        WrittenFile(file.path, file.size, hashlib.sha256((tmp_path / "old" / file.path).read_bytes()).hexdigest())
+        for file in files
+    ]
+    artifacts.put_folder(JOB, tmp_path / "old", changed)
+    read_back(artifacts, changed)
+
+
+def test_a_store_that_fails_for_a_moment_is_asked_again(bucket: Bucket, tmp_path: Path) -> None:
+    """Every third request is answered 503, whatever it asks for."""
+    artifacts = store_in(bucket)
+    count = itertools.count()
+    bucket.faults.append(lambda method, path: Fault(503, "SlowDown") if next(count) % 3 == 1 else None)
+    files = made(tmp_path / "out", large=24 * 2**20 + 1)
+    artifacts.put_folder(JOB, tmp_path / "out", files)
+    read_back(artifacts, files)
+    artifacts.delete(JOB)
+    assert list(artifacts.list()) == []
+    assert bucket.uploads() == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (403, "InvalidAccessKeyId", "the store refuses the key, InvalidAccessKeyId"),
+        (403, "SignatureDoesNotMatch", "the store refuses the key, SignatureDoesNotMatch"),
+        (404, "NoSuchBucket", "there is no bucket bucket"),
+        (400, "Odd", "the store answered 400 Odd"),
+    ],
+)
+def test_what_the_store_refuses_is_said_without_its_keys(
+    bucket: Bucket, tmp_path: Path, status: int, code: str, said: str
+) -> None:
+    artifacts = store_in(bucket)
+    bucket.faults.append(lambda method, path: Fault(status, code))
+    attempts: list[Callable[[], object]] = [
+        lambda: artifacts.put_folder(JOB, tmp_path / "out", made(tmp_path / "out")),
+        lambda: artifacts.read(JOB, "x", 0, 1),
+        lambda: artifacts.files(JOB),
+        lambda: artifacts.delete(JOB),
+        lambda: list(artifacts.list()),
+    ]
+    for attempt in attempts:
+        with pytest.raises(StorageFailed, match=said) as raised:
+            attempt()
+        told = "".join(traceback.format_exception(raised.value))
+        assert "not-to-be-printed" not in told and "AKIDEXAMPLE" not in told
+
+
+def test_a_store_that_is_not_there_or_has_no_key_is_said(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers.s3, "ANSWER_SECONDS", 0.1)
+    with pytest.raises(StorageFailed, match=r"s3://bucket/some/prefix cannot be used: .*error sending request"):
+        store_in(bucket, s3_endpoint="http://127.0.0.1:1").files(JOB)
+    with pytest.raises(StorageFailed, match="no key was given"):
+        store_in(bucket, s3_secret_access_key="")
+    with pytest.raises(ValueError, match="neither a folder nor s3://"):
+        Settings(artifact_store="gs://bucket")
+
+
+def test_cancel_does_not_wait_for_a_store_that_hangs(bucket: Bucket, tmp_path: Path) -> None:
+    artifacts = store_in(bucket)
+    bucket.faults.append(lambda method, path: Fault(seconds=5) if "partNumber=2" in path else None)
+    files = made(tmp_path / "out", large=24 * 2**20)
+    started = time.monotonic()
+    with pytest.raises(Canceled):
+        artifacts.put_folder(JOB, tmp_path / "out", files, stop=lambda: time.monotonic() - started > 0.5)
+    assert time.monotonic() - started < 2.5
+    assert "merge.lock.json" not in artifacts.files(JOB)
+
+
+def test_a_link_gives_the_file_to_whoever_has_it(bucket: Bucket, tmp_path: Path) -> None:
+    artifacts = store_in(bucket)
+    files = made(tmp_path / "out")
+    artifacts.put_folder(JOB, tmp_path / "out", files)
+    link = artifacts.link(JOB, "merge.lock.json", 60)
+    assert link is not None and "not-to-be-printed" not in link
+    answer = httpx2.get(link, headers={"Range": "bytes=5-9"}, trust_env=False)
+    assert answer.status_code == 206 and answer.content == (tmp_path / "out" / "merge.lock.json").read_bytes()[5:10]
