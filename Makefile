@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos golden recipes oracle bench bench-peer bench-scale bench-cuda science lint lock serve clean
+.PHONY: help setup demo test chaos golden recipes oracle bench bench-peer bench-scale bench-cuda bench-idle science lint lock serve clean
 PEER := .venv-peer
 
 help:  ## List the targets
@@ -51,6 +51,9 @@ bench-scale: $(READY)  ## Measure cost and memory from 0.1 to 8 billion paramete
 
 bench-cuda: $(READY)  ## Measure merges on a CUDA device against the rate of copies to it
 	$(BIN)/python -m benchmarks.cuda
+
+bench-idle: $(READY)  ## Measure what a service costs that nobody asks for anything, on both brokers
+	$(BIN)/python -m benchmarks.idle
 
 science: $(READY)  ## Train small models and hold what aligning, patching and transferring do to them against bars
 	$(BIN)/python -m benchmarks.science

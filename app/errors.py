@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from merge_core.errors import WeightsmithError
 from workers.jobs import IllegalMove
+from workers.logs import current_request
 from workers.problems import PROBLEMS, problem, problem_of
 
 TYPES = "/v1/problems/"
@@ -34,7 +35,7 @@ class HttpProblem(Exception):
 
 def problem_response(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
     """What `problem_of` made, as an answer."""
-    content = {"type": TYPES + body["code"], **body}
+    content = {"type": TYPES + body["code"], **body} | ({"request_id": found} if (found := current_request()) else {})
     return JSONResponse(content, body["status"], dict(headers or {}), media_type=MEDIA_TYPE)
 
 
@@ -90,8 +91,3 @@ def install(app: FastAPI) -> None:
         if detail == HTTPStatus(error.status_code).phrase:
             detail = f"{request.method} {request.url.path[:200]}: {PROBLEMS[code].title.lower()}; see /docs"
         return problem_response(problem_of(code, detail), error.headers)
-
-    @app.exception_handler(Exception)
-    def unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.exception("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
-        return problem_response(problem_of("internal-error", "the service's log describes it"))

@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from app import errors
-from app.routes import health, methods, problems, recipes
+from app.requests import Requests
+from app.routes import health, methods, metrics, problems, recipes
 from app.routes.files import files_router
 from app.routes.jobs import jobs_router
 from app.schemas import ProblemRead
@@ -51,11 +52,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         responses=errors.answers(*EVERYWHERE),
     )
     app.state.settings = settings
+    app.add_middleware(Requests)
     errors.install(app)
     for kind in WORK:
         app.include_router(jobs_router(kind))
         app.include_router(files_router(kind))
-    for module in (recipes, methods, problems, health):
+    for module in (recipes, methods, problems, health, metrics):
         app.include_router(module.router)
     _describe_documents(app)
     return app

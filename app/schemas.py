@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field
 
@@ -70,6 +70,7 @@ class ProblemRead(BaseModel):
     code: str
     retryable: bool = False
     errors: list[dict[str, str]] = []
+    request_id: str | None = Field(None, description="by which the service's log tells more")
 
 
 class ProblemTypeRead(BaseModel):
@@ -159,11 +160,18 @@ class MethodList(BaseModel):
     data: list[MethodRead]
 
 
+class Check(BaseModel):
+    """Something that the service depends on."""
+
+    status: Literal["ok", "warning", "failing"]
+    detail: str
+
+
 class Health(BaseModel):
     """Whether the service is up, and what it depends on."""
 
     status: str
-    checks: dict[str, bool] = {}
+    checks: dict[str, Check] = {}
 
 
 def _moment(seconds: float) -> datetime:

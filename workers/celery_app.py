@@ -12,9 +12,10 @@ import time
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_init
+from celery.signals import setup_logging, worker_init
 
-from workers.settings import SUPERVISOR_VARIABLE, Settings
+from workers.logs import bind_process, configure_logs
+from workers.settings import SUPERVISOR_VARIABLE, WORKER_VARIABLE, Settings
 
 PARENT_SECONDS = 1.0
 
@@ -45,6 +46,7 @@ def make_celery(settings: Settings) -> Celery:
         worker_max_tasks_per_child=1,
         worker_enable_remote_control=False,
         worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
     )
     return app
 
@@ -57,6 +59,12 @@ def _filesystem_options(settings: Settings) -> dict[str, Any]:
         "control_folder": str(settings.broker / "control"),
         "polling_interval": 0.1,
     }
+
+
+@setup_logging.connect
+def _log(**_: object) -> None:
+    configure_logs(Settings(), "worker")
+    bind_process(worker=os.environ.get(WORKER_VARIABLE))
 
 
 @worker_init.connect

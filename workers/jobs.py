@@ -6,6 +6,7 @@ a worker whose lease has passed to another writes nothing (fencing).
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from sqlalchemy import ColumnElement, Update, and_, func, select, update
 from sqlalchemy.orm import Session
 
 from workers.choosing import may_start, next_job
+from workers.counters import LEASES_EXPIRED, PHASE_SECONDS, PHASES, count, count_ends
 from workers.database import open_database
 from workers.problems import problem_of
 from workers.settings import Settings
@@ -29,7 +31,9 @@ from workers.tables import LOCAL_OWNER, Event, Job
 
 RecipeData = dict[str, Any] | list[dict[str, Any]]
 """A recipe, or a document of another kind, as it was sent: one document, or the list of several."""
+_UNFINISHED = select(1).where(Job.state.in_([state for state in JobState if state not in FINISHED])).limit(1)
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Lease:
     kind: JobKind
     owner: str
     recipe: RecipeData
+    request_id: str | None = None
 
 
 class LeaseLost(Exception):
@@ -188,7 +193,9 @@ class JobStore:
                 started_at=func.coalesce(Job.started_at, now),
             )
             job = session.get(Job, moved[0]) if moved else None
-        return Lease(job.id, holder, job.attempt, JobKind(job.kind), job.owner, job.recipe) if job else None
+        if job is None:
+            return None
+        return Lease(job.id, holder, job.attempt, JobKind(job.kind), job.owner, job.recipe, job.request_id)
 
     def heartbeat(self, lease: Lease, *, phase: str, progress: Mapping[str, Any]) -> JobState:
         """Renew the lease and store the progress; the job's state, `canceling` if somebody wants it stopped. Raises
@@ -210,6 +217,22 @@ class JobStore:
         if state is None:
             raise LeaseLost(lease.job_id)
         return JobState(state)
+
+    def count_phases(self, kind: JobKind, seconds: Mapping[str, float]) -> None:
+        """Count how long a worker was in each phase of a job."""
+        with self.session() as session:
+            for phase in sorted(seconds):
+                count(session, PHASE_SECONDS, kind, phase, by=seconds[phase])
+                count(session, PHASES, kind, phase)
+
+    def tell(self, lease: Lease, kind: str, data: Mapping[str, Any]) -> None:
+        """Add an event to a job. Raises `LeaseLost`."""
+        numbered = update(Job).where(self._held(lease)).values(events=Job.events + 1).returning(Job.events)
+        with self.session() as session:
+            number = session.execute(numbered).scalar_one_or_none()
+            if number is None:
+                raise LeaseLost(lease.job_id)
+            session.add(Event(job_id=lease.job_id, seq=number, at=time.time(), kind=kind, data=dict(data)))
 
     def succeed(
         self, lease: Lease, *, files: Sequence[Mapping[str, Any]], warnings: Sequence[str], progress: Mapping[str, Any]
@@ -242,14 +265,21 @@ class JobStore:
         """Give back what a worker that is gone held: its jobs are queued again. `died`: not because it was told to."""
         self._give_back(Job.holder.startswith(holder_prefix, autoescape=True), died=died)
 
+    def is_idle(self) -> bool:
+        """Whether every job has ended."""
+        with self.engine.connect() as connection:
+            return connection.execute(_UNFINISHED).first() is None
+
     def give_back_expired(self) -> None:
         """Queue the jobs again whose worker has been silent for longer than its lease."""
-        self._give_back(Job.lease_until < time.time(), died=True)
+        self._give_back(Job.lease_until < time.time(), died=True, counted=LEASES_EXPIRED)
 
     def is_silent(self, holder_prefix: str) -> bool:
         """Whether a worker holds a job whose lease has run out: it hangs, or its child does."""
         silent = select(Job.id).where(
-            Job.holder.startswith(holder_prefix, autoescape=True), Job.lease_until < time.time()
+            Job.state.in_(AT_WORK),
+            Job.holder.startswith(holder_prefix, autoescape=True),
+            Job.lease_until < time.time(),
         )
         with self.session() as session:
             return session.scalars(silent.limit(1)).first() is not None
@@ -280,14 +310,18 @@ class JobStore:
         now, wait = time.time(), self.settings.redeliver_seconds
         return [job.id for job in queued if now - job.announced_at > wait * 2 ** min(max(job.announced - 1, 0), 5)]
 
-    def _give_back(self, which: ColumnElement[bool], *, died: bool) -> None:
+    def _give_back(self, which: ColumnElement[bool], *, died: bool, counted: str = "") -> None:
         nobody: dict[str, Any] = {"holder": None, "lease_until": None, "phase": ""}
         again = {"deaths": Job.deaths + died, "announced": 0, "announced_at": 0.0, **nobody}
         with self.session() as session:
             running = update(Job).where(which, Job.state == JobState.RUNNING)
-            self._move(session, running, state=JobState.QUEUED, **again)
+            given = self._move(session, running, state=JobState.QUEUED, **again)
             canceling = update(Job).where(which, Job.state == JobState.CANCELING)
-            self._move(session, canceling, state=JobState.CANCELED, finished_at=time.time(), **nobody)
+            given += self._move(session, canceling, state=JobState.CANCELED, finished_at=time.time(), **nobody)
+            if given and counted:
+                count(session, counted, by=len(given))
+        for job_id in given:
+            log.warning("its worker died" if died else "handed back by its worker", extra={"job_id": job_id})
 
     def _finish(self, lease: Lease, state: JobState, **values: Any) -> None:
         sources = [before for before, moves in MOVES.items() if state in moves]
@@ -302,9 +336,11 @@ class JobStore:
         """Move jobs to a state, with an event for each; the ids of those that were moved."""
         moved = session.execute(
             which.values(state=state, version=Job.version + 1, events=Job.events + 1, **values).returning(
-                Job.id, Job.events
+                Job.id, Job.events, Job.kind, Job.plan["method"].as_string().label("method")
             )
         ).all()
+        if state in FINISHED:
+            count_ends(session, [(row.kind, state, row.method) for row in moved])
         told: dict[str, Any] = {"status": state}
         if values.get("error"):
             told["error"] = values["error"]

@@ -15,6 +15,7 @@ from kombu.exceptions import OperationalError
 
 from workers.artifacts import open_artifacts
 from workers.jobs import FINISHED, JobKind, JobState, JobStore, RecipeData
+from workers.logs import current_request
 from workers.settings import Settings
 from workers.tables import LOCAL_OWNER, Job
 
@@ -42,7 +43,9 @@ class Queue:
         **fields: Any,
     ) -> Job:
         """Make a job and announce it. With no broker it waits in the database until the reaper can announce it."""
+        fields.setdefault("request_id", current_request())
         job = self.store.add(recipe, plan, warnings, kind=kind, owner=owner, **fields)
+        log.info("queued", extra={"job_id": job.id, "owner": owner})
         self._announce(job.id)
         return job
 
@@ -55,6 +58,8 @@ class Queue:
 
     def reap(self) -> None:
         """Put right what kills and lost messages left; to be called about every second, by any number of processes."""
+        if self.store.is_idle():
+            return
         self.store.give_back_expired()
         self.store.give_up()
         self.store.end_late()

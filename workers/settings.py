@@ -6,7 +6,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -33,6 +33,15 @@ def _check_place(written: str) -> str:
     if separator and (scheme != "s3" or not rest.strip("/")):
         raise ValueError(f"{written} is neither a folder nor s3://bucket/prefix")
     return written
+
+
+def _written(value: Any) -> str:
+    """A setting as it is written in the environment."""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value, default=str)
+    return str(value)
 
 
 class Settings(BaseSettings):
@@ -72,6 +81,11 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(0.5, gt=0, description="how often a worker reports and looks for a cancel")
     max_attempts: int = Field(5, ge=1, description="how many workers may die at a job before it is given up")
     redeliver_seconds: float = Field(10.0, gt=0, description="how long a queued job waits before it is announced again")
+    disk_reserve: Bytes = Field(64 * 2**20, description="disk that is given to no job")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least of what is logged")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="`json`: one object a line; `console`: for eyes; `auto`: that on a terminal, else JSON"
+    )
 
     @property
     def roots(self) -> list[Path]:
@@ -94,6 +108,22 @@ class Settings(BaseSettings):
     @cached_property
     def database(self) -> str | URL:
         return self.database_url or URL.create("sqlite", database=str(self.data.absolute() / "jobs.sqlite"))
+
+    @classmethod
+    def variables(cls) -> dict[str, str]:
+        """The environment variable that each setting is read from."""
+        found = {}
+        for name, field in cls.model_fields.items():
+            alias = field.validation_alias
+            written = [choice for choice in alias.choices if choice != name] if isinstance(alias, AliasChoices) else []
+            found[name] = str(written[0]) if written else f"WEIGHTSMITH_{name.upper()}"
+        return found
+
+    def environment(self) -> dict[str, str]:
+        """These settings as variables, for another process of the same service, wherever that starts."""
+        absolute = self.model_copy(update={"data": self.data.absolute(), "model_roots": self.roots})
+        values = {name: getattr(absolute, name) for name in type(self).model_fields}
+        return {self.variables()[name]: _written(value) for name, value in values.items() if value is not None}
 
     def prepare(self) -> None:
         """Make the folders that are missing."""

@@ -7,7 +7,6 @@ and a new one starts.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ import threading
 import time
 import uuid
 
+from workers import alive
 from workers.celery_app import make_celery
 from workers.jobs import JobStore
 from workers.queue import Queue
@@ -36,6 +36,7 @@ class Supervisor:
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
         self._name, self._started, self._failures = "", 0.0, 0
+        self._reported = -alive.REPORT_SECONDS
         self._dead: set[str] = set()
         self._store = JobStore(settings)
         self._queue = Queue(self._store, make_celery(settings))
@@ -59,6 +60,7 @@ class Supervisor:
         self._thread.join(STOP_SECONDS)
         try:
             self._give_back(died=False)
+            alive.take_leave(self._store, self._name)
         finally:
             self._store.close()
 
@@ -79,23 +81,13 @@ class Supervisor:
         )
 
     def _environment(self) -> dict[str, str]:
-        settings = self.settings
         ours = {
-            "WEIGHTSMITH_DATA": str(settings.data.absolute()),
-            "WEIGHTSMITH_MODEL_ROOTS": json.dumps([str(root) for root in settings.roots]),
-            "WEIGHTSMITH_LEASE_SECONDS": str(settings.lease_seconds),
-            "WEIGHTSMITH_HEARTBEAT_SECONDS": str(settings.heartbeat_seconds),
-            "WEIGHTSMITH_MAX_ATTEMPTS": str(settings.max_attempts),
-            "WEIGHTSMITH_MAX_MEMORY": str(settings.max_memory),
             WORKER_VARIABLE: self._name,
             SUPERVISOR_VARIABLE: str(os.getpid()),
             # SIGTERM stops the worker without waiting for the job, which another attempt continues.
             "REMAP_SIGTERM": "SIGQUIT",
         }
-        ours |= {"WEIGHTSMITH_THREADS": str(settings.threads)} if settings.threads else {}
-        ours |= {"REDIS_URL": settings.redis_url} if settings.redis_url else {}
-        ours |= {"DATABASE_URL": settings.database_url} if settings.database_url else {}
-        return os.environ | ours
+        return os.environ | self.settings.environment() | ours
 
     def _watch(self) -> None:
         rounds = 0
@@ -104,6 +96,7 @@ class Supervisor:
             try:
                 self._keep_worker()
                 self._give_back(died=True)
+                self._report()
                 self._queue.reap()
                 if rounds % TIDY_ROUNDS == 0:
                     self._queue.tidy()
@@ -111,14 +104,22 @@ class Supervisor:
             except Exception:
                 log.exception("supervising failed; trying again")
 
+    def _report(self) -> None:
+        """Say that the worker lives, now and then."""
+        if time.monotonic() - self._reported >= alive.REPORT_SECONDS:
+            alive.report(self._store, self._name, device=self.settings.device)
+            self._reported = time.monotonic()
+
     def _keep_worker(self) -> None:
         assert self.process is not None
-        hangs = self._store.is_silent(f"{self._name}/")
+        hangs = not self._store.is_idle() and self._store.is_silent(f"{self._name}/")
         if self.process.poll() is None and not hangs:
             return
         log.warning("the worker %s; starting another", "hangs" if hangs else f"ended ({self.process.returncode})")
         self._end_worker()
         self._give_back(died=True)
+        alive.take_leave(self._store, self._name)
+        self._reported = -alive.REPORT_SECONDS
         self._failures = min(self._failures + 1, 8) if time.monotonic() - self._started < STEADY_SECONDS else 0
         if not self._stopping.wait(min(0.2 * 2**self._failures, 30)):
             self._start_worker()

@@ -181,3 +181,13 @@ class Delivery(Base):
     delivered_at: Mapped[float | None] = mapped_column(Float, default=None)
     last_error: Mapped[str | None] = mapped_column(Text, default=None)
     created_at: Mapped[float] = mapped_column(Float)
+
+
+class Counter(Base):
+    """A count that only grows; `labels` are separated by tabs."""
+
+    __tablename__ = "counters"
+
+    name: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    labels: Mapped[str] = mapped_column(String(200), primary_key=True)
+    value: Mapped[float] = mapped_column(Float)

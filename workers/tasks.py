@@ -8,11 +8,15 @@ import os
 import shutil
 import socket
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from merge_core.errors import Canceled, StorageFailed, WeightsmithError
 from merge_core.imports import quick_imports
@@ -20,6 +24,7 @@ from workers.artifacts import open_artifacts
 from workers.celery_app import celery_app
 from workers.jobs import JobState, JobStore, Lease, LeaseLost
 from workers.kinds import WORK
+from workers.logs import logs_of
 from workers.problems import problem, problem_of
 from workers.queue import RUN_JOB, artifact_folder, partial_folder, partial_folders, remove_partial
 from workers.settings import WORKER_VARIABLE, Settings
@@ -40,7 +45,9 @@ def run_job(job_id: str) -> None:
     try:
         lease = store.claim_next(f"{os.environ.get(WORKER_VARIABLE, socket.gethostname())}/{os.getpid()}")
         if lease is not None:
-            _work(settings, store, lease)
+            with logs_of(store, lease):
+                log.info("attempt %d begins", lease.attempt)
+                _work(settings, store, lease)
     finally:
         store.close()
 
@@ -55,8 +62,10 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
             log.warning("%s is no longer this worker's", lease.job_id)
             shutil.rmtree(partial_folder(settings, lease.job_id, lease.attempt), ignore_errors=True)
         except Canceled:
+            log.info("canceled")
             _end(settings, keeper, store.confirm_cancel)
         except WeightsmithError as error:
+            log.warning("failed: %s", error)
             _end(settings, keeper, partial(store.fail, error=problem(error)))
         except Exception:
             _end(settings, keeper, partial(store.fail, error=INTERNAL_ERROR))
@@ -65,6 +74,7 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
             files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in artifact.files]
             move = partial(store.succeed, files=files, warnings=artifact.warnings, progress=merged)
             _end(settings, keeper, move, keep=True)
+            log.info("succeeded", extra={"files": len(files), "bytes": sum(file.size for file in artifact.files)})
 
 
 def _end(settings: Settings, keeper: Keeper, move: Callable[[Lease], None], *, keep: bool = False) -> None:
@@ -154,6 +164,8 @@ class Keeper:
         self._store, self.lease = store, lease
         self._progress: Progress | None = None
         self._state = JobState.RUNNING
+        self._phase, self._since, self._told = "starting", time.monotonic(), "starting"
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._lost = False
         self._done = threading.Event()
         self._writing = threading.Lock()
@@ -168,9 +180,22 @@ class Keeper:
     ) -> None:
         self._done.set()
         self._thread.join()
+        self._enter("")
+        try:
+            self._store.count_phases(self.lease.kind, self._seconds)
+        except SQLAlchemyError as failed:
+            log.warning("how long its phases took could not be counted: %s", failed)
 
     def report(self, progress: Progress) -> None:
         self._progress = progress
+        if progress.phase != self._phase:
+            self._enter(progress.phase)
+
+    def _enter(self, phase: str) -> None:
+        now = time.monotonic()
+        # What follows the colon is one job's own.
+        self._seconds[self._phase.partition(":")[0]] += now - self._since
+        self._phase, self._since = phase, now
 
     def stop(self) -> bool:
         """Whether to give the job up; raises `LeaseLost` where it is another's by now."""
@@ -221,6 +246,9 @@ class Keeper:
         phase = self._progress.phase if self._progress else "starting"
         try:
             self._state = self._store.heartbeat(self.lease, phase=phase, progress=self.snapshot())
+            if phase != self._told:
+                self._store.tell(self.lease, "phase", {"phase": phase})
+                self._told = phase
             if self._state is JobState.CANCELING and self._progress is None:
                 # Nothing has been begun, so there is nothing to wait for: importing torch alone can take seconds.
                 self._store.confirm_cancel(self.lease)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,10 @@ from app.cli.terminal import DATA, MODELS, failures_told, settings_of
 from merge_core import __version__
 
 if TYPE_CHECKING:
+    from workers.settings import Settings
     from workers.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -31,19 +36,24 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> 
         import uvicorn
 
         from app.main import create_app
+        from workers.logs import configure_logs
         from workers.supervisor import Supervisor
 
         settings = settings_of(data, models)
+        configure_logs(settings, "service")
         if host not in ("127.0.0.1", "::1", "localhost"):
             click.echo(f"warning: anybody who can reach {host} can use this service; it has no accounts yet", err=True)
         config = uvicorn.Config(
-            create_app(settings), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5
+            create_app(settings),
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,
         )
         listening = config.bind_socket()
         with _supervised(Supervisor(settings)):
-            roots = ", ".join(map(str, settings.roots))
-            click.echo(f"Weightsmith {__version__}: http://{host}:{listening.getsockname()[1]}/docs", err=True)
-            click.echo(f"  models in {roots}\n  data in {settings.data.absolute()}", err=True)
+            _tell_start(settings, f"http://{host}:{listening.getsockname()[1]}/docs")
             uvicorn.Server(config).run(sockets=[listening])
 
 
@@ -53,11 +63,25 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> 
 def worker(data: Path | None, models: tuple[Path, ...]) -> None:
     """Run one more worker on this machine, or on another with the same data folder, database and broker."""
     with failures_told():
+        from workers.logs import configure_logs
         from workers.supervisor import Supervisor
 
-        supervisor = Supervisor(settings_of(data, models))
+        settings = settings_of(data, models)
+        configure_logs(settings, "supervisor")
+        supervisor = Supervisor(settings)
         with _supervised(supervisor):
             supervisor.wait()
+
+
+def _tell_start(settings: Settings, url: str) -> None:
+    """Where the service is: for eyes on a terminal, in the log elsewhere."""
+    roots = ", ".join(map(str, settings.roots))
+    if sys.stderr.isatty():
+        click.echo(f"Weightsmith {__version__}: {url}", err=True)
+        click.echo(f"  models in {roots}\n  data in {settings.data.absolute()}", err=True)
+    else:
+        about = {"version": __version__, "url": url, "models": roots, "data": str(settings.data.absolute())}
+        log.info("started", extra=about)
 
 
 def _leave(*_: object) -> None:

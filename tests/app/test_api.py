@@ -266,14 +266,21 @@ def test_methods_come_from_the_registry(client: TestClient) -> None:
 
 def test_health(client: TestClient) -> None:
     assert client.get("/healthz").json()["status"] == "ok"
-    assert client.get("/readyz").json()["checks"] == {"database": True, "broker": True, "disk": True}
+    checks = client.get("/readyz").json()["checks"]
+    assert {name: check["status"] for name, check in checks.items()} == {
+        "database": "ok",
+        "broker": "ok",
+        "disk": "ok",
+        "workers": "warning",
+    }
 
 
 def test_not_ready_without_a_broker(models: Path, tmp_path: Path) -> None:
     settings = Settings(data=tmp_path / "data", model_roots=[models], redis_url="redis://127.0.0.1:1/0")
     with TestClient(create_app(settings)) as client:
         answer = client.get("/readyz")
-        assert answer.status_code == 503 and answer.json()["checks"]["broker"] is False
+        assert answer.status_code == 503 and answer.json()["checks"]["broker"]["status"] == "failing"
+        assert "broker: cannot be reached" in answer.json()["detail"]
         job = client.post("/v1/merges", json=method_recipe("linear"))
         assert job.status_code == 202, "the job waits in the database"
 

@@ -113,3 +113,9 @@ def upgrade() -> None:
     )
     op.create_index("deliveries_by_time", "deliveries", ["next_at"])
     op.create_index("deliveries_by_job", "deliveries", ["job_id"])
+    op.create_table(
+        "counters",
+        sa.Column("name", sa.String(100), primary_key=True),
+        sa.Column("labels", sa.String(200), primary_key=True),
+        sa.Column("value", sa.Float(), nullable=False),
+    )
