@@ -13,11 +13,13 @@ from app.requests import Requests
 from app.routes import health, methods, metrics, problems, recipes
 from app.routes.files import files_router
 from app.routes.jobs import jobs_router
+from app.routes.webhooks import deliveries_router
 from app.schemas import ProblemRead
 from merge_core import __version__
 from workers.celery_app import make_celery
 from workers.jobs import JobStore
 from workers.kinds import WORK
+from workers.outbound import Guard
 from workers.queue import Queue
 from workers.settings import Settings
 
@@ -53,10 +55,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.add_middleware(Requests)
+    app.state.guard = Guard(settings.webhook_allow)
     errors.install(app)
     for kind in WORK:
         app.include_router(jobs_router(kind))
         app.include_router(files_router(kind))
+        app.include_router(deliveries_router(kind))
     for module in (recipes, methods, problems, health, metrics):
         app.include_router(module.router)
     _describe_documents(app)

@@ -53,9 +53,9 @@ class JobRead(BaseModel):
             warnings=job.warnings,
             recipe=job.recipe,
             plan=job.plan,
-            created_at=_moment(job.created_at),
-            started_at=None if job.started_at is None else _moment(job.started_at),
-            finished_at=None if job.finished_at is None else _moment(job.finished_at),
+            created_at=moment(job.created_at),
+            started_at=None if job.started_at is None else moment(job.started_at),
+            finished_at=None if job.finished_at is None else moment(job.finished_at),
             urls=Urls(self=path, cancel=f"{path}/cancel", files=f"{path}/files"),
         )
 
@@ -111,6 +111,25 @@ class FileList(BaseModel):
     """The files of a finished job."""
 
     data: list[FileRead]
+
+
+class DeliveryRead(BaseModel):
+    """A message to a webhook. Its `id` is the `webhook-id` of every attempt at it."""
+
+    id: str
+    event: str = Field(description="such as merge.succeeded")
+    status: Literal["pending", "delivered", "failed"]
+    attempts: int
+    last_error: str | None = Field(description="what came of the latest attempt, where it failed")
+    created_at: datetime
+    delivered_at: datetime | None
+    next_attempt_at: datetime | None
+
+
+class DeliveryList(BaseModel):
+    """Messages to a job's webhook, oldest first."""
+
+    data: list[DeliveryRead]
 
 
 class Validation(BaseModel):
@@ -174,5 +193,6 @@ class Health(BaseModel):
     checks: dict[str, Check] = {}
 
 
-def _moment(seconds: float) -> datetime:
+def moment(seconds: float) -> datetime:
+    """A time of a row as answers show it."""
     return datetime.fromtimestamp(seconds, UTC)

@@ -28,6 +28,7 @@ from workers.states import MOVES as MOVES
 from workers.states import JobKind as JobKind
 from workers.states import JobState as JobState
 from workers.tables import LOCAL_OWNER, Event, Job
+from workers.webhooks import deliveries
 
 RecipeData = dict[str, Any] | list[dict[str, Any]]
 """A recipe, or a document of another kind, as it was sent: one document, or the list of several."""
@@ -336,7 +337,13 @@ class JobStore:
         """Move jobs to a state, with an event for each; the ids of those that were moved."""
         moved = session.execute(
             which.values(state=state, version=Job.version + 1, events=Job.events + 1, **values).returning(
-                Job.id, Job.events, Job.kind, Job.plan["method"].as_string().label("method")
+                Job.id,
+                Job.events,
+                Job.kind,
+                Job.attempt,
+                Job.labels,
+                Job.webhook,
+                Job.plan["method"].as_string().label("method"),
             )
         ).all()
         if state in FINISHED:
@@ -346,6 +353,7 @@ class JobStore:
             told["error"] = values["error"]
         for row in moved:
             session.add(Event(job_id=row.id, seq=row.events, at=time.time(), kind="state", data=told))
+            session.add_all(deliveries(row, state, values.get("error")))
         return [row.id for row in moved]
 
     @staticmethod

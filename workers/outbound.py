@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import httpcore2
@@ -55,6 +57,11 @@ class Guard:
                     wrong = f"{entry!r} is neither a host name, nor an address, nor a network such as 10.0.0.0/8"
                     raise ValueError(wrong) from None
                 self._hosts.add(_plain(entry))
+
+    @cached_property
+    def verified(self) -> ssl.SSLContext:
+        """Certificates are verified, with the system's authorities or those of `SSL_CERT_FILE`."""
+        return httpx2.create_ssl_context()
 
     def check(self, written: str) -> httpx2.URL:
         """A URL whose form allows it to be called; nothing is looked up. Raises `ForbiddenAddress`."""
@@ -110,8 +117,8 @@ class Guard:
             return
         for each in (address, *_inside(address)):
             if not (_is_public(each) or self._is_in_network(each)):
-                where = f"{host} leads to {each}" if host != str(each) else host
-                raise ForbiddenAddress(f"{where}, which is no public address; an administrator may allow it")
+                # Not which: what names mean inside is not for those who are kept outside.
+                raise ForbiddenAddress(f"{host} leads to no public address; an administrator may allow it")
 
 
 def _plain(host: str) -> str:
@@ -152,12 +159,11 @@ def _listed(ports: Iterable[int]) -> str:
 
 class _GuardedTransport(httpx2.HTTPTransport):
     def __init__(self, guard: Guard, seconds: float | None, most_bytes: int | None) -> None:
-        verified = httpx2.create_ssl_context()
-        super().__init__(verify=verified)
+        super().__init__(verify=guard.verified)
         self._guard = guard
         # Each request looks at where its name leads, so no connection is kept.
         backend = _Backend(guard, seconds, most_bytes)
-        self._pool = httpcore2.ConnectionPool(verified, network_backend=backend, max_keepalive_connections=0)
+        self._pool = httpcore2.ConnectionPool(guard.verified, network_backend=backend, max_keepalive_connections=0)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         self._guard.check(str(request.url.copy_with(fragment=None)))

@@ -44,6 +44,12 @@ def _written(value: Any) -> str:
     return str(value)
 
 
+def _split_words(written: object) -> object:
+    if not isinstance(written, str):
+        return written
+    return json.loads(written) if written.startswith("[") else written.replace(",", " ").split()
+
+
 class Settings(BaseSettings):
     """`WEIGHTSMITH_DATA=/srv/weightsmith`, `WEIGHTSMITH_MODEL_ROOTS=/models:/more`, `REDIS_URL`, `DATABASE_URL`, …
 
@@ -80,6 +86,15 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(30.0, gt=0, description="how long a silent worker keeps a job")
     heartbeat_seconds: float = Field(0.5, gt=0, description="how often a worker reports and looks for a cancel")
     max_attempts: int = Field(5, ge=1, description="how many workers may die at a job before it is given up")
+    webhook_allow: Annotated[list[str], NoDecode, BeforeValidator(_split_words)] = Field(
+        [],
+        description="hosts, addresses and networks that webhooks may be at although they are not public, or speak http",
+    )
+    webhook_retry_seconds: float = Field(
+        5.0,
+        gt=0,
+        description="how long after a failed delivery the first retry comes; further ones take 4 times longer",
+    )
     redeliver_seconds: float = Field(10.0, gt=0, description="how long a queued job waits before it is announced again")
     disk_reserve: Bytes = Field(64 * 2**20, description="disk that is given to no job")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least of what is logged")

@@ -11,6 +11,7 @@ from app.auth import CallerDep
 from app.deps import QueueDep, SettingsDep, document_body, document_of, job_of
 from app.planning import plan_for_service
 from app.schemas import JobPage, JobRead
+from app.webhooks import WebhookDep
 from workers.jobs import FINISHED, JobKind, JobState
 from workers.kinds import Document
 from workers.tables import Job
@@ -29,6 +30,7 @@ def jobs_router(kind: JobKind) -> APIRouter:
         queue: QueueDep,
         settings: SettingsDep,
         caller: CallerDep,
+        webhook: WebhookDep,
         response: Response,
     ) -> JobRead:
         """Accept a document. It is planned from headers first, so that what cannot work is refused here; then the job
@@ -37,7 +39,9 @@ def jobs_router(kind: JobKind) -> APIRouter:
 
         def plan_and_submit() -> Job:
             plan = plan_for_service(kind, document, settings)
-            return queue.submit(document.to_data(), plan.to_dict(), plan.warnings, kind=kind, owner=caller.owner)
+            return queue.submit(
+                document.to_data(), plan.to_dict(), plan.warnings, kind=kind, owner=caller.owner, webhook=webhook
+            )
 
         job = await run_in_threadpool(plan_and_submit)
         response.headers["Location"] = f"{prefix}/{job.id}"

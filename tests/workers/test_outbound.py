@@ -5,11 +5,9 @@ from __future__ import annotations
 import datetime
 import re
 import ssl
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import httpx2
@@ -19,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.receivers import plain_answer, receiving
 from workers.outbound import ForbiddenAddress, Guard
 
 PUBLIC = "93.184.215.14"
@@ -109,51 +108,6 @@ def test_an_administrator_may_open_an_intranet() -> None:
             Guard([entry])
 
 
-class Received:
-    """A server that writes down what arrives, and answers as it is told."""
-
-    def __init__(self) -> None:
-        self.requests: list[tuple[str, dict[str, str], bytes]] = []
-        self.answer: Callable[[BaseHTTPRequestHandler], None] = lambda handler: _plain_answer(handler, 200)
-        received = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                received.requests.append((self.path, headers, body))
-                received.answer(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.port = self.server.server_port
-
-
-def _plain_answer(handler: BaseHTTPRequestHandler, status: int, headers: Sequence[tuple[str, str]] = ()) -> None:
-    handler.send_response(status)
-    for name, value in (*headers, ("Content-Length", "0")):
-        handler.send_header(name, value)
-    handler.end_headers()
-
-
-@contextmanager
-def receiving(context: ssl.SSLContext | None = None) -> Iterator[Received]:
-    received = Received()
-    if context is not None:
-        received.server.socket = context.wrap_socket(received.server.socket, server_side=True)
-    thread = threading.Thread(target=received.server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield received
-    finally:
-        received.server.shutdown()
-        received.server.server_close()
-        thread.join()
-
-
 def client(guard: Guard, **bounds: float) -> httpx2.Client:
     transport = guard.transport(**bounds)  # type: ignore[arg-type]
     return httpx2.Client(transport=transport, trust_env=False, timeout=5, follow_redirects=False)
@@ -172,14 +126,14 @@ def test_a_name_that_leads_elsewhere_the_second_time_is_looked_at_again() -> Non
     answers = [[PUBLIC], ["127.0.0.1"]]
     guard = Guard(resolve=lambda host, port: answers.pop(0))
     assert guard.addresses("hook.example", 443) == [PUBLIC]
-    with client(guard) as http, pytest.raises(ForbiddenAddress, match=r"hook.example leads to 127\.0\.0\.1"):
+    with client(guard) as http, pytest.raises(ForbiddenAddress, match=r"hook\.example leads to no public"):
         http.post("https://hook.example/a")
 
 
 def test_a_redirect_goes_through_the_same_door() -> None:
     guard = Guard(["hook.example"], resolve=leads_to("127.0.0.1"))
     with receiving() as received, client(guard) as http:
-        received.answer = lambda handler: _plain_answer(handler, 307, [("Location", "http://169.254.169.254/")])
+        received.answer = lambda handler: plain_answer(handler, 307, [("Location", "http://169.254.169.254/")])
         url = f"http://hook.example:{received.port}/"
         assert http.post(url).status_code == 307
         with pytest.raises(ForbiddenAddress, match="no public address"):

@@ -1,0 +1,41 @@
+"""Webhooks: what was told to a job's, and what they know our messages by."""
+
+# No `from __future__ import annotations`: the routes' annotations name dependencies of the function they are made in.
+
+import json
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+
+from app.deps import QueueDep, job_of
+from app.errors import answers
+from app.schemas import DeliveryList, DeliveryRead, moment
+from workers.jobs import JobKind
+from workers.tables import Delivery, Job
+from workers.webhooks import deliveries_of
+
+
+def deliveries_router(kind: JobKind) -> APIRouter:
+    """What webhooks were told of the jobs of a kind."""
+    router = APIRouter(prefix=f"/v1/{kind.plural}/{{job_id}}", tags=[kind.plural])
+
+    @router.get("/deliveries", name=f"list_{kind}_deliveries", responses=answers("not-found"))
+    def list_deliveries(job: Annotated[Job, Depends(job_of(kind))], queue: QueueDep) -> DeliveryList:
+        """Every message to the job's webhook: whether it arrived, and what came of the latest attempt."""
+        return DeliveryList(data=[_read(each) for each in deliveries_of(queue.store, job.id)])
+
+    return router
+
+
+def _read(delivery: Delivery) -> DeliveryRead:
+    waiting = "pending" if delivery.next_at is not None else "failed"
+    return DeliveryRead(
+        id=delivery.id,
+        event=json.loads(delivery.body)["type"],
+        status="delivered" if delivery.delivered_at is not None else waiting,
+        attempts=delivery.attempts,
+        last_error=delivery.last_error,
+        created_at=moment(delivery.created_at),
+        delivered_at=None if delivery.delivered_at is None else moment(delivery.delivered_at),
+        next_attempt_at=None if delivery.next_at is None else moment(delivery.next_at),
+    )
