@@ -24,7 +24,6 @@ from merge_core.adapters import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from merge_core.aligned import PAPER
 from merge_core.files import WrittenFile, write_text
 from merge_core.merged import leaves
-from merge_core.method import ExactOn
 from merge_core.plan import Plan
 from merge_core.references import ModelRef
 from merge_core.weights import Companions, Weights
@@ -70,7 +69,7 @@ def write_companions(
     files.append(write_text(folder / CARD_NAME, model_card(plan, warnings)))
     lock = {
         **made_here(),
-        "exact_on": _exact_on(plan),
+        "exact_on": plan.exact_on,
         "recipe": plan.recipe.canonical(),
         "seed": plan.recipe.seed,
         "plan": plan.digest,
@@ -158,15 +157,6 @@ def _usage(plan: Plan) -> list[str]:
         f"This is no model but what differs from {base}, stored as {plan.difference.encoding}: write `base+delta` "
         "where a recipe names a model, with the place of the base before the sign and of this folder behind it."
     ]
-
-
-def _exact_on(plan: Plan) -> ExactOn:
-    """Where the same recipe gives the same bytes: on any machine, unless a method that was used promises less."""
-    used = {type(step.method).exact_on for step in plan.steps if step.method}
-    used |= {"this machine"} if plan.alignment is not None and not plan.alignment.are_stored else set()
-    used |= {_exact_on(stage) for stage in plan.stages.values()}
-    used |= {plan.difference.exact_on} if plan.difference is not None else set()
-    return "this machine" if "this machine" in used else "any machine"
 
 
 def source_entry(

@@ -9,7 +9,7 @@ import functools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,13 +141,31 @@ class Blocks:
         self, pool: Executor | None, steps: Sequence[Step], stage: Stage, known: Known, *, check: bool
     ) -> Iterator[None]:
         """Make one stage's pass over the tensors; yields after each block."""
-        concerned = [step for step in steps if stage.needed(known) and stage.concerns(step.name, known)]
-        made = sum(step.stored_bytes for step in concerned)
+        if concerned := self.concerned(steps, stage, known):
+            found: dict[str, Statistic] = {}
+            yield from self.observe(pool, concerned, stage, known, found, check=check)
+            self.finish(stage, found, known)
+
+    def concerned(self, steps: Sequence[Step], stage: Stage, known: Known) -> list[Step]:
+        """The tensors that a stage's pass has to read; from here on the progress reckons with those alone."""
+        found = [step for step in steps if stage.needed(known) and stage.concerns(step.name, known)]
         planned = sum(step.stored_bytes for step in steps) if stage.expected else 0
+        made = sum(step.stored_bytes for step in found)
         with self._counting:
             self.progress.bytes_read_total += int(stage.reads * made) - int(stage.reads * planned)
-        if not concerned:
-            return
+        return found
+
+    def observe(
+        self,
+        pool: Executor | None,
+        steps: Sequence[Step],
+        stage: Stage,
+        known: Known,
+        found: dict[str, Statistic],
+        *,
+        check: bool,
+    ) -> Iterator[None]:
+        """Add to `found` what a stage observes in some tensors; yields after each block."""
         threads = threading.local()
         parts: list[dict[str, Statistic]] = []
 
@@ -158,13 +176,21 @@ class Blocks:
             with self._space.at_work():
                 stage.observe(self._block(*job, check=check, reads=stage.reads), known, threads.found)
 
-        for _ in self._in_order(pool, observe, self._prepared(pool, concerned)):
+        for _ in self._in_order(pool, observe, self._prepared(pool, steps)):
             yield
-        totals = parts[0]
-        for part in parts[1:]:
-            add_up(totals, part)
+        for part in parts:
+            add_up(found, part)
+
+    @staticmethod
+    def finish(stage: Stage, found: Mapping[str, Statistic], known: Known) -> None:
+        """Let a stage turn what was found into what is known."""
         with np.errstate(all="ignore"):
-            stage.finish(totals, known)
+            stage.finish(found, known)
+
+    def count(self, read: int) -> None:
+        """Tell the progress of bytes that another worker read."""
+        with self._counting:
+            self.progress.bytes_read += read
 
     def prepare(self, pool: Executor | None, step: Step) -> None:
         """Let the sources find out what they need to know before rows of theirs are computed by many threads."""

@@ -3,6 +3,8 @@
 A pool of threads reads blocks, measures or merges them; what is merged is handed on in order, so that each file is
 hashed and written from front to back by threads of their own while the next blocks are read and merged. All space is
 taken once and used again. While one tensor is merged, the next is measured.
+
+Where a merge is shared, each worker does this for the units it takes (`units.py`).
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +30,28 @@ from merge_core.errors import Canceled
 from merge_core.files import WrittenFile
 from merge_core.layout import Slot
 from merge_core.merged import MergedWeights
-from merge_core.method import Known, Randomness
+from merge_core.method import Known, Randomness, Stage
 from merge_core.plan import AlignmentPlan, Plan, Step
 from merge_core.progress import Progress, Report
 from merge_core.shards import ShardWriter
+from merge_core.statistics import Statistic, add_up
+from merge_core.units import (
+    FOLDER,
+    MERGING,
+    Alone,
+    Result,
+    Share,
+    Unit,
+    cut_steps,
+    fingerprint,
+    keep_measured,
+    kept_measured,
+    measured_file,
+)
 from merge_core.weights import Weights
 
 _M_ARENA_MAX = -8
+_NOTHING_MEASURED: Mapping[str, Any] = {"stages": 0, "known": {}}
 
 
 @dataclass
@@ -40,7 +59,7 @@ class Execution:
     """Carries out a plan on a device; `permutations` are the files of those that were found on the way.
 
     `merged` is told of each tensor whose inputs are done with; `stop` is asked between blocks, a true answer raises
-    `Canceled`.
+    `Canceled`. `share` says who does which unit: whoever leads calls `run`, others `assist`.
     """
 
     plan: Plan
@@ -56,21 +75,13 @@ class Execution:
     stages: Sequence[MergedWeights] = ()
     alignments: Sequence[tuple[Alignment, AlignmentPlan]] = ()
     permutations: list[WrittenFile] = field(default_factory=list)
+    share: Share = field(default_factory=Alone)
 
     def run(self) -> None:
         """Measure and merge every tensor that is not in the output yet."""
-        self._warning = threading.Lock()
-        self.blocks = Blocks(
-            self.plan, self.checkpoints, self.randomness, self.progress, self.stop, self.device, self.warn
-        )
-        self.warnings = list(self.writer.journal.get("warnings", []))
-        self.progress.tensors_total = len(self.plan.steps)
-        self.progress.bytes_read_total = self.plan.input_bytes
-        self.progress.bytes_written_total = sum(slot.nbytes for shard in self.plan.shards for slot in shard.slots)
-        for stage in self.stages:
-            stage.start(
-                self.plan.memory, progress=self.progress, stop=self._is_stopped, device=self.device, warn=self.warn
-            )
+        self._begin()
+        if self.writer.records.is_new:
+            self.share.forget()
         with _pool(self.plan.memory.threads) as pool:
             if self.alignments:  # before anything is read: rows of aligned models lie nowhere until then
                 self.enter("aligning")
@@ -84,9 +95,47 @@ class Execution:
             known = self._measure_model(pool)
             self.enter("merging")
             self._merge_all(pool, known)
+            self.enter("finishing")
             self.warnings.sort()
             self.progress.complete()
             self._tick()
+
+    def assist(self) -> None:
+        """Take units of whatever phase is open, until there is nothing more to do."""
+        self._begin()
+        stages = self._stages
+        with _pool(self.plan.memory.threads) as pool:
+            while True:
+                self.writer.records.read()
+                measured = self.writer.journal.get("measured", _NOTHING_MEASURED)
+                number, known = measured["stages"], dict(measured["known"])
+                if number == len(stages):
+                    self._merge_all(pool, known)
+                else:
+                    concerned = self.blocks.concerned(self.plan.measured, stages[number], known)
+                    runs = cut_steps(concerned, self.share.unit_bytes)
+                    for _ in self._observed(pool, number, runs, known, {}, check=True):
+                        self._tick()
+                if not self.share.wait():
+                    return
+
+    def _begin(self) -> None:
+        self._warning = threading.Lock()
+        self.blocks = Blocks(
+            self.plan, self.checkpoints, self.randomness, self.progress, self.stop, self.device, self.warn
+        )
+        self.warnings = list(self.writer.journal.get("warnings", []))
+        self.progress.tensors_total = len(self.plan.steps)
+        self.progress.bytes_read_total = self.plan.input_bytes
+        self.progress.bytes_written_total = sum(slot.nbytes for shard in self.plan.shards for slot in shard.slots)
+        for stage in self.stages:
+            stage.start(
+                self.plan.memory, progress=self.progress, stop=self._is_stopped, device=self.device, warn=self.warn
+            )
+        self._fingerprint = fingerprint(self.plan, self.share.unit_bytes, self.writer.folder, self.device.type)
+        total = sum(unit.end - unit.begin for unit in self.writer.units)
+        self._is_shared = self.share.unit_bytes is not None and total > self.share.unit_bytes
+        self._mine: set[tuple[str, int]] = set()
 
     # Merging.
 
@@ -114,7 +163,12 @@ class Execution:
             self._tick()
 
         with closing(self._measured(pool, known)) as tensors:
-            for slot, here in tensors:
+            for measured in tensors:
+                if measured is None:
+                    while merging:
+                        hand_on()
+                    continue
+                slot, here = measured
                 step = self.plan.by_name[slot.name]
                 spans: list[Span | None] = list(self.blocks.spans(step)) or [None]
                 for span in spans:
@@ -135,48 +189,184 @@ class Execution:
         for wait, _ in writing:
             wait()
 
-    def _measured(self, pool: ThreadPoolExecutor, known: Known) -> Generator[tuple[Slot, Known], None, None]:
-        """The tensors still to be merged, each with what is known of it; the next is measured meanwhile."""
+    def _measured(self, pool: ThreadPoolExecutor, known: Known) -> Generator[tuple[Slot, Known] | None, None, None]:
+        """The tensors still to be merged, each with what is known of it; the next is measured meanwhile.
+
+        None: all so far must be handed on before there is more.
+        """
         with ThreadPoolExecutor(1, thread_name_prefix="measure") as ahead:
             before: tuple[Slot, Future[Known]] | None = None
             try:
-                for slot in self.writer.remaining():
-                    measuring = ahead.submit(self._measure_tensor, pool, self.plan.by_name[slot.name], known)
+                for slot in self._slots():
+                    measuring = None
+                    if slot is not None:
+                        measuring = ahead.submit(self._measure_tensor, pool, self.plan.by_name[slot.name], known)
                     if before is not None:
                         yield before[0], before[1].result()
-                    before = slot, measuring
+                    before = None if slot is None or measuring is None else (slot, measuring)
+                    if slot is None:
+                        yield None
                 if before is not None:
                     yield before[0], before[1].result()
             except BaseException:
                 self.blocks.is_over = True
                 raise
 
+    def _slots(self) -> Iterator[Slot | None]:
+        """The tensors that are this worker's to write, unit after unit; None where a unit has to be whole first."""
+        units, writer = self.writer.units, self.writer
+        share = self.share if self._is_shared else Alone()
+        phase = self._phase(MERGING)
+        if not writer.assists:
+            if self._is_shared:
+                writer.make_files()
+            share.open(phase, len(units))
+        while True:
+            if not writer.assists:
+                self._prove_others(phase, only_first=True)
+            if (number := share.take(phase)) is not None:
+                read = self.progress.bytes_read
+                yield from writer.enter(units[number])
+                if self._is_shared:
+                    yield None
+                    digests = writer.leave(units[number])
+                    self._done(phase, number, {"tensors": digests, "read": self.progress.bytes_read - read})
+            elif writer.assists or not self._is_shared:
+                return
+            elif not self._prove_others(phase):
+                if writer.is_hashed:
+                    return
+                self.share.wait()
+                self._tick()
+
+    def _prove_others(self, phase: str, *, only_first: bool = False) -> bool:
+        """Hash what other workers wrote, as far as it goes; whether there was anything."""
+        any_ = False
+        while self._is_shared:
+            results = self._told(phase)
+            found = self.writer.prove({number: result["tensors"] for number, result in results}, only_first=only_first)
+            if found is None:
+                break
+            unit, is_right = found
+            any_ = True
+            if not is_right:
+                self.share.again(phase, unit.number)
+            self._tick()
+        return any_
+
     # Measuring.
+
+    @property
+    def _stages(self) -> Sequence[Stage]:
+        """The passes over the whole model that come before the merge."""
+        steps = self.plan.measured
+        if self.plan.scope != "model" or not steps or steps[0].method is None:
+            return ()
+        return steps[0].method.stages("model")
 
     def _measure_model(self, pool: ThreadPoolExecutor) -> Known:
         """What the whole model's statistics come to; each stage is remembered in the journal."""
-        known: Known = {}
-        steps = self.plan.measured
-        if self.plan.scope != "model" or not steps or steps[0].method is None:
-            return known
-        measured = dict(self.writer.journal.get("measured", {"stages": 0, "known": {}}))
-        known = dict(measured["known"])
-
-        def finished() -> None:
-            measured["stages"] += 1
-            self.writer.remember("measured", {"stages": measured["stages"], "known": known})
-
-        stages = steps[0].method.stages("model")[measured["stages"] :]
-        for stage in self.blocks.measure_all(pool, steps, stages, known, finished):
-            self.enter(f"measuring: {stage.name}")
-        for warning in steps[0].method.warnings(known):
+        measured = self.writer.journal.get("measured", _NOTHING_MEASURED)
+        known: Known = dict(measured["known"])
+        stages, steps = self._stages, self.plan.measured
+        is_checked = False
+        for number, stage in enumerate(stages):
+            if number < measured["stages"]:
+                continue
+            if concerned := self.blocks.concerned(steps, stage, known):
+                self.enter(f"measuring: {stage.name}")
+                found: dict[str, Statistic] = {}
+                runs = cut_steps(concerned, self.share.unit_bytes)
+                for _ in self._observed(pool, number, runs, known, found, check=not is_checked):
+                    self._tick()
+                self.blocks.finish(stage, found, known)
+                is_checked = is_checked or stage.reads == 1
+            self.writer.remember("measured", {"stages": number + 1, "known": known})
+            shutil.rmtree(self.writer.folder / FOLDER, ignore_errors=True)
+        for warning in steps[0].method.warnings(known) if stages and steps[0].method else ():
             self.warn(warning)
         return known
+
+    def _observed(
+        self,
+        pool: ThreadPoolExecutor,
+        number: int,
+        runs: Sequence[Sequence[Step]],
+        known: Known,
+        found: dict[str, Statistic],
+        *,
+        check: bool,
+    ) -> Iterator[None]:
+        """Make a stage's pass over units of tensors; whoever leads adds up all that was `found`."""
+        stage, leads = self._stages[number], not self.writer.assists
+        phase = self._phase(f"measuring {number}: {stage.name}")
+        if len(runs) < 2:
+            if leads:
+                yield from self.blocks.observe(pool, runs[0], stage, known, found, check=check)
+            return
+        if leads:
+            (self.writer.folder / FOLDER).mkdir(exist_ok=True)
+            self.share.open(phase, len(runs))
+        added: set[int] = set()
+        while len(added) < len(runs):
+            if (unit := self.share.take(phase)) is not None:
+                read, part = self.progress.bytes_read, dict[str, Statistic]()
+                yield from self.blocks.observe(pool, runs[unit], stage, known, part, check=check)
+                digest = keep_measured(measured_file(self.writer.folder, number, unit), part)
+                self._done(phase, unit, {"statistics": digest, "read": self.progress.bytes_read - read})
+                if leads:
+                    add_up(found, part)
+                    added.add(unit)
+                continue
+            if not leads:
+                return
+            missing = [(unit, result) for unit, result in self._told(phase) if unit not in added]
+            for unit, result in missing:
+                path = measured_file(self.writer.folder, number, unit)
+                kept = kept_measured(path, result["statistics"])
+                if kept is None:
+                    self.share.again(phase, unit)
+                else:
+                    add_up(found, kept)
+                    added.add(unit)
+                yield
+            if not missing:
+                self.share.wait()
+                yield
 
     def _measure_tensor(self, pool: ThreadPoolExecutor, step: Step, known: Known) -> Known:
         """What is known of one tensor: of the whole model, or what its own statistics come to."""
         self.blocks.prepare(pool, step)
         return known if self.plan.scope == "model" else self.blocks.measure_tensor(pool, step)
+
+    # Sharing.
+
+    def _phase(self, title: str) -> str:
+        return f"{title[:80]} {self._fingerprint}"
+
+    def _done(self, phase: str, number: int, result: dict[str, Any]) -> None:
+        """Record a unit, with what the user should know of it."""
+        self.share.done(phase, number, result | {"warnings": list(self.warnings)})
+        self._mine.add((phase, number))
+
+    def _told(self, phase: str) -> list[tuple[int, Result]]:
+        """The units of a phase that are done; what is news of others counts in the progress."""
+        results = sorted(self.share.results(phase).items())
+        for number, result in results:
+            if (phase, number) not in self._mine:
+                self._mine.add((phase, number))
+                self.blocks.count(result["read"])
+                for warning in result["warnings"]:
+                    self.warn(warning)
+                if "tensors" in result:
+                    self._count_unit(self.writer.units[number])
+        return results
+
+    def _count_unit(self, unit: Unit) -> None:
+        for slot in unit.slots:
+            self.merged(self.plan.by_name[slot.name])
+        self.progress.tensors_done += len(unit.slots)
+        self.progress.bytes_written += unit.end - unit.begin
 
     # Around it.
 
@@ -200,7 +390,8 @@ class Execution:
             if warning in self.warnings:
                 return
             self.warnings.append(warning)
-            self.writer.remember("warnings", list(self.warnings))
+            if not self.writer.assists:
+                self.writer.remember("warnings", list(self.warnings))
 
     def _is_stopped(self) -> bool:
         return self.blocks.is_over or self.stop()

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import shutil
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -33,26 +34,30 @@ class WrittenFile:
 
 
 class PagedFile:
-    """A preallocated file, filled from front to back past the page cache where the file system allows.
+    """A preallocated file, filled in runs from front to back, past the page cache where the file system allows.
 
     What is written past the cache must be whole pages, in the file and in memory: blocks that are so are written as
-    they are, the rest is staged. Nothing has to be flushed at the end, and the cache keeps what is read.
+    they are, the rest is staged. Nothing has to be flushed at the end, and the cache keeps what is read. Of a page in
+    which a run begins or ends only its own bytes are written: the others may be somebody else's.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, *, is_there: bool = False) -> None:
+        """`is_there`: another process made the file, and is to find in the page cache what is written here."""
         self.path, self.size = path, size
-        self._descriptors = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)]
+        self._descriptors = [os.open(path, os.O_RDWR | (0 if is_there else os.O_CREAT) | os.O_CLOEXEC, 0o644)]
         self._stage = mmap.mmap(-1, _STAGED)
         try:
-            os.posix_fallocate(self._cached, 0, size)
+            if os.fstat(self._cached).st_size < size and not is_there:
+                os.posix_fallocate(self._cached, 0, size)
         except OSError as error:
             self.close()
             raise disk_error(error, path.parent, size) from None
         try:
-            self._descriptors.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC | _DIRECT))
+            self._descriptors.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC | (0 if is_there else _DIRECT)))
         except OSError:
             self._descriptors.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
         self._staged = 0
+        """Bytes that wait behind `_at`, which is on a page's boundary while there are any."""
         self._at = 0
         self._when: deque[tuple[int, Callable[[], None]]] = deque()
 
@@ -60,18 +65,20 @@ class PagedFile:
         """Bytes that the file holds already."""
         return os.pread(self._cached, size, start)
 
-    def skip_to(self, offset: int) -> None:
-        """Go on at an offset; what lies before it is in the file already."""
-        self._at = offset // PAGE * PAGE
-        tail = self.read(self._at, offset - self._at)
-        self._stage[: len(tail)] = tail
-        self._staged = len(tail)
+    def go_to(self, offset: int) -> None:
+        """Begin another run at an offset."""
+        self.flush()
+        self._at = offset
 
     def append(self, data: memoryview) -> None:
         """Write what fills pages; the rest waits for what follows."""
-        if not self._staged and np.frombuffer(data, np.uint8).ctypes.data % PAGE == 0:
+        if inside := self._at % PAGE:
+            head = min(len(data), PAGE - inside)
+            self._put(data[:head], self._cached)
+            data = data[head:]
+        if data and not self._staged and np.frombuffer(data, np.uint8).ctypes.data % PAGE == 0:
             whole = len(data) // PAGE * PAGE
-            self._put(data[:whole])
+            self._put(data[:whole], self._descriptors[1])
             data = data[whole:]
         while data:
             count = min(len(data), _STAGED - self._staged)
@@ -80,25 +87,27 @@ class PagedFile:
             if self._staged == _STAGED or not data:
                 whole = self._staged // PAGE * PAGE
                 with memoryview(self._stage) as stage:
-                    self._put(stage[:whole])
+                    self._put(stage[:whole], self._descriptors[1])
                 self._stage[: self._staged - whole] = self._stage[whole : self._staged]
                 self._staged -= whole
-        while self._when and self._when[0][0] <= self._at:
-            self._when.popleft()[1]()
+        self._tell()
+
+    def flush(self) -> None:
+        """Write what waits, through the page cache, as it does not fill its page."""
+        if self._staged:
+            with memoryview(self._stage) as stage:
+                self._put(stage[: self._staged], self._cached)
+            self._staged = 0
+        self._tell()
 
     def when_written(self, offset: int, action: Callable[[], None]) -> None:
-        """Do something as soon as all bytes before an offset are in the file; offsets come in order."""
+        """Do something as soon as all bytes before an offset are in the file; offsets of a run come in order."""
         self._when.append((offset, action))
-        if offset <= self._at:
-            self._when.popleft()[1]()
+        self._tell()
 
     def complete(self) -> None:
-        """Write what waits, give the file its size and let it be durable."""
-        if self._staged:
-            # As if it filled its page; what lies behind the end is cut off.
-            with memoryview(self._stage) as stage:
-                self._put(stage[: -(-self._staged // PAGE) * PAGE])
-        os.ftruncate(self._cached, self.size)
+        """Write what waits and let the file be durable."""
+        self.flush()
         os.fsync(self._cached)
         while self._when:
             self._when.popleft()[1]()
@@ -114,14 +123,18 @@ class PagedFile:
     def _cached(self) -> int:
         return self._descriptors[0]
 
-    def _put(self, data: memoryview) -> None:
+    def _tell(self) -> None:
+        while self._when and self._when[0][0] <= self._at:
+            self._when.popleft()[1]()
+
+    def _put(self, data: memoryview, descriptor: int) -> None:
         while data:
             try:
-                count = os.pwrite(self._descriptors[1], data, self._at)
+                count = os.pwrite(descriptor, data, self._at)
             except OSError as error:
-                flags = fcntl.fcntl(self._descriptors[1], fcntl.F_GETFL)
+                flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
                 if error.errno == errno.EINVAL and flags & _DIRECT:
-                    fcntl.fcntl(self._descriptors[1], fcntl.F_SETFL, flags & ~_DIRECT)
+                    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
                     continue
                 raise disk_error(error, self.path.parent, len(data)) from None
             self._at, data = self._at + count, data[count:]
@@ -154,6 +167,26 @@ def write_whole(path: Path, data: bytes) -> WrittenFile:
         raise disk_error(error, path.parent, len(data)) from None
     fsync_folder(path.parent)
     return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def write_swiftly(path: Path, data: bytes) -> None:
+    """Write a file that is there with all its bytes or not at all, as long as the machine does not fail."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4()}")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise disk_error(error, path.parent, len(data)) from None
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it, also if somebody who is about to stop puts something there meanwhile."""
+    for _ in range(3):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
 
 
 def nearest_existing(path: Path) -> Path:

@@ -26,14 +26,18 @@ class Journal:
         self._descriptor: int | None = None
 
     def open(self) -> None:
-        lines = self._read()
-        self.is_new = not lines or lines[0].get("plan") != self.plan_digest
+        """Read what there is, and be ready to append."""
+        self.read()
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         if self.is_new:
             os.ftruncate(self._descriptor, 0)
             self._append({"plan": self.plan_digest})
-            return
-        for line in lines[1:]:
+
+    def read(self) -> None:
+        """Read what there is, which somebody else may go on with."""
+        lines = self._read()
+        self.is_new = not lines or lines[0].get("plan") != self.plan_digest
+        for line in [] if self.is_new else lines[1:]:
             if "tensor" in line:
                 self.tensors[line["tensor"]] = line["blake3"]
             elif "note" in line:
@@ -72,9 +76,11 @@ class Journal:
 
     def _read(self) -> list[dict[str, Any]]:
         """The lines that are as they were written; one that was torn or changed counts as never written."""
-        if not self.path.is_file():
+        try:
+            text = self.path.read_text(errors="replace")
+        except FileNotFoundError:
             return []
-        sealed = [line.partition(" ") for line in self.path.read_text(errors="replace").split("\n")]
+        sealed = [line.partition(" ") for line in text.split("\n")]
         return [json.loads(text) for seal, _, text in sealed if text and seal == _seal(text)]
 
 

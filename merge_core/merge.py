@@ -45,6 +45,7 @@ from merge_core.references import ModelRef
 from merge_core.reversal import write_reversal
 from merge_core.shards import ShardWriter, unfinished
 from merge_core.sources import Sources
+from merge_core.units import Alone, Share
 from merge_core.weights import Weights
 
 
@@ -63,6 +64,7 @@ def merge(
     device: str = "cpu",
     report: Report = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
+    share: Share | None = None,
 ) -> Artifact:
     """Merge models as the recipe says into the folder `out`, which appears whole or not at all.
 
@@ -71,7 +73,8 @@ def merge(
     there; after any `WeightsmithError` it is removed. `memory` (bytes), `threads` and `max_shard_size` (bytes) go
     before the recipe's. `device` is `cpu`, `cuda`, `cuda:1` … or `auto`; it changes no byte. `cache`: a folder for what
     need not be found out twice, which is the inputs' hashes. `report` is called with the progress after every block,
-    and `stop` is asked whether to give up (`Canceled`).
+    and `stop` is asked whether to give up (`Canceled`). `share`: who else may take a part in it, by `assist`, where it
+    can be cut into parts.
 
     The bytes of every tensor depend on the recipe and the models alone. Raises `WeightsmithError`.
     """
@@ -96,10 +99,61 @@ def merge(
             inputs = [models[model] for model in plan.models]
             with unfinished(partial):
                 draws = randomness or Randomness(recipe.seed)
-                work = _Work(plan, inputs, checkpoints, stages, alignments, draws, where, report, stop)
+                can_be_cut = randomness is None and _can_be_cut(plan)
+                shared = share if share is not None and can_be_cut else Alone()
+                work = _Work(plan, inputs, checkpoints, stages, alignments, draws, where, report, stop, shared)
                 return work.carry_out(partial, out, cache)
     except OSError as error:
         raise disk_error(error, Path(error.filename or out), 0) from error
+
+
+def assist(
+    recipe: Recipe,
+    partial: Path,
+    share: Share,
+    *,
+    roots: Sequence[Path] | None = None,
+    memory: int | None = None,
+    threads: int | None = None,
+    block_elements: int | None = None,
+    max_shard_size: int | None = None,
+    device: str = "cpu",
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Take a part in a merge that another worker leads in the folder `partial`, as long as `share` has one to give.
+
+    The parameters are those of `merge`; recipe, roots and `max_shard_size` must be the same. Raises `WeightsmithError`,
+    and whatever `share` raises; what was begun is then nobody's, and the folder is left as it is.
+    """
+    where = _device(device)
+    share_one_heap()
+    try:
+        with opened(recipe, roots) as checkpoints, opened_patches(recipe, roots) as patches:
+            plan, models, stages, alignments = _planned(
+                recipe,
+                checkpoints,
+                patches,
+                roots,
+                memory=memory,
+                threads=threads,
+                block_elements=block_elements or (BLOCK_ELEMENTS if where == CPU else CUDA_BLOCK_ELEMENTS),
+                on_gpu=where != CPU,
+                max_shard_size=max_shard_size,
+            )
+            if _can_be_cut(plan):
+                inputs, draws = [models[model] for model in plan.models], Randomness(recipe.seed)
+                nobody: Report = lambda progress: None  # noqa: E731
+                work = _Work(plan, inputs, checkpoints, stages, alignments, draws, where, nobody, stop, share)
+                work.assist(partial)
+    except OSError as error:
+        raise disk_error(error, Path(error.filename or partial), 0) from error
+
+
+def _can_be_cut(plan: Plan) -> bool:
+    """Whether the weights of a plan are made tensor by tensor, with nothing found out on the way that others need."""
+    measures_whole = any(stage.scope == "model" and stage.measured for stage in plan.stages.values())
+    is_aligned = any(each.alignment and not each.alignment.are_stored for each in (plan, *plan.stages.values()))
+    return plan.difference is None and not measures_whole and not is_aligned
 
 
 def _device(name: str) -> torch.device:
@@ -139,6 +193,7 @@ class _Work:
     device: torch.device
     report: Report
     stop: Callable[[], bool]
+    share: Share
 
     def carry_out(self, partial: Path, out: Path, cache: Path | None) -> Artifact:
         plan = self.plan
@@ -147,8 +202,7 @@ class _Work:
         beside += compared.values()
         try:
             with closing(Sources.of(plan, self.inputs, cache, self.stop, beside)) as sources:
-                if self.device == CPU and any(step.is_fused for made in self._plans for step in made.steps):
-                    kernels.load()
+                self._load_kernels()
                 write = self._write_model if plan.difference is None else self._write_difference
                 written = write(partial, sources.merged)
                 hashes = sources.result()
@@ -165,6 +219,7 @@ class _Work:
                 warnings=warnings,
                 beside=compared,
             )
+            self.share.prove()
             appear(partial, out)
         except OSError as error:
             raise disk_error(error, Path(error.filename or partial), 0) from error
@@ -180,21 +235,34 @@ class _Work:
         yield self.plan
         yield from self.plan.stages.values()
 
+    def _load_kernels(self) -> None:
+        if self.device == CPU and any(step.is_fused for made in self._plans for step in made.steps):
+            kernels.load()
+
+    def assist(self, partial: Path) -> None:
+        self._load_kernels()
+        with ShardWriter(self.plan, partial, self.stop, unit_bytes=self.share.unit_bytes, assists=True) as writer:
+            self._execution(writer, lambda step: None).assist()
+
+    def _execution(self, writer: ShardWriter, merged: Callable[[Step], None]) -> Execution:
+        return Execution(
+            self.plan,
+            self.inputs,
+            writer,
+            self.randomness,
+            merged,
+            Progress(),
+            self.report,
+            self.stop,
+            self.device,
+            stages=self.stages,
+            alignments=self.alignments,
+            share=self.share,
+        )
+
     def _write_model(self, partial: Path, merged: Callable[[Step], None]) -> _Written:
-        with ShardWriter(self.plan, partial, self.stop) as writer:
-            execution = Execution(
-                self.plan,
-                self.inputs,
-                writer,
-                self.randomness,
-                merged,
-                Progress(),
-                self.report,
-                self.stop,
-                self.device,
-                stages=self.stages,
-                alignments=self.alignments,
-            )
+        with ShardWriter(self.plan, partial, self.stop, unit_bytes=self.share.unit_bytes) as writer:
+            execution = self._execution(writer, merged)
             execution.run()
             files = [*writer.finish(), *execution.permutations]
             if self.plan.recipe.outputs.reversible:

@@ -295,6 +295,15 @@ class Plan:
         return tuple(sorted(found, key=lambda step: step.name))
 
     @property
+    def exact_on(self) -> ExactOn:
+        """Where the same recipe gives the same bytes: on any machine, unless a method that was used promises less."""
+        used = {type(step.method).exact_on for step in self.steps if step.method}
+        used |= {"this machine"} if self.alignment is not None and not self.alignment.are_stored else set()
+        used |= {stage.exact_on for stage in self.stages.values()}
+        used |= {self.difference.exact_on} if self.difference is not None else set()
+        return "this machine" if "this machine" in used else "any machine"
+
+    @property
     def is_adapter(self) -> bool:
         """Whether the output is an adapter and no model."""
         return self.adapter_config is not None or (self.difference is not None and self.difference.kind == "adapter")

@@ -2,7 +2,7 @@
 
 Bytes arrive in file order and are hashed as they are written: sha256 per file, blake3 per tensor. A journal records
 each tensor that is in its file; a killed merge reopens the folder, proves the recorded tensors by their digests and
-goes on after the last good one.
+goes on after the last good one. What other workers wrote is read again for the file's sha256, and proved meanwhile.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from blake3 import blake3
 from torch import Tensor
 
 from merge_core.errors import Canceled, InsufficientStorage, OutputExists, WeightsmithError
-from merge_core.files import PagedFile, WrittenFile, nearest_existing, write_text
+from merge_core.files import PagedFile, WrittenFile, nearest_existing, remove_folder, write_text
 from merge_core.journal import JOURNAL, Journal
 from merge_core.layout import INDEX_NAME, ShardLayout, Slot, index_json
 from merge_core.plan import Plan
+from merge_core.units import Unit, cut_output
 
 SPARE_BYTES = 64 * 2**20
 _READ = 2**22
@@ -52,7 +53,7 @@ def unfinished(folder: Path) -> Iterator[Path]:
         try:
             yield folder
         except WeightsmithError:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
             raise
     finally:
         os.close(descriptor)
@@ -71,16 +72,28 @@ def is_held(folder: Path) -> bool:
 
 
 class ShardWriter:
-    """Writes a plan's shards into a folder, one after the other, tensors in file order.
+    """Writes a plan's shards into a folder, unit after unit, tensors in file order.
 
-    Usage: for each slot of `remaining()`, in order: `begin(slot)`, `write(values)` until it is full, then `end()`;
-    finally `finish()`. Digests and the disk have a thread each; `write` returns before they are done. `records` are
-    what was finished, for whoever goes on.
+    Usage: for each slot that `enter(unit)` gives, in order: `begin(slot)`, `write(values)` until it is full, then
+    `end()`; finally `finish()`. Digests and the disk have a thread each; `write` returns before they are done. A worker
+    that shares the merge calls `leave(unit)` after each, and `prove` for those that others wrote. `records` are what
+    was finished, for whoever goes on.
     """
 
-    def __init__(self, plan: Plan, folder: Path, stop: Callable[[], bool] = lambda: False) -> None:
-        """`stop` is asked while what an earlier attempt left is read again, which may be a whole model."""
-        self.plan, self.folder, self.stop = plan, folder, stop
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        stop: Callable[[], bool] = lambda: False,
+        *,
+        unit_bytes: int | None = None,
+        assists: bool = False,
+    ) -> None:
+        """`stop` is asked while what an earlier attempt left is read again, which may be a whole model. `assists`:
+        another worker made the files, and will finish them.
+        """
+        self.plan, self.folder, self.stop, self.assists = plan, folder, stop, assists
+        self.units = cut_output(plan.shards, unit_bytes)
         self.digests: dict[str, str] = {}
         self.resumed = 0
         self.records = Journal(folder / JOURNAL, plan.digest)
@@ -102,6 +115,9 @@ class ShardWriter:
         self.records.note(name, value)
 
     def __enter__(self) -> Self:
+        if self.assists:
+            self.records.read()
+            return self
         check_space(self.plan.output_bytes, self.folder)
         try:
             self.records.open()
@@ -120,18 +136,33 @@ class ShardWriter:
             file.data.close()
         self.records.close()
 
-    def remaining(self) -> Iterator[Slot]:
-        """The tensors still to be written. Asking for one opens its file, which may be before the last is full."""
+    def make_files(self) -> None:
+        """Make all files at once, with their headers, for others to write into."""
         for shard in self.plan.shards:
-            file = self._files[shard.file] = _ShardFile(shard, self.folder)
-            file.data.append(memoryview(shard.header))
-            proved = list(itertools.takewhile(lambda slot: self._prove(file, slot), shard.slots))  # noqa: B023
-            if proved:
-                file.data.skip_to(proved[-1].begin + proved[-1].nbytes)
-                self.resumed += len(proved)
-            if len(proved) == len(shard.slots):
-                self._complete(file)
-            yield from shard.slots[len(proved) :]
+            if shard.file not in self._files:
+                file = PagedFile(self.folder / shard.file, shard.size)
+                try:
+                    file.append(memoryview(shard.header))
+                    file.flush()
+                finally:
+                    file.close()
+
+    def enter(self, unit: Unit) -> tuple[Slot, ...]:
+        """Go to a unit: its tensors that are still to be written. Its file may not be the one that is being filled."""
+        file = self._file(unit.shard)
+        file.is_hashed_by_the_way = unit.place == file.hashed and not self.assists
+        proved = [] if self.assists else list(itertools.takewhile(lambda slot: self._prove(file, slot), unit.slots))
+        self.resumed += len(proved)
+        rest = unit.slots[len(proved) :]
+        at = rest[0].begin if rest else unit.end
+        if file.at != at:
+            file.pending.append(self._disk.submit(file.data.go_to, at))
+        file.at = unit.end
+        if file.is_hashed_by_the_way:
+            file.hashed += 1
+        if not rest:
+            self._complete_if_hashed(file)
+        return rest
 
     def begin(self, slot: Slot) -> None:
         self._in_work = slot, self._files[self._shard_of[slot.name].file]
@@ -146,10 +177,11 @@ class ShardWriter:
         _, file = self._in_work
         data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         written: list[Future[Any]] = [
-            self._hasher.submit(file.sha256.update, data),
             self._digester.submit(self._tensor_hash.update, data),
             self._disk.submit(file.data.append, data),
         ]
+        if file.is_hashed_by_the_way:
+            written.append(self._hasher.submit(file.sha256.update, data))
 
         def wait() -> None:
             for future in written:
@@ -164,13 +196,54 @@ class ShardWriter:
 
         def record() -> None:
             self.digests[slot.name] = digest.result()
-            self.records.tensor(slot.name, digest.result())
+            if not self.assists:
+                self.records.tensor(slot.name, digest.result())
 
         while file.pending and file.pending[0].done():
             file.pending.popleft().result()
         file.pending.append(self._disk.submit(file.data.when_written, slot.begin + slot.nbytes, record))
         if slot is file.shard.slots[-1]:
-            self._complete(file)
+            self._complete_if_hashed(file)
+
+    def leave(self, unit: Unit) -> dict[str, str]:
+        """Wait until the unit that was entered is in its file: the digests of its tensors."""
+        file = self._file(unit.shard)
+        file.pending += [self._hasher.submit(lambda: None), self._disk.submit(file.data.flush)]
+        while file.pending:
+            file.pending.popleft().result()
+        if self.assists:
+            del self._files[unit.shard.file]
+            file.data.close()
+        return {slot.name: self.digests[slot.name] for slot in unit.slots}
+
+    def prove(self, done: Mapping[int, Mapping[str, str]], *, only_first: bool = False) -> tuple[Unit, bool] | None:
+        """Read again the next unit of those that are `done`, which names the digests of their tensors, for its file's
+        hash; that unit, and whether it is what was recorded.
+
+        Files are hashed from front to back, so that it waits for the units before it. None: there is none now.
+        `only_first`: of the first file that is not complete.
+        """
+        for shard in self.plan.shards:
+            units = [unit for unit in self.units if unit.shard is shard]
+            hashed = self._files[shard.file].hashed if shard.file in self._files else 0
+            if hashed < len(units) and (unit := units[hashed]).number in done:
+                file, digests = self._file(shard), done[unit.number]
+                sha256 = file.sha256.copy()
+                is_right = all(self._is(file, slot, digests.get(slot.name), sha256) for slot in unit.slots)
+                if is_right:
+                    file.sha256, file.hashed = sha256, file.hashed + 1
+                    self.digests |= digests
+                    self._complete_if_hashed(file)
+                return unit, is_right
+            if hashed < len(units) and only_first:
+                return None
+        return None
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether every file is whole, and hashed from its beginning to its end."""
+        files = [self._files.get(shard.file) for shard in self.plan.shards]
+        return all(file is not None and file.hashed == file.units for file in files)
 
     def finish(self) -> list[WrittenFile]:
         """Wait for the last byte; write the index where there are several shards. All files, weights and index."""
@@ -184,33 +257,54 @@ class ShardWriter:
             files.append(write_text(self.folder / INDEX_NAME, index_json(self.plan.shards)))
         return files
 
+    def _file(self, shard: ShardLayout) -> _ShardFile:
+        if shard.file not in self._files:
+            units = sum(unit.shard is shard for unit in self.units)
+            file = self._files[shard.file] = _ShardFile(shard, self.folder, units, is_there=self.assists)
+            if not self.assists:
+                file.data.append(memoryview(shard.header))
+                file.at = len(shard.header)
+        return self._files[shard.file]
+
     def _prove(self, file: _ShardFile, slot: Slot) -> bool:
         """Whether the journal has this tensor and the file has its bytes; if so they are hashed as if just written."""
-        wanted = self.records.tensors.get(slot.name)
-        if wanted is None:
+        sha256 = file.sha256.copy() if file.is_hashed_by_the_way else None
+        if not self._is(file, slot, self.records.tensors.get(slot.name), sha256):
             return False
-        file_hash, tensor_hash = file.sha256.copy(), blake3()
+        self.digests[slot.name] = self.records.tensors[slot.name]
+        file.sha256 = sha256 or file.sha256
+        return True
+
+    def _is(self, file: _ShardFile, slot: Slot, digest: str | None, sha256: Any) -> bool:
+        """Whether a tensor's bytes are in the file; what is read is added to `sha256`, if there is one."""
+        if digest is None:
+            return False
+        tensor_hash = blake3()
         for start in range(slot.begin, slot.begin + slot.nbytes, _READ):
             if self.stop():
                 raise Canceled("the merge was canceled")
             data = file.data.read(start, min(_READ, slot.begin + slot.nbytes - start))
             tensor_hash.update(data)
-            file_hash.update(data)
-        if tensor_hash.hexdigest() != wanted:
-            return False
-        self.digests[slot.name], file.sha256 = wanted, file_hash
-        return True
+            if sha256 is not None:
+                sha256.update(data)
+        return tensor_hash.hexdigest() == digest
 
-    def _complete(self, file: _ShardFile) -> None:
-        file.pending += [self._hasher.submit(lambda: None), self._disk.submit(file.data.complete)]
+    def _complete_if_hashed(self, file: _ShardFile) -> None:
+        if file.hashed == file.units:
+            file.pending += [self._hasher.submit(lambda: None), self._disk.submit(file.data.complete)]
 
 
 class _ShardFile:
-    """One shard as it grows: its bytes, its hash, and what its threads have still to do."""
+    """One shard as it grows: its bytes, its hash, and what its threads have still to do.
 
-    def __init__(self, shard: ShardLayout, folder: Path) -> None:
-        self.shard = shard
-        self.data = PagedFile(folder / shard.file, shard.size)
+    `hashed`: so many of its `units`, from the front, are hashed, or will be as they are written. `at`: where the next
+    bytes go.
+    """
+
+    def __init__(self, shard: ShardLayout, folder: Path, units: int, *, is_there: bool) -> None:
+        self.shard, self.units, self.hashed, self.at = shard, units, 0, -1
+        self.is_hashed_by_the_way = False
+        self.data = PagedFile(folder / shard.file, shard.size, is_there=is_there)
         self.sha256 = hashlib.sha256(shard.header)
         self.pending: deque[Future[None]] = deque()
 

@@ -1,17 +1,19 @@
 """What a pass over the inputs can know: statistics that add up over disjoint grains, in any order, to the same bits.
 
 Counts are integers, so any order gives the same sum. Floating-point sums follow the grain rule (`GrainSums`). A
-statistic is small, merges with `add`, and crosses workers as JSON.
+statistic is small, merges with `add`, and crosses workers as arrays (`save_statistics`).
 """
 
 from __future__ import annotations
 
 import functools
+import io
+import json
 import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -55,10 +57,18 @@ class Grains:
         return first * self.size, min(last * self.size, self.rows)
 
 
+Arrays = dict[str, NDArray[Any]]
+
+
 class Statistic(Protocol):
-    """Adds up over disjoint sets of grains, in any order, to the same value."""
+    """Adds up over disjoint sets of grains, in any order, to the same value; arrays hold all of it."""
 
     def add(self, other: Self) -> None: ...
+
+    def to_arrays(self) -> Arrays: ...
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Self: ...
 
 
 @dataclass
@@ -69,6 +79,13 @@ class Counts:
 
     def add(self, other: Self) -> None:
         self.values += other.values
+
+    def to_arrays(self) -> Arrays:
+        return {"values": self.values}
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Self:
+        return cls(arrays["values"])
 
 
 def counted(found: dict[str, Statistic], name: str, shape: tuple[int, ...]) -> Counts:
@@ -86,6 +103,13 @@ class Largest:
 
     def add(self, other: Self) -> None:
         np.maximum(self.values, other.values, out=self.values)
+
+    def to_arrays(self) -> Arrays:
+        return {"values": self.values}
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Self:
+        return cls(arrays["values"])
 
 
 @dataclass
@@ -106,6 +130,13 @@ class RowValues:
                 self.rows[tensor] += values
             else:
                 self.rows[tensor] = values
+
+    def to_arrays(self) -> Arrays:
+        return dict(self.rows)
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Self:
+        return cls(dict(arrays))
 
 
 class GrainSums:
@@ -132,6 +163,26 @@ class GrainSums:
         """The whole sums; every grain of every tensor must have been put, and at least one."""
         roots = [self.trees[tensor].root() for tensor in sorted(self.trees)]
         return functools.reduce(operator.add, roots)
+
+    def to_arrays(self) -> Arrays:
+        arrays: Arrays = {}
+        for tensor, tree in self.trees.items():
+            nodes = [(tree.grains, 0), *tree.nodes]
+            arrays[f"nodes {tensor}"] = np.array(nodes, np.int64)
+            arrays[f"sums {tensor}"] = tree.sums[list(tree.nodes.values())]
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Self:
+        sums = cls()
+        for name, nodes in arrays.items():
+            kind, _, tensor = name.partition(" ")
+            if kind == "nodes":
+                values = arrays[f"sums {tensor}"]
+                tree = sums.trees[tensor] = _Tree(int(nodes[0, 0]), values.shape[1:])
+                for (level, index), value in zip(nodes[1:].tolist(), values, strict=True):
+                    tree.put((level, index), value)
+        return sums
 
 
 class _Tree:
@@ -212,3 +263,24 @@ def add_up(totals: dict[str, Statistic], found: Mapping[str, Statistic]) -> None
             totals[name].add(statistic)
         else:
             totals[name] = statistic
+
+
+_KINDS: Mapping[str, type[Statistic]] = {kind.__name__: kind for kind in (Counts, Largest, RowValues, GrainSums)}
+
+
+def save_statistics(found: Mapping[str, Statistic]) -> bytes:
+    """Statistics by name as bytes, which cross workers."""
+    parts = [(name, statistic, statistic.to_arrays()) for name, statistic in found.items()]
+    told = [[name, type(statistic).__name__, list(arrays)] for name, statistic, arrays in parts]
+    space = io.BytesIO()
+    arrays = [array for _, _, arrays in parts for array in arrays.values()]
+    np.savez(space, np.frombuffer(json.dumps(told).encode(), np.uint8), *arrays, allow_pickle=False)
+    return space.getvalue()
+
+
+def load_statistics(data: bytes) -> dict[str, Statistic]:
+    """What `save_statistics` saved."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as saved:
+        arrays = iter([saved[f"arr_{number}"] for number in range(len(saved.files))])
+    told = json.loads(next(arrays).tobytes())
+    return {name: _KINDS[kind].from_arrays({part: next(arrays) for part in parts}) for name, kind, parts in told}

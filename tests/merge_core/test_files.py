@@ -51,7 +51,7 @@ def test_any_pieces_make_the_file_and_it_can_be_gone_on_with(
     assert path.read_bytes()[:reached] == whole[:reached], "what is said to be written is"
 
     again, at = PagedFile(path, sum(sizes)), 0
-    again.skip_to(reached)
+    again.go_to(reached)
     for piece in given_:
         if at >= reached:
             again.append(piece)

@@ -341,7 +341,7 @@ def test_proving_what_a_killed_merge_left_can_be_canceled(models: Path, tmp_path
     kill_after(5, models, tmp_path / "out", "linear")
     plan = plan_only(Recipe.from_data(method_recipe("linear")), roots=[models])
     with ShardWriter(plan, tmp_path / ".out.partial", stop=lambda: True) as writer, pytest.raises(Canceled):
-        next(writer.remaining())
+        writer.enter(writer.units[0])
 
 
 @pytest.mark.parametrize("step", ["fsync_folder", "write_companions", "appear"])
