@@ -50,17 +50,18 @@ def main() -> None:
     for broker in brokers:
         data = disk / broker if disk else folder / broker / "data"
         world = World(folder / broker, folder / "models", data, broker, given.database, is_small_disk=disk is not None)
+        waves = draw(given.seed, given.merges, CASES, kinds, world)
+        _tell_schedule(waves)
         with world.running():
-            waves = draw(given.seed, given.merges, CASES, lambda kind, world=world: kind.fits(world), kinds)
-            for number, wave in enumerate(waves, 1):
-                print(f"  {number:3}  {wave}")
             outcome = Run(world, wanted).go(waves)
         shutil.rmtree(data, ignore_errors=True)
         _tell(broker, given.database, outcome)
         if outcome.wrong:
             good = False
             again = f"--seed {given.seed} --merges {given.merges} --broker {broker} --database {given.database}"
-            print(f"\nagain: python -m tests.chaos {again}")
+            print(
+                f"\nagain: python -m tests.chaos {again}{''.join(f' --fault {part!r}' for part in given.fault or [])}"
+            )
             _tell_schedule(waves)
     if good and not given.keep:
         shutil.rmtree(folder)
@@ -75,7 +76,8 @@ def _tell_schedule(waves: Sequence[Wave]) -> None:
 def _tell(broker: str, database: str, outcome: Outcome) -> None:
     ends = ", ".join(f"{count} {end}" for end, count in sorted(outcome.ends.items()))
     print(f"\n{broker}, {database}: {sum(outcome.ends.values())} jobs in {outcome.seconds:.0f} s: {ends}")
-    print(f"stopped in {outcome.stop_seconds:.1f} s; moves written down: {dict(outcome.units)}")
+    print(f"tidy after {outcome.tidy_seconds:.1f} s, stopped in {outcome.stop_seconds:.1f} s")
+    print(f"moves written down: {dict(outcome.units)}")
     print(f"\n{'fault':<45} times   recovered after, seconds: median, most")
     for name, seconds in sorted(outcome.recoveries.items()):
         print(f"{name:<45} {len(seconds):5}   {statistics.median(seconds):6.2f} {max(seconds):6.2f}")

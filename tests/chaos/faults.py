@@ -209,7 +209,7 @@ class KillRedis(_Pause):
 
     @classmethod
     def fits(cls, world: World) -> bool:
-        return world.redis is not None
+        return world.broker == "redis"
 
     def happen(self, scene: Scene) -> Steps:
         redis = scene.world.redis
@@ -226,7 +226,7 @@ class DropBroker(_Pause):
 
     @classmethod
     def fits(cls, world: World) -> bool:
-        return world.broker_wire is not None
+        return world.broker == "redis"
 
     def happen(self, scene: Scene) -> Steps:
         wire = scene.world.broker_wire
@@ -244,7 +244,7 @@ class StallBroker(_Pause):
 
     @classmethod
     def fits(cls, world: World) -> bool:
-        return world.broker_wire is not None
+        return world.broker == "redis"
 
     def happen(self, scene: Scene) -> Steps:
         wire = scene.world.broker_wire
@@ -262,7 +262,7 @@ class DropDatabase(Fault):
 
     @classmethod
     def fits(cls, world: World) -> bool:
-        return world.database_wire is not None
+        return world.database != "sqlite"
 
     def happen(self, scene: Scene) -> Steps:
         scene.world.drop_database_connections()
@@ -276,7 +276,7 @@ class CutDatabase(_Pause):
 
     @classmethod
     def fits(cls, world: World) -> bool:
-        return world.database_wire is not None
+        return world.database != "sqlite"
 
     def happen(self, scene: Scene) -> Steps:
         wire = scene.world.database_wire

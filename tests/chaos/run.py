@@ -79,6 +79,7 @@ class Outcome:
     logged: Counter[str] = field(default_factory=Counter)
     units: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    tidy_seconds: float = 0.0
     stop_seconds: float = 0.0
 
 
@@ -311,8 +312,10 @@ class Run:
             left[:] = self._unnamed()
             return not left
 
+        started = time.monotonic()
         with contextlib.suppress(AssertionError):
             eventually(is_tidy, TIDY_SECONDS)
+        self.outcome.tidy_seconds = time.monotonic() - started
         self.outcome.wrong += [f"no row names {path}" for path in left]
 
     def _unnamed(self) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from tests.chaos.faults import Fault
 from tests.chaos.merges import Case
+from tests.chaos.world import World
 from workers.jobs import FINISHED
 from workers.tables import Job
 
@@ -72,9 +73,7 @@ class Wave:
         return f"{' | '.join(case.title for case in self.cases)}  ←  {faults}"
 
 
-def draw(
-    seed: int, merges: int, cases: Sequence[Case], fits: Callable[[type[Fault]], bool], kinds: Sequence[type[Fault]]
-) -> list[Wave]:
+def draw(seed: int, merges: int, cases: Sequence[Case], kinds: Sequence[type[Fault]], world: World) -> list[Wave]:
     """Waves with so many jobs in all. Every case and every fault has its turn before one comes again."""
     rng = random.Random(seed)
     next_case, next_kind = _Deck(cases, rng), _Deck(kinds, rng)
@@ -87,7 +86,7 @@ def draw(
             # Drawn in any case, so that the schedules of one seed are alike on every broker and database.
             kind = next_kind.draw()
             planned = Planned(kind.draw(rng), Moment.draw(rng), rng.randrange(2**32))
-            faults += [planned] if fits(kind) else []
+            faults += [planned] if kind.fits(world) else []
         waves.append(Wave(tuple(next_case.draw() for _ in range(count)), tuple(faults)))
     return waves
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import shutil
 import signal
@@ -223,12 +224,18 @@ class World:
     def disk_full(self, left: int) -> Iterator[None]:
         """No more than `left` bytes can be written, until this ends."""
         if self.is_small_disk:
-            ballast = self.data / "ballast"
-            with ballast.open("wb") as file:
-                size = max(shutil.disk_usage(self.data).free - left, 0)
-                if size:
-                    os.posix_fallocate(file.fileno(), 0, size)
+            ballast = self.data / f"ballast-{uuid.uuid4()}"
             try:
+                with ballast.open("wb") as file:
+                    size = shutil.disk_usage(self.data).free - left
+                    while size >= mmap.PAGESIZE:
+                        # Others write meanwhile, so that what was free a moment ago may be too much.
+                        try:
+                            os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), size)
+                        except OSError:
+                            size //= 2
+                        else:
+                            size = shutil.disk_usage(self.data).free - left
                 yield
             finally:
                 ballast.unlink()
