@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--fault", action="append", metavar="NAME", help="only faults with this in their names")
     parser.add_argument("--keep", action="store_true", help="keep the folder with logs and data")
     given = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     _with_small_disk([*sys.argv[1:], *([] if "--seed" in sys.argv else ["--seed", str(given.seed)])])
     brokers = ["filesystem", "redis"] if given.broker == "both" else [given.broker]
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
