@@ -317,6 +317,12 @@ class Plan:
         return sum(shard.size for shard in self.shards) + reversal
 
     @property
+    def beside_bytes(self) -> int:
+        """Bytes of the files that are written beside the weights: the tokenizer's above all."""
+        files = self.companions.values()
+        return sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files)
+
+    @property
     def reversible(self) -> Collection[str]:
         """The tensors of which the reversal keeps what they were without patches."""
         return {name for put in self.patches for name in put.tensors} if self.recipe.outputs.reversible else ()
@@ -382,6 +388,7 @@ class Plan:
             "passes": made.passes,
             "bytes_read": self.input_bytes,
             "bytes_written": self.output_bytes,
+            "bytes_beside": self.beside_bytes,
             "peak_memory": self.memory.peak,
             "threads": self.memory.threads,
             "bytes_written_at_most": self.difference is not None,

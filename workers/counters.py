@@ -16,6 +16,7 @@ from workers.tables import Counter
 JOBS_ENDED = "jobs_ended"
 """By kind, state and merge method (empty where there is none)."""
 LEASES_EXPIRED = "leases_expired"
+RESERVATIONS = "reservations"
 PHASE_SECONDS = "phase_seconds"
 PHASES = "phases"
 """How often a phase was gone through, by phase."""

@@ -21,6 +21,7 @@ from workers.choosing import may_start, next_job
 from workers.counters import LEASES_EXPIRED, PHASE_SECONDS, PHASES, count, count_ends
 from workers.database import open_database
 from workers.problems import problem_of
+from workers.reservations import reserve
 from workers.settings import Settings
 from workers.states import AT_WORK
 from workers.states import FINISHED as FINISHED
@@ -97,7 +98,9 @@ class JobStore:
         owner: str = LOCAL_OWNER,
         **fields: Any,
     ) -> Job:
-        """Put a new job in the queue's table; `queue.submit` also announces it. `fields` are columns of `Job`."""
+        """Put a new job in the queue's table; `queue.submit` also announces it. `fields` are columns of `Job`. Raises
+        `InsufficientStorage` where its `reserved_bytes` cannot be promised.
+        """
         now = time.time()
         job = Job(
             id=new_id(kind.prefix),
@@ -112,6 +115,8 @@ class JobStore:
             **fields,
         )
         with self.session() as session:
+            if job.reserved_bytes:
+                reserve(session, self.settings, job.reserved_bytes)
             session.add(job)
             session.add(Event(job_id=job.id, seq=1, at=now, kind="state", data={"status": JobState.QUEUED}))
         return job

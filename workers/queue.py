@@ -16,6 +16,7 @@ from kombu.exceptions import OperationalError
 from workers.artifacts import open_artifacts
 from workers.jobs import FINISHED, JobKind, JobState, JobStore, RecipeData
 from workers.logs import current_request
+from workers.reservations import needed
 from workers.settings import Settings
 from workers.tables import LOCAL_OWNER, Job
 
@@ -44,6 +45,7 @@ class Queue:
     ) -> Job:
         """Make a job and announce it. With no broker it waits in the database until the reaper can announce it."""
         fields.setdefault("request_id", current_request())
+        fields.setdefault("reserved_bytes", needed(plan))
         job = self.store.add(recipe, plan, warnings, kind=kind, owner=owner, **fields)
         log.info("queued", extra={"job_id": job.id, "owner": owner})
         self._announce(job.id)

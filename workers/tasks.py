@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from merge_core.errors import Canceled, StorageFailed, WeightsmithError
 from merge_core.imports import quick_imports
+from workers import reservations
 from workers.artifacts import open_artifacts
 from workers.celery_app import celery_app
 from workers.jobs import JobState, JobStore, Lease, LeaseLost
@@ -55,6 +56,8 @@ def run_job(job_id: str) -> None:
 def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
     with Keeper(store, lease) as keeper:
         try:
+            with store.session() as session:
+                reservations.check(session, settings, lease.job_id)
             artifact = _run(settings, lease, keeper)
             merged = keeper.snapshot()
             _put(settings, artifact, keeper)
