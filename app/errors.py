@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import exc
 from starlette.exceptions import HTTPException
 
 from merge_core.errors import WeightsmithError
@@ -59,8 +59,10 @@ def install(app: FastAPI) -> None:
     def expected(request: Request, error: WeightsmithError) -> JSONResponse:
         return problem_response(problem(error))
 
-    @app.exception_handler(OperationalError)
-    def no_database(request: Request, error: OperationalError) -> JSONResponse:
+    @app.exception_handler(exc.OperationalError)
+    @app.exception_handler(exc.InterfaceError)
+    @app.exception_handler(exc.TimeoutError)
+    def no_database(request: Request, error: exc.SQLAlchemyError) -> JSONResponse:
         log.warning("the database cannot be used: %s", error)
         detail = "the service's database cannot be used now; try again"
         return problem_response(problem_of("database-unavailable", detail), {"Retry-After": "5"})

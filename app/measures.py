@@ -41,7 +41,7 @@ class DatabaseCollector(Collector):
         self._store = store
 
     def collect(self) -> Iterator[Metric]:
-        with self._store.session() as session:
+        with self._store.reading() as session:
             yield from _ended(session)
             yield from _phases(session)
             yield from _active(session)

@@ -17,6 +17,7 @@ from torch import Tensor
 from merge_core import kernels
 from merge_core.method import MergeMethod
 from merge_core.methods import METHODS, find_method
+from tests.services import Postgres, running_postgres
 
 torch.set_num_threads(1)
 collect_ignore = ["mergekit_runs.py"]  # runs under mergekit's Python
@@ -105,6 +106,37 @@ def models(tmp_path: Path) -> Path:
     write_checkpoint(folder / "old", mixed_tensors(4), config=CONFIG)
     write_numbers(folder, mixed_tensors(0))
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    with running_postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield Postgres(url)
+
+
+POSTGRES = pytest.param("postgresql", marks=pytest.mark.xdist_group("postgres"))
+"""A dialect: what needs the server runs in one process, so that there is one server."""
+DIALECTS = ("sqlite", POSTGRES)
+
+
+@pytest.fixture(params=DIALECTS)
+def database(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """The settings that select a database: SQLite in the data folder, then PostgreSQL."""
+    if request.param == "sqlite":
+        yield {}
+    else:
+        with request.getfixturevalue("postgres").database() as url:
+            yield {"database_url": url}
+
+
+@pytest.fixture(params=DIALECTS)
+def empty_database(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """The same, without tables."""
+    if request.param == "sqlite":
+        yield {}
+    else:
+        with request.getfixturevalue("postgres").database(migrated=False) as url:
+            yield {"database_url": url}
 
 
 def _square(samples: Tensor) -> Tensor:

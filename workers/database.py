@@ -9,30 +9,65 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 
+from merge_core.errors import WeightsmithError
 from workers.settings import Settings
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 _LOCK = 0x77656967
 """The number of PostgreSQL's advisory lock under which one process migrates."""
+_READS = "weightsmith_reads"
+_LIKE = "it is like postgresql://user:password@host/database or sqlite:////folder/file"
+
+
+class DatabaseUnavailable(WeightsmithError):
+    """The database cannot be used; the message names no password."""
+
+    code = "database-unavailable"
+    title = "The database cannot be used"
+    retryable = True
 
 
 def open_database(settings: Settings, *, patience: float = 30.0) -> Engine:
-    """An engine whose tables are as `workers.tables` says. On SQLite a writer waits `patience` seconds for others."""
+    """An engine whose tables are as `workers.tables` says; whoever waits for another's lock, or for a connection, does
+    so for `patience` seconds. Raises `DatabaseUnavailable`.
+    """
     engine = open_engine(settings.database, patience)
-    if not _is_current(engine):
-        _migrate(engine, settings)
+    try:
+        if not _is_current(engine):
+            _migrate(engine, settings)
+    except (OperationalError, InterfaceError) as error:
+        engine.dispose()
+        raise DatabaseUnavailable(f"the database {shown(engine.url)} cannot be used: {_said(error)}") from None
     return engine
 
 
 def open_engine(url: str | URL, patience: float) -> Engine:
-    """An engine for SQLite (write-ahead log) or PostgreSQL (by psycopg)."""
-    url = make_url(url)
-    if url.get_backend_name() != "sqlite":
-        if url.drivername in ("postgres", "postgresql"):
-            url = url.set(drivername="postgresql+psycopg")
-        return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": patience})
+    """An engine for SQLite (write-ahead log) or PostgreSQL (by psycopg). Raises `DatabaseUnavailable`."""
+    try:
+        url = make_url(url)
+    except (ArgumentError, ValueError):
+        raise DatabaseUnavailable(f"DATABASE_URL is no URL; {_LIKE}") from None
+    if url.drivername in ("sqlite", "sqlite+pysqlite"):
+        return _open_sqlite(url, patience)
+    if url.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
+        return _open_postgres(url.set(drivername="postgresql+psycopg"), patience)
+    raise DatabaseUnavailable(f"DATABASE_URL begins with {url.drivername}://, which is not known here; {_LIKE}")
+
+
+def shown(url: URL) -> str:
+    """A URL as it may be told: passwords stand in its middle or among its parameters."""
+    return url.set(query={}, drivername=url.get_backend_name()).render_as_string(hide_password=True)
+
+
+def for_reading(engine: Engine) -> Engine:
+    """The same engine, for transactions that only read: on SQLite they wait for no writer."""
+    return engine.execution_options(**{_READS: True}, postgresql_readonly=True)
+
+
+def _open_sqlite(url: URL, patience: float) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": patience, "isolation_level": None}, pool_timeout=patience)
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, _: Any) -> None:
@@ -41,7 +76,42 @@ def open_engine(url: str | URL, patience: float) -> Engine:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # Whoever reads and then writes must hold the lock before: what was read would be old, and SQLite refuses then
+        # at once, however long one is willing to wait.
+        reads = connection.get_execution_options().get(_READS)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
     return engine
+
+
+def _open_postgres(url: URL, patience: float) -> Engine:
+    milliseconds = round(1000 * patience)
+    limits = {
+        "connect_timeout": max(2, round(patience)),
+        "application_name": "weightsmith",
+        # A host that vanished is noticed, and a process that was stopped in a transaction holds nobody up for long.
+        "keepalives_idle": 30,
+        "tcp_user_timeout": milliseconds,
+        "options": f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout={2 * milliseconds}",
+    }
+    try:
+        return create_engine(
+            url,
+            connect_args={name: value for name, value in limits.items() if name not in url.query},
+            pool_pre_ping=True,
+            pool_timeout=patience,
+            pool_size=5,
+            max_overflow=15,
+        )
+    except ModuleNotFoundError:
+        raise DatabaseUnavailable("PostgreSQL needs a package: pip install 'weightsmith[postgres]'") from None
+
+
+def _said(error: DBAPIError) -> str:
+    lines = [line.strip() for line in str(error.orig).splitlines() if line.strip()]
+    return lines[0] if lines else type(error.orig).__name__
 
 
 def head() -> str:
@@ -51,7 +121,7 @@ def head() -> str:
 
 def revision(engine: Engine) -> str | None:
     """The revision that the database's tables are at; None: it is empty, or from before there were revisions."""
-    with engine.connect() as connection:
+    with for_reading(engine).connect() as connection:
         if not inspect(connection).has_table("alembic_version"):
             return None
         return connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
@@ -87,5 +157,6 @@ def _alone(engine: Engine, settings: Settings) -> Iterator[Connection]:
                 yield connection
         return
     with engine.begin() as connection:
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
         yield connection

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from workers.choosing import may_start, next_job
 from workers.counters import LEASES_EXPIRED, PHASE_SECONDS, PHASES, count, count_ends
-from workers.database import open_database
+from workers.database import for_reading, open_database
 from workers.problems import problem_of
 from workers.reservations import reserve
 from workers.settings import Settings
@@ -76,14 +76,21 @@ class JobStore:
         settings.prepare()
         self.settings = settings
         self.engine = open_database(settings, patience=patience)
+        self._for_reading = for_reading(self.engine)
 
     def close(self) -> None:
         self.engine.dispose()
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """A transaction."""
+        """A transaction that writes, alone on SQLite: what it reads before it writes stays so."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A transaction that only reads."""
+        with Session(self._for_reading, expire_on_commit=False) as session, session.begin():
             yield session
 
     # What people ask for.
@@ -123,7 +130,7 @@ class JobStore:
 
     def get(self, job_id: str) -> Job | None:
         """A job, whoever asked for it; None if it is deleted."""
-        with self.session() as session:
+        with self.reading() as session:
             return session.scalars(select(Job).where(Job.id == job_id, Job.deleted_at.is_(None))).one_or_none()
 
     def find(self, job_id: str, owner: str, kind: JobKind) -> Job | None:
@@ -147,13 +154,13 @@ class JobStore:
             query = query.where(Job.state == state)
         if before:
             query = query.where(Job.id < before)
-        with self.session() as session:
+        with self.reading() as session:
             return session.scalars(query).all()
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 100) -> Sequence[Event]:
         """What happened to a job since its event number `after`."""
         query = select(Event).where(Event.job_id == job_id, Event.seq > after).order_by(Event.seq).limit(limit)
-        with self.session() as session:
+        with self.reading() as session:
             return session.scalars(query).all()
 
     def cancel(self, job_id: str) -> Job | None:
@@ -161,6 +168,8 @@ class JobStore:
         finished.
         """
         with self.session() as session:
+            # Held from here on: between the two moves it must not become what neither of them is for.
+            session.scalar(select(Job.id).where(Job.id == job_id).with_for_update())
             self._move(
                 session,
                 update(Job).where(Job.id == job_id, Job.state == JobState.QUEUED),
@@ -261,7 +270,7 @@ class JobStore:
 
     def announced(self, job_id: str, *, sent: bool = True) -> None:
         """Remember that a message for this job was sent, or that it could not be."""
-        values = {"announced": Job.announced + sent, "announced_at": time.time()}
+        values = {"announced": Job.announced + int(sent), "announced_at": time.time()}
         with self.session() as session:
             session.execute(update(Job).where(Job.id == job_id).values(values))
 
@@ -287,14 +296,14 @@ class JobStore:
             Job.holder.startswith(holder_prefix, autoescape=True),
             Job.lease_until < time.time(),
         )
-        with self.session() as session:
+        with self.reading() as session:
             return session.scalars(silent.limit(1)).first() is not None
 
     def give_up(self) -> list[str]:
         """Fail the queued jobs that were started as often as they may be. The ids."""
         detail = f"the worker died {self.settings.max_attempts} times at this job; has the machine the memory?"
         error = problem_of("worker-lost", detail)
-        lost = update(Job).where(Job.state == JobState.QUEUED, Job.deaths >= self.settings.max_attempts)
+        lost = _in_order(Job.state == JobState.QUEUED, Job.deaths >= self.settings.max_attempts)
         with self.session() as session:
             return self._move(session, lost, state=JobState.FAILED, error=error, finished_at=time.time(), phase="")
 
@@ -304,25 +313,25 @@ class JobStore:
         """
         detail = "its deadline passed before it was done; give it longer, or a higher priority"
         error = problem_of("deadline-exceeded", detail)
-        late = update(Job).where(Job.deadline_at < time.time(), Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
+        late = _in_order(Job.deadline_at < time.time(), Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
         nobody: dict[str, Any] = {"phase": "", "holder": None, "lease_until": None}
         with self.session() as session:
             return self._move(session, late, state=JobState.FAILED, error=error, finished_at=time.time(), **nobody)
 
     def overdue(self) -> list[str]:
         """Queued jobs whose message may be lost: announced long ago, and longer ago the more often it was done."""
-        with self.session() as session:
+        with self.reading() as session:
             queued = session.scalars(select(Job).where(Job.state == JobState.QUEUED).order_by(Job.id).limit(100)).all()
         now, wait = time.time(), self.settings.redeliver_seconds
         return [job.id for job in queued if now - job.announced_at > wait * 2 ** min(max(job.announced - 1, 0), 5)]
 
     def _give_back(self, which: ColumnElement[bool], *, died: bool, counted: str = "") -> None:
         nobody: dict[str, Any] = {"holder": None, "lease_until": None, "phase": ""}
-        again = {"deaths": Job.deaths + died, "announced": 0, "announced_at": 0.0, **nobody}
+        again = {"deaths": Job.deaths + int(died), "announced": 0, "announced_at": 0.0, **nobody}
         with self.session() as session:
-            running = update(Job).where(which, Job.state == JobState.RUNNING)
+            running = _in_order(which, Job.state == JobState.RUNNING)
             given = self._move(session, running, state=JobState.QUEUED, **again)
-            canceling = update(Job).where(which, Job.state == JobState.CANCELING)
+            canceling = _in_order(which, Job.state == JobState.CANCELING)
             given += self._move(session, canceling, state=JobState.CANCELED, finished_at=time.time(), **nobody)
             if given and counted:
                 count(session, counted, by=len(given))
@@ -365,3 +374,9 @@ class JobStore:
     def _held(lease: Lease) -> ColumnElement[bool]:
         mine = and_(Job.id == lease.job_id, Job.holder == lease.holder, Job.attempt == lease.attempt)
         return and_(mine, Job.state.in_(AT_WORK))
+
+
+def _in_order(*which: ColumnElement[bool]) -> Update:
+    """An update of many jobs that locks the oldest first, so that two that want the same ones wait in turn."""
+    oldest_first = select(Job.id).where(*which).order_by(Job.id).with_for_update()
+    return update(Job).where(Job.id.in_(oldest_first), *which)

@@ -167,7 +167,7 @@ class Courier:
         from merge_core import __version__
         from workers.outbound import ForbiddenAddress
 
-        with self._store.session() as session:
+        with self._store.reading() as session:
             owner = session.scalars(select(Job.owner).where(Job.id == delivery.job_id)).one()
         now = datetime.now(UTC)
         headers = {
@@ -225,5 +225,5 @@ class Courier:
 def deliveries_of(store: JobStore, job_id: str) -> Sequence[Delivery]:
     """Everything that a job's webhook was or is to be told, in order."""
     query = select(Delivery).where(Delivery.job_id == job_id).order_by(Delivery.created_at, Delivery.id)
-    with store.session() as session:
+    with store.reading() as session:
         return session.scalars(query).all()

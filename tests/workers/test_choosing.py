@@ -16,8 +16,8 @@ from workers.tables import Job
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[JobStore]:
-    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=60, max_attempts=3))
+def store(tmp_path: Path, database: dict[str, str]) -> Iterator[JobStore]:
+    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=60, max_attempts=3, **database))
     yield store
     store.close()
 

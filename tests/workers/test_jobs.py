@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import settings
@@ -21,8 +22,8 @@ from workers.tables import Job
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[JobStore]:
-    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=60, max_attempts=3))
+def store(tmp_path: Path, database: dict[str, str]) -> Iterator[JobStore]:
+    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=60, max_attempts=3, **database))
     yield store
     store.close()
 
@@ -58,8 +59,10 @@ def test_only_one_of_many_claims_a_job(store: JobStore) -> None:
     assert len([lease for lease in leases if lease]) == 1
 
 
-def test_an_expired_lease_is_claimed_by_another_and_the_first_writes_nothing(tmp_path: Path) -> None:
-    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=0.05))
+def test_an_expired_lease_is_claimed_by_another_and_the_first_writes_nothing(
+    tmp_path: Path, database: dict[str, str]
+) -> None:
+    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=0.05, **database))
     job = store.add({}, {})
     slow = claimed(store, job, "slow/1")
     time.sleep(0.1)
@@ -115,8 +118,8 @@ def test_a_dead_worker_s_jobs_are_given_back_and_others_kept(store: JobStore) ->
     assert [state(store, job) for job in (running, canceling, other)] == ["queued", "canceled", "running"]
 
 
-def test_given_back_once_and_not_again(tmp_path: Path) -> None:
-    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=0.2))
+def test_given_back_once_and_not_again(tmp_path: Path, database: dict[str, str]) -> None:
+    store = JobStore(Settings(data=tmp_path / "data", lease_seconds=0.2, **database))
     job = store.add({}, {})
     claimed(store, job)
     time.sleep(0.3)
@@ -190,8 +193,8 @@ def test_odd_folders_are_kept_apart(tmp_path: Path) -> None:
         store.close()
 
 
-def test_a_lost_message_is_sent_again_ever_more_rarely(tmp_path: Path) -> None:
-    store = JobStore(Settings(data=tmp_path / "data", redeliver_seconds=0.1))
+def test_a_lost_message_is_sent_again_ever_more_rarely(tmp_path: Path, database: dict[str, str]) -> None:
+    store = JobStore(Settings(data=tmp_path / "data", redeliver_seconds=0.1, **database))
     job = store.add({}, {})
     assert store.overdue() == []
     time.sleep(0.15)
@@ -224,12 +227,14 @@ class Lives(RuleBasedStateMachine):
 
     @initialize(folder=st.uuids())
     def start(self, folder: object) -> None:
-        self.store = JobStore(Settings(data=Path(self.root) / str(folder), lease_seconds=60, max_attempts=100))
+        settings = Settings(data=Path(self.root) / str(folder), lease_seconds=60, max_attempts=100, **self.database)
+        self.store = JobStore(settings)
         self.job = self.store.add({}, {})
         self.leases: list[Lease] = []
         self.seen = JobState.QUEUED
 
     root = ""
+    database: ClassVar[dict[str, str]] = {}
 
     @rule(worker=st.integers(0, 2))
     def claim(self, worker: int) -> None:
@@ -281,8 +286,8 @@ class Lives(RuleBasedStateMachine):
         self.store.close()
 
 
-def test_lives(tmp_path: Path) -> None:
+def test_lives(tmp_path: Path, database: dict[str, str]) -> None:
     machine = Lives.TestCase
-    Lives.root = str(tmp_path)
-    machine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+    Lives.root, Lives.database = str(tmp_path), database
+    machine.settings = settings(max_examples=5 if database else 25, stateful_step_count=20, deadline=None)
     machine().runTest()
