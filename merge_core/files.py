@@ -33,6 +33,18 @@ class WrittenFile:
     sha256: str
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a merge is at work in an unfinished output's folder now."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class PagedFile:
     """A preallocated file, filled in runs from front to back, past the page cache where the file system allows.
 

@@ -59,18 +59,6 @@ def unfinished(folder: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a merge is at work in an unfinished output's folder now."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
 class ShardWriter:
     """Writes a plan's shards into a folder, unit after unit, tensors in file order.
 

@@ -253,6 +253,7 @@ class JobStore:
         self, lease: Lease, *, files: Sequence[Mapping[str, Any]], warnings: Sequence[str], progress: Mapping[str, Any]
     ) -> None:
         stored = sum(file.get("size", 0) for file in files)
+        days = self.settings.keep_days
         self._finish(
             lease,
             JobState.SUCCEEDED,
@@ -260,6 +261,7 @@ class JobStore:
             warnings=list(warnings),
             progress=dict(progress),
             stored_bytes=stored,
+            expires_at=None if days is None else time.time() + days * 86_400,
         )
 
     def fail(self, lease: Lease, error: Mapping[str, Any]) -> None:

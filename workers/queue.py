@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,13 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from workers.artifacts import open_artifacts
-from workers.jobs import FINISHED, JobKind, JobState, JobStore, RecipeData
+from workers.jobs import JobKind, JobState, JobStore, RecipeData
 from workers.logs import current_request
 from workers.reservations import needed
 from workers.settings import Settings
 from workers.tables import LOCAL_OWNER, Job
 
 RUN_JOB = "weightsmith.run_job"
-_CACHED_SECONDS = 30 * 24 * 3600
-"""How long what is in the cache stays after it was last read; file systems note that once a day, or never."""
 log = logging.getLogger(__name__)
 
 
@@ -68,26 +64,6 @@ class Queue:
         for job_id in self.store.overdue():
             if not self._announce(job_id):
                 break
-
-    def tidy(self) -> None:
-        """Remove what jobs that ended otherwise than well, or before their last attempt, left on the disk, and
-        what nobody asked of the cache for a month.
-        """
-        for folder in self.store.settings.artifacts.iterdir():
-            job = self.store.get(folder.name.removeprefix(".").partition(".")[0])
-            if job is None or job.state not in FINISHED:
-                continue
-            copied = not self.store.settings.keep_local and not self.artifacts.holds(folder)
-            if folder.name.startswith(".") or job.state != JobState.SUCCEEDED or copied:
-                shutil.rmtree(folder, ignore_errors=True)
-        for job_id in self.artifacts.list():
-            job = self.store.get(job_id)
-            if job is not None and job.state in FINISHED and job.state != JobState.SUCCEEDED:
-                self.artifacts.delete(job_id)
-        for kept in self.store.settings.cache.glob("*/*"):
-            with contextlib.suppress(OSError):
-                if time.time() - max(kept.stat().st_atime, kept.stat().st_mtime) > _CACHED_SECONDS:
-                    kept.unlink()
 
     def broker_is_reachable(self) -> bool:
         try:

@@ -96,6 +96,10 @@ class Settings(BaseSettings):
         description="how long after a failed delivery the first retry comes; further ones take 4 times longer",
     )
     redeliver_seconds: float = Field(10.0, gt=0, description="how long a queued job waits before it is announced again")
+    keep_days: float | None = Field(
+        None, gt=0, description="how long finished artifacts are kept (default: until somebody deletes them)"
+    )
+    event_days: float = Field(30.0, gt=0, description="how long what happened to a job that has ended is kept")
     disk_reserve: Bytes = Field(64 * 2**20, description="disk that is given to no job")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least of what is logged")
     log_format: Literal["auto", "json", "console"] = Field(

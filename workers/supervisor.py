@@ -18,6 +18,7 @@ import uuid
 
 from workers import alive
 from workers.celery_app import make_celery
+from workers.janitor import Janitor
 from workers.jobs import JobStore
 from workers.queue import Queue
 from workers.settings import SUPERVISOR_VARIABLE, WORKER_VARIABLE, Settings
@@ -25,7 +26,6 @@ from workers.settings import SUPERVISOR_VARIABLE, WORKER_VARIABLE, Settings
 REAP_SECONDS = 1.0
 STOP_SECONDS = 2.0
 STEADY_SECONDS = 60.0
-TIDY_ROUNDS = 60
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +40,7 @@ class Supervisor:
         self._dead: set[str] = set()
         self._store = JobStore(settings)
         self._queue = Queue(self._store, make_celery(settings))
+        self._janitor = Janitor(self._store, self._queue.artifacts)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
@@ -90,7 +91,6 @@ class Supervisor:
         return os.environ | self.settings.environment() | ours
 
     def _watch(self) -> None:
-        rounds = 0
         while not self._stopping.wait(REAP_SECONDS):
             # Whatever goes wrong here, a locked database or a full process table, is tried again.
             try:
@@ -98,9 +98,7 @@ class Supervisor:
                 self._give_back(died=True)
                 self._report()
                 self._queue.reap()
-                if rounds % TIDY_ROUNDS == 0:
-                    self._queue.tidy()
-                rounds += 1
+                self._janitor.sweep()
             except Exception:
                 log.exception("supervising failed; trying again")
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sqlalchemy.exc import SQLAlchemyError
 
 from merge_core.errors import Canceled, StorageFailed, WeightsmithError
+from merge_core.files import is_held
 from merge_core.imports import quick_imports
 from workers import reservations
 from workers.artifacts import open_artifacts
@@ -147,8 +148,6 @@ def _take_over(settings: Settings, lease: Lease, keeper: Keeper) -> Path:
 
     The lease is proved first: a worker that slept through its end must not take anything from its successor.
     """
-    from merge_core.shards import is_held
-
     keeper.prove()
     mine = partial_folder(settings, lease.job_id, lease.attempt)
     for attempt, left in sorted(partial_folders(settings, lease.job_id).items(), reverse=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -151,31 +150,6 @@ def test_being_told_to_stop_is_no_death(store: JobStore) -> None:
         claimed(store, job, f"w{i}/1")
         store.release(f"w{i}/", died=False)
     assert store.give_up() == [] and state(store, job) == "queued"
-
-
-def test_tidying_removes_what_no_job_needs(store: JobStore) -> None:
-    queue = Queue(store, make_celery(store.settings))
-    done, failed, running = (store.add({}, {}) for _ in range(3))
-    store.succeed(claimed(store, done), files=[], warnings=[], progress={})
-    store.fail(claimed(store, failed), {})
-    claimed(store, running)
-    artifacts = store.settings.artifacts
-    for job in (done, failed, running):
-        (artifacts / job.id).mkdir()
-        (artifacts / f".{job.id}.1.partial").mkdir()
-    queue.tidy()
-    assert {path.name for path in artifacts.iterdir()} == {done.id, running.id, f".{running.id}.1.partial"}
-
-
-def test_tidying_forgets_hashes_that_nobody_asked_for_in_a_month(store: JobStore) -> None:
-    hashes = store.settings.cache / "sha256"
-    hashes.mkdir(parents=True)
-    now = time.time()
-    for name, days in (("old", 31), ("used", 29)):
-        (hashes / name).touch()
-        os.utime(hashes / name, (now - days * 86400, now - 60 * 86400))
-    Queue(store, make_celery(store.settings)).tidy()
-    assert [path.name for path in hashes.iterdir()] == ["used"]
 
 
 def test_canceling_a_queued_job_removes_what_earlier_attempts_left(store: JobStore) -> None:
