@@ -1,13 +1,55 @@
-"""Who is asking."""
+"""Who is asking, and whether they may: `Gate` stands before every route, `CallerDep` says whom it let in."""
 
 from __future__ import annotations
 
+import copy
+import ipaddress
+import logging
+import re
 from dataclasses import dataclass
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-from fastapi import Depends
+from fastapi import Depends, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.exc import OperationalError
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as Connection
 
+from app.errors import HttpProblem, answers, problem_response
+from workers.jobs import JobKind
+from workers.keys import EVERYTHING, PREFIX, KeyRing, Scope
+from workers.problems import problem_of
+from workers.queue import Queue
+from workers.settings import Settings
 from workers.tables import LOCAL_OWNER
+
+SCHEME = "key"
+_SAFE = ("GET", "HEAD", "OPTIONS", "TRACE")
+_JOBS = "|".join(kind.plural for kind in JobKind)
+_ANY = "any"
+_RULES: tuple[tuple[re.Pattern[str], Scope | str | None, Scope | str | None], ...] = tuple(
+    (re.compile(path, re.DOTALL), reading, writing)
+    for path, reading, writing in (
+        # What is the same for everybody and tells nothing of anybody.
+        (r"/|/docs(/.*)?|/redoc|/openapi\.json|/healthz|/readyz|/v1/(methods|problems)(/.*)?", None, None),
+        (rf"/v1/({_JOBS})/[^/]+/files(/.*)?", Scope.FILES_READ, Scope.FILES_READ),
+        (rf"/v1/({_JOBS}|credentials)(/.*)?", Scope.MERGES_READ, Scope.MERGES_WRITE),
+        (r"/v1/recipes:[a-z]+", Scope.MERGES_READ, Scope.MERGES_READ),
+        (r"/v1/(api-keys(/.*)?|quota)", _ANY, _ANY),
+    )
+)
+log = logging.getLogger(__name__)
+
+
+class Doors(StrEnum):
+    """Who is let in. `LOOPBACK`: whoever is on this machine, without a key; no other site's page in their browser."""
+
+    KEYS = "keys"
+    LOOPBACK = "loopback"
+    OPEN = "none"
 
 
 @dataclass(frozen=True)
@@ -15,10 +57,170 @@ class Caller:
     """Whoever sent a request: what they make belongs to `owner`, and they see nothing else."""
 
     owner: str
+    scopes: frozenset[Scope] = EVERYTHING
+    expires_at: float | None = None
+
+    @property
+    def is_admin(self) -> bool:
+        return Scope.ADMIN in self.scopes
+
+    def may(self, scope: Scope | str | None) -> bool:
+        """Whether a scope, or what `needed` gave, is theirs. An administrator has every scope."""
+        return scope is None or scope == _ANY or scope in self.scopes or self.is_admin
 
 
-def _caller() -> Caller:
-    return Caller(LOCAL_OWNER)
+NOBODY = Caller("", frozenset())
+
+
+def _caller(request: Request) -> Caller:
+    found = request.state.caller
+    assert isinstance(found, Caller)
+    return found
 
 
 CallerDep = Annotated[Caller, Depends(_caller)]
+
+
+def doors_for(settings: Settings, host: str | None) -> Doors:
+    """Who is let in where the service listens on `host`; None: nobody knows where that is."""
+    if settings.auth != "auto":
+        return Doors(settings.auth)
+    return Doors.LOOPBACK if host is not None and is_loopback(host) else Doors.KEYS
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own, and no other can reach it."""
+    host = host.lower().rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def needed(verb: str, path: str) -> Scope | str | None:
+    """The scope that a request needs; None: it is open to all. What nobody thought of is for administrators."""
+    for rule, reading, writing in _RULES:
+        if rule.fullmatch(path):
+            return reading if verb in _SAFE else writing
+    return Scope.ADMIN
+
+
+class Gate:
+    """Lets in who may come in, and says who they are.
+
+    It stands before the routes, so that none can be forgotten, and before their bodies are read.
+    """
+
+    def __init__(self, app: ASGIApp, *, doors: Doors) -> None:
+        self.app, self.doors = app, doors
+
+    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            caller = await self._admit(scope)
+        except HttpProblem as refused:
+            await problem_response(refused.body, refused.headers)(scope, receive, send)
+            return
+        except OperationalError as error:
+            log.warning("the database cannot be used: %s", error)
+            body = problem_of("database-unavailable", "the service's database cannot be used now; try again")
+            await problem_response(body, {"Retry-After": "5"})(scope, receive, send)
+            return
+        scope.setdefault("state", {})["caller"] = caller
+        await self.app(scope, receive, send)
+
+    async def _admit(self, scope: Connection) -> Caller:
+        headers = Headers(scope=scope)
+        verb, path = scope["method"], scope["path"]
+        if self.doors is not Doors.KEYS:
+            self._refuse_other_sites(verb, headers)
+        wanted = needed(verb, path)
+        if wanted is None:
+            # A door that is open to all stays open to who holds a key that is good no more.
+            return NOBODY
+        written = headers.getlist("authorization")
+        if self.doors is not Doors.KEYS and not any(PREFIX in each for each in written):
+            # Whatever else stands there is between the caller and a proxy.
+            return Caller(LOCAL_OWNER)
+        caller = await self._holder(scope, written)
+        if not caller.may(wanted):
+            detail = f"this key lacks the scope {wanted}; it has {', '.join(sorted(caller.scopes)) or 'none'}"
+            challenge = f'Bearer realm="weightsmith", error="insufficient_scope", scope="{wanted}"'
+            raise HttpProblem("forbidden", detail, headers={"WWW-Authenticate": challenge})
+        return caller
+
+    async def _holder(self, scope: Connection, written: list[str]) -> Caller:
+        """Whose key it is. Every key that is not good is refused in the same words."""
+        if not written:
+            detail = "a key is needed here: send it as `Authorization: Bearer wsk_…`"
+            raise HttpProblem("unauthorized", detail, headers={"WWW-Authenticate": 'Bearer realm="weightsmith"'})
+        kind, _, secret = written[0].partition(" ")
+        key = None
+        if len(written) == 1 and kind.lower() == "bearer":
+            queue = scope["app"].state.queue
+            assert isinstance(queue, Queue)
+            key = await run_in_threadpool(KeyRing(queue.store).known, secret.strip(" "))
+        if key is None:
+            detail = (
+                "this key is not good: it is unknown, revoked or expired, or not sent as `Authorization: Bearer wsk_…`"
+            )
+            challenge = 'Bearer realm="weightsmith", error="invalid_token"'
+            raise HttpProblem("unauthorized", detail, headers={"WWW-Authenticate": challenge})
+        return Caller(key.owner, frozenset(map(Scope, key.scopes)), key.expires_at)
+
+    def _refuse_other_sites(self, verb: str, headers: Headers) -> None:
+        """Without keys, a browser on this machine would ask in its owner's name for whatever page it shows."""
+        host = headers.get("host", "")
+        if self.doors is Doors.LOOPBACK and not is_loopback(_name(host)):
+            detail = (
+                f"this service answers to localhost alone, not to {host[:100]!r}: without keys it is for this machine; "
+                "behind a proxy set WEIGHTSMITH_AUTH=keys"
+            )
+            raise HttpProblem("misdirected-request", detail)
+        origin = headers.get("origin")
+        if verb not in _SAFE and origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            raise HttpProblem("forbidden", f"a page of {origin[:100]!r} cannot change anything here")
+
+
+def _name(host: str) -> str:
+    """The name or address in a Host header."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def describe(app: FastAPI) -> None:
+    """Say in the OpenAPI document which operations need a key, and how it is refused."""
+    document = app.openapi()
+    about = {"type": "http", "scheme": "bearer", "description": "`wsk_…`; not needed on loopback"}
+    document["components"].setdefault("securitySchemes", {})[SCHEME] = about
+    for path, operations in document["paths"].items():
+        for verb, operation in operations.items():
+            refusals = ["misdirected-request"]
+            scope = needed(verb.upper(), path)
+            if scope is not None:
+                operation["security"] = [{SCHEME: []}]
+                refusals += ["unauthorized"]
+                good_for = "Any key" if scope == _ANY else f"Needs the scope `{scope}`"
+                operation["description"] = f"{operation.get('description', '')}\n\n{good_for}.".lstrip()
+            if scope is not None or verb.upper() not in _SAFE:
+                refusals += ["forbidden"]
+            for status, answer in answers(*refusals).items():
+                _add_answer(operation["responses"], str(status), answer)
+
+
+def _add_answer(found: dict[str, Any], status: str, answer: dict[str, Any]) -> None:
+    """Document an answer beside what there is for that status; operations may share what there is."""
+    if status in found:
+        answer, added = copy.deepcopy(found[status]), answer
+        if added["description"] not in answer["description"]:
+            answer["description"] += " " + added["description"]
+        for kind, content in added["content"].items():
+            answer.setdefault("content", {}).setdefault(kind, {"schema": content["schema"]})
+            answer["content"][kind].setdefault("examples", {}).update(content["examples"])
+    found[status] = answer

@@ -8,9 +8,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from app import errors
+from app import auth, errors
 from app.requests import Requests
-from app.routes import health, methods, metrics, problems, recipes
+from app.routes import api_keys, health, methods, metrics, problems, recipes
 from app.routes.files import files_router
 from app.routes.jobs import jobs_router
 from app.routes.webhooks import deliveries_router
@@ -35,8 +35,10 @@ EVERYWHERE = ("invalid-request", "internal-error", "database-unavailable")
 """What any route may answer."""
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """The service for these settings (the environment's by default)."""
+def create_app(settings: Settings | None = None, *, host: str | None = None) -> FastAPI:
+    """The service for these settings (the environment's by default). `host`: where it will listen; unless that is known
+    to be loopback, it asks for keys.
+    """
     settings = settings or Settings()
 
     @asynccontextmanager
@@ -54,6 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         responses=errors.answers(*EVERYWHERE),
     )
     app.state.settings = settings
+    app.add_middleware(auth.Gate, doors=auth.doors_for(settings, host))
     app.add_middleware(Requests)
     app.state.guard = Guard(settings.webhook_allow)
     errors.install(app)
@@ -61,9 +64,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(jobs_router(kind))
         app.include_router(files_router(kind))
         app.include_router(deliveries_router(kind))
-    for module in (recipes, methods, problems, health, metrics):
+    for module in (recipes, methods, problems, api_keys, health, metrics):
         app.include_router(module.router)
     _describe_documents(app)
+    auth.describe(app)
     return app
 
 

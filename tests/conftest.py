@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from merge_core.methods import METHODS, find_method
 from tests.services import Postgres, running_postgres
 
 torch.set_num_threads(1)
+os.environ.setdefault("WEIGHTSMITH_AUTH", "none")  # `tests/app/test_auth.py` is about who may come in
 collect_ignore = ["mergekit_runs.py"]  # runs under mergekit's Python
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")

@@ -119,7 +119,7 @@ def _is_celery(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def running_service(data: Path, models: Path, **settings: str) -> Iterator[Service]:
+def running_service(data: Path, models: Path, *, host: str = "127.0.0.1", **settings: str) -> Iterator[Service]:
     """Start `weightsmith serve`; settings are environment variables."""
     port = free_port()
     log = data.parent / f"{data.name}-{port}.log"
@@ -128,6 +128,8 @@ def running_service(data: Path, models: Path, **settings: str) -> Iterator[Servi
         "-m",
         "app.cli",
         "serve",
+        "--host",
+        host,
         "--port",
         str(port),
         "--data",
@@ -136,7 +138,8 @@ def running_service(data: Path, models: Path, **settings: str) -> Iterator[Servi
         str(models),
     ]
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | settings)
+        usual = {name: value for name, value in os.environ.items() if name != "WEIGHTSMITH_AUTH"}
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=usual | settings)
     url = f"http://127.0.0.1:{port}"
     http = httpx2.Client(base_url=url, timeout=60, trust_env=False, limits=httpx2.Limits(keepalive_expiry=2))
     service = Service(url, data, process, log, http)

@@ -46,6 +46,13 @@ _TYPES = (
     _of(errors.Canceled, 409),
     _of(errors.WeightsmithError, 500),
     ProblemType("bad-request", 400, "Not understood", "The request is not HTTP as it should be."),
+    ProblemType(
+        "unauthorized",
+        401,
+        "A key is needed",
+        "Send a good API key as `Authorization: Bearer wsk_…`. One that is unknown, revoked or expired is not good.",
+    ),
+    ProblemType("forbidden", 403, "Not allowed", "The key is good, but not for this; `detail` says what it lacks."),
     ProblemType("not-found", 404, "Not found", "There is no such thing, or it is somebody else's."),
     ProblemType("method-not-allowed", 405, "Method not allowed", "The thing is there, but cannot be asked for that."),
     ProblemType(
@@ -65,6 +72,12 @@ _TYPES = (
         416,
         "Range not satisfiable",
         "`Range` asks for nothing that is there; see Content-Range.",
+    ),
+    ProblemType(
+        "misdirected-request",
+        421,
+        "Not for this service",
+        "Without keys the service answers only on this machine, by the name of localhost.",
     ),
     ProblemType(
         "invalid-request",

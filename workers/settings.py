@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     s3_secret_access_key: SecretStr | None = Field(None, description="default: AWS_SECRET_ACCESS_KEY")
     s3_redirect: bool = Field(False, description="send who downloads to the store itself, with a link that expires")
     keep_local: bool = Field(False, description="keep a copy in the data folder of what the artifact store has")
+    auth: Literal["auto", "keys", "none"] = Field(
+        "auto", description="whether API keys are asked for; `auto`: unless the service listens on loopback alone"
+    )
     max_memory: Bytes = Field(4 * 2**30, description="the most that a recipe's limits.memory may ask for")
     threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: one per core)")
     device: str = Field("cpu", description="where merges compute: cpu, cuda, cuda:1 … or auto; the bytes are the same")

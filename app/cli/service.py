@@ -35,16 +35,18 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> 
     with failures_told():
         import uvicorn
 
+        from app.auth import Doors, doors_for, is_loopback
         from app.main import create_app
         from workers.logs import configure_logs
         from workers.supervisor import Supervisor
 
         settings = settings_of(data, models)
         configure_logs(settings, "service")
-        if host not in ("127.0.0.1", "::1", "localhost"):
-            click.echo(f"warning: anybody who can reach {host} can use this service; it has no accounts yet", err=True)
+        doors = doors_for(settings, host)
+        if doors is Doors.OPEN and not is_loopback(host):
+            log.warning("anybody who can reach %s can use this service; it asks for no keys", host)
         config = uvicorn.Config(
-            create_app(settings),
+            create_app(settings, host=host),
             host=host,
             port=port,
             log_config=None,
@@ -54,6 +56,8 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> 
         listening = config.bind_socket()
         with _supervised(Supervisor(settings)):
             _tell_start(settings, f"http://{host}:{listening.getsockname()[1]}/docs")
+            if doors is Doors.KEYS:
+                log.info("API keys are asked for; `weightsmith keys create OWNER` makes one")
             uvicorn.Server(config).run(sockets=[listening])
 
 
