@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import Depends, Path, Request
+from fastapi import Depends, Header, Path, Request
 from fastapi.concurrency import run_in_threadpool
 
 from app.auth import CallerDep
 from app.errors import HttpProblem
+from app.watching import Watch
 from merge_core.documents import MAX_DOCUMENT_BYTES
 from merge_core.published import MAX_CARD_BYTES
 from merge_core.recipe import Recipe
+from workers.idempotency import RequestKey
 from workers.jobs import JobKind
 from workers.kinds import WORK, Document
 from workers.queue import Queue
@@ -34,23 +38,64 @@ def _queue(request: Request) -> Queue:
     return found
 
 
+def _watch(request: Request) -> Watch:
+    found = request.app.state.watch
+    assert isinstance(found, Watch)
+    return found
+
+
 SettingsDep = Annotated[Settings, Depends(_settings)]
 QueueDep = Annotated[Queue, Depends(_queue)]
+WatchDep = Annotated[Watch, Depends(_watch)]
 
 
-def document_of(kind: JobKind) -> Callable[[Request], Awaitable[Any]]:
+async def _document_body(request: Request) -> bytes:
+    return await _body(request, MAX_DOCUMENT_BYTES)
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+
+
+BodyDep = Annotated[bytes, Depends(_document_body)]
+
+
+def document_of(kind: JobKind) -> Callable[..., Awaitable[Any]]:
     """Reads the body as a document of this kind: JSON, which is YAML too, or YAML."""
     document = WORK[kind]().document
 
-    async def read(request: Request) -> Document:
-        media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    async def read(request: Request, body: BodyDep) -> Document:
+        media_type = _media_type(request)
         if media_type not in ("application/json", *YAML_TYPES):
             name = document.__name__.lower()
             detail = f"send a {name} as application/json or application/yaml, not {media_type[:100]}"
             raise HttpProblem("unsupported-media-type", detail)
-        return await run_in_threadpool(document.from_text, await _body(request, MAX_DOCUMENT_BYTES))
+        return await run_in_threadpool(document.from_text, body)
 
     return read
+
+
+def _request_key(
+    request: Request,
+    caller: CallerDep,
+    body: BodyDep,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            pattern="^[!-~]{1,255}$",
+            description="a key of your own for this request, such as a UUID: sent again, it makes no second job",
+        ),
+    ] = None,
+) -> RequestKey | None:
+    """The key of a request, and a digest of all that decides what it asks for; how long to wait does not."""
+    if idempotency_key is None:
+        return None
+    asked = sorted(pair for pair in request.query_params.multi_items() if pair[0] != "wait")
+    what = [request.method, request.url.path, asked, _media_type(request), hashlib.sha256(body).hexdigest()]
+    return RequestKey(caller.owner, idempotency_key, hashlib.sha256(json.dumps(what).encode()).hexdigest())
+
+
+RequestKeyDep = Annotated[RequestKey | None, Depends(_request_key)]
 
 
 async def _card(request: Request) -> bytes:

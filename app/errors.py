@@ -13,13 +13,13 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import exc
 from starlette.exceptions import HTTPException
 
+from app.schemas import PROBLEM_TYPES
 from merge_core.errors import WeightsmithError
+from workers.idempotency import KeyReused
 from workers.jobs import IllegalMove
 from workers.logs import current_request
 from workers.problems import PROBLEMS, problem, problem_of
 
-TYPES = "/v1/problems/"
-"""Where a problem's `type` leads: to what it means."""
 MEDIA_TYPE = "application/problem+json"
 _BY_STATUS: Mapping[int, str] = {400: "bad-request", 404: "not-found", 405: "method-not-allowed"}
 log = logging.getLogger(__name__)
@@ -35,7 +35,9 @@ class HttpProblem(Exception):
 
 def problem_response(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
     """What `problem_of` made, as an answer."""
-    content = {"type": TYPES + body["code"], **body} | ({"request_id": found} if (found := current_request()) else {})
+    content = {"type": PROBLEM_TYPES + body["code"], **body} | (
+        {"request_id": found} if (found := current_request()) else {}
+    )
     return JSONResponse(content, body["status"], dict(headers or {}), media_type=MEDIA_TYPE)
 
 
@@ -44,7 +46,7 @@ def answers(*codes: str) -> dict[int | str, dict[str, Any]]:
     found: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         kind = PROBLEMS[code]
-        example = {"type": TYPES + code, **problem_of(code, "what is wrong here, and what to do")}
+        example = {"type": PROBLEM_TYPES + code, **problem_of(code, "what is wrong here, and what to do")}
         content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemRead"}, "examples": {}}}
         entry = found.setdefault(kind.status, {"description": "", "content": content})
         entry["description"] += f"{' ' if entry['description'] else ''}`{code}`: {kind.meaning}"
@@ -74,6 +76,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(IllegalMove)
     def illegal_move(request: Request, error: IllegalMove) -> JSONResponse:
         return problem_response(problem_of("invalid-state", str(error)))
+
+    @app.exception_handler(KeyReused)
+    def key_reused(request: Request, error: KeyReused) -> JSONResponse:
+        return problem_response(problem_of("idempotency-key-reused", str(error)))
 
     @app.exception_handler(RequestValidationError)
     def bad_parameters(request: Request, error: RequestValidationError) -> JSONResponse:

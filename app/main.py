@@ -9,12 +9,14 @@ from typing import Any
 from fastapi import FastAPI
 
 from app import auth, errors
+from app.head import HeadAsGet
 from app.requests import Requests
 from app.routes import api_keys, health, methods, metrics, problems, recipes
 from app.routes.files import files_router
 from app.routes.jobs import jobs_router
 from app.routes.webhooks import deliveries_router
 from app.schemas import ProblemRead
+from app.watching import Watch
 from merge_core import __version__
 from workers.celery_app import make_celery
 from workers.jobs import JobStore
@@ -44,8 +46,9 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         store = JobStore(settings, patience=DATABASE_PATIENCE)
-        app.state.queue = Queue(store, make_celery(settings))
+        app.state.queue, app.state.watch = Queue(store, make_celery(settings)), Watch(store)
         yield
+        await app.state.watch.close()
         store.close()
 
     app = FastAPI(
@@ -57,6 +60,7 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
     )
     app.state.settings = settings
     app.add_middleware(auth.Gate, doors=auth.doors_for(settings, host))
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Requests)
     app.state.guard = Guard(settings.webhook_allow)
     errors.install(app)

@@ -11,19 +11,36 @@ from merge_core.method import Given
 from workers.jobs import JobKind, JobState, RecipeData
 from workers.tables import Job
 
+PROBLEM_TYPES = "/v1/problems/"
+"""Where a problem's `type` leads: to what it means."""
+
 
 class Urls(BaseModel):
     """Where to go on from a job."""
 
     self: str
     cancel: str
+    retry: str
+    events: str
+    logs: str
+    recipe: str
     files: str
+    manifest: str
+    report: str
+
+
+class Durations(BaseModel):
+    """How long it took, in seconds; null where it has not come to that, or is not over."""
+
+    queued: float | None
+    running: float | None
 
 
 class JobRead(BaseModel):
     """One job. Times are RFC 3339, UTC."""
 
     id: str
+    kind: JobKind
     status: JobState
     phase: str = Field(description="what the worker is doing; empty unless running")
     progress: dict[str, Any] = Field(
@@ -32,11 +49,15 @@ class JobRead(BaseModel):
     attempt: int
     error: dict[str, Any] | None = Field(description="the problem that a failed job ended in")
     warnings: list[str]
+    labels: dict[str, str]
+    priority: int = Field(description="the queued job with the highest is taken first")
+    deadline_at: datetime | None = Field(description="a job that is not done then has failed")
     recipe: RecipeData = Field(description="the document that was sent, tidied")
     plan: dict[str, Any]
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    durations: Durations
     urls: Urls
 
     @classmethod
@@ -45,18 +66,25 @@ class JobRead(BaseModel):
         path = f"/v1/{JobKind(job.kind).plural}/{job.id}"
         return cls(
             id=job.id,
+            kind=JobKind(job.kind),
             status=JobState(job.state),
             phase=job.phase,
             progress=job.progress,
             attempt=job.attempt,
-            error=job.error,
+            error=job.error and {"type": PROBLEM_TYPES + job.error.get("code", ""), **job.error},
             warnings=job.warnings,
+            labels=job.labels,
+            priority=job.priority,
+            deadline_at=_moment(job.deadline_at),
             recipe=job.recipe,
             plan=job.plan,
             created_at=moment(job.created_at),
-            started_at=None if job.started_at is None else moment(job.started_at),
-            finished_at=None if job.finished_at is None else moment(job.finished_at),
-            urls=Urls(self=path, cancel=f"{path}/cancel", files=f"{path}/files"),
+            started_at=_moment(job.started_at),
+            finished_at=_moment(job.finished_at),
+            durations=Durations(
+                queued=_between(job.created_at, job.started_at), running=_between(job.started_at, job.finished_at)
+            ),
+            urls=Urls(self=path, **{name: f"{path}/{name}" for name in Urls.model_fields if name != "self"}),
         )
 
 
@@ -196,3 +224,11 @@ class Health(BaseModel):
 def moment(seconds: float) -> datetime:
     """A time of a row as answers show it."""
     return datetime.fromtimestamp(seconds, UTC)
+
+
+def _moment(seconds: float | None) -> datetime | None:
+    return None if seconds is None else moment(seconds)
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else round(end - start, 3)

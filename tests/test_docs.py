@@ -65,7 +65,7 @@ def test_commands_in_the_readme_exist(command: str) -> None:
 
 def test_routes_in_the_readme_exist(tmp_path: Path) -> None:
     paths = create_app(Settings(data=tmp_path)).openapi()["paths"]
-    for verb, path in re.findall(r"`(GET|POST) (/[^`]*)`", README.read_text()):
+    for verb, path in re.findall(r"`(GET|POST|DELETE) (/[^`]*)`", README.read_text()):
         assert verb.lower() in paths[path.replace("{id}", "{job_id}")], path
 
 

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import logging
 import re
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,9 @@ from merge_core.files import is_held
 from workers import alive
 from workers.artifacts import ArtifactStore
 from workers.counters import JANITOR, OLD_EVENTS, take_turn
+from workers.idempotency import REMEMBERED_SECONDS
 from workers.jobs import JobStore
+from workers.queue import discard
 from workers.states import FINISHED, JobState
 from workers.tables import Event, IdempotencyKey, Job, Unit
 
@@ -35,8 +36,6 @@ SHARE = 0.01
 """The most of a core's time that sweeping takes."""
 YOUNG = 600.0
 DAY = 86_400.0
-KEY_SECONDS = DAY
-"""How long a request may be repeated under its key."""
 CACHED_SECONDS = 30 * DAY
 """How long what is in the cache stays after it was last read; file systems note that once a day, or never."""
 _JOB = re.compile(r"\.?((?:mrg|aln|pat)_[0-9A-HJKMNP-TV-Z]{26})(?:\..*)?")
@@ -84,7 +83,7 @@ class Janitor:
         )
         with self._store.session() as session:
             session.execute(delete(Unit).where(of_done.exists()))
-            session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < now - KEY_SECONDS))
+            session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < now - REMEMBERED_SECONDS))
             for job_id in _expire(session, now):
                 log.info("its artifact expired and is removed", extra={"job_id": job_id})
             hourly = take_turn(session, OLD_EVENTS, 3600)
@@ -111,7 +110,7 @@ class Janitor:
                 with contextlib.suppress(OSError):
                     if not is_held(path):
                         log.info("removing what no job needs: %s", folder)
-                        shutil.rmtree(path, ignore_errors=True)
+                        discard(path)
 
     def sweep_artifacts(self) -> None:
         """Remove the artifacts that no row names, where the artifact store is another."""

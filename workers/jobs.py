@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import ColumnElement, Update, and_, func, select, update
+from sqlalchemy import ColumnElement, Update, and_, case, delete, func, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from workers.choosing import may_start, next_job
 from workers.counters import LEASES_EXPIRED, PHASE_SECONDS, PHASES, count, count_ends
 from workers.database import for_reading, open_database
+from workers.idempotency import Repeated, RequestKey, made_by, remember
 from workers.problems import problem_of
 from workers.reservations import reserve
 from workers.settings import Settings
@@ -28,7 +31,7 @@ from workers.states import FINISHED as FINISHED
 from workers.states import MOVES as MOVES
 from workers.states import JobKind as JobKind
 from workers.states import JobState as JobState
-from workers.tables import LOCAL_OWNER, Event, Job
+from workers.tables import LOCAL_OWNER, Event, Job, Unit
 from workers.webhooks import deliveries
 
 RecipeData = dict[str, Any] | list[dict[str, Any]]
@@ -56,11 +59,23 @@ class LeaseLost(Exception):
 
 
 class IllegalMove(Exception):
-    """A job was asked to move to a state that its own does not lead to."""
+    """A job was asked for what its state does not lead to."""
 
-    def __init__(self, job_id: str, state: str, wanted: JobState) -> None:
+    def __init__(self, job_id: str, state: str, wanted: str) -> None:
         self.job_id, self.state, self.wanted = job_id, state, wanted
-        super().__init__(f"{job_id} is {state}; it cannot become {wanted}")
+        super().__init__(f"{job_id} is {state}; it cannot be {wanted}")
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What changes of a job while somebody watches it. `events` is the number of its latest event."""
+
+    version: int
+    state: JobState
+    phase: str
+    progress: Mapping[str, Any]
+    events: int
+    is_deleted: bool
 
 
 def new_id(prefix: str) -> str:
@@ -103,10 +118,13 @@ class JobStore:
         *,
         kind: JobKind = JobKind.MERGE,
         owner: str = LOCAL_OWNER,
+        request: RequestKey | None = None,
         **fields: Any,
     ) -> Job:
-        """Put a new job in the queue's table; `queue.submit` also announces it. `fields` are columns of `Job`. Raises
-        `InsufficientStorage` where its `reserved_bytes` cannot be promised.
+        """Put a new job in the queue's table; `queue.submit` also announces it. `fields` are columns of `Job`.
+
+        Raises `InsufficientStorage` where its `reserved_bytes` cannot be promised, `Repeated` or `KeyReused` if there
+        was a `request` with this key before.
         """
         now = time.time()
         job = Job(
@@ -121,12 +139,26 @@ class JobStore:
             events=1,
             **fields,
         )
-        with self.session() as session:
-            if job.reserved_bytes:
-                reserve(session, self.settings, job.reserved_bytes)
-            session.add(job)
-            session.add(Event(job_id=job.id, seq=1, at=now, kind="state", data={"status": JobState.QUEUED}))
+        try:
+            with self.session() as session:
+                if request is not None:
+                    remember(session, request, job.id)
+                if job.reserved_bytes:
+                    reserve(session, self.settings, job.reserved_bytes)
+                session.add(job)
+                session.add(Event(job_id=job.id, seq=1, at=now, kind="state", data={"status": JobState.QUEUED}))
+        except IntegrityError:
+            if request is not None:
+                self.check_new(request)
+            raise
         return job
+
+    def check_new(self, request: RequestKey) -> None:
+        """Raise `Repeated` or `KeyReused` if there was a request with this key before."""
+        with self.session() as session:
+            job = made_by(session, request)
+        if job is not None:
+            raise Repeated(job)
 
     def get(self, job_id: str) -> Job | None:
         """A job, whoever asked for it; None if it is deleted."""
@@ -143,15 +175,20 @@ class JobStore:
         *,
         owner: str = LOCAL_OWNER,
         kind: JobKind = JobKind.MERGE,
-        state: JobState | None = None,
+        states: Collection[JobState] = (),
+        labels: Mapping[str, str] = MappingProxyType({}),
         limit: int = 50,
         before: str | None = None,
     ) -> Sequence[Job]:
-        """An owner's jobs of a kind, newest first, older than the id `before`."""
+        """An owner's jobs of a kind, newest first, older than the id `before`, in one of the states (any, if none is
+        given) and with all these labels.
+        """
         theirs = select(Job).where(Job.owner == owner, Job.kind == kind, Job.deleted_at.is_(None))
         query = theirs.order_by(Job.id.desc()).limit(limit)
-        if state:
-            query = query.where(Job.state == state)
+        if states:
+            query = query.where(Job.state.in_(states))
+        for name, value in labels.items():
+            query = query.where(Job.labels[name].as_string() == value)
         if before:
             query = query.where(Job.id < before)
         with self.reading() as session:
@@ -162,6 +199,18 @@ class JobStore:
         query = select(Event).where(Event.job_id == job_id, Event.seq > after).order_by(Event.seq).limit(limit)
         with self.reading() as session:
             return session.scalars(query).all()
+
+    def pulses(self, job_ids: Collection[str]) -> dict[str, Pulse]:
+        """What changes of these jobs while somebody watches them; the deleted ones too."""
+        watched = (Job.id, Job.version, Job.state, Job.phase, Job.progress, Job.events, Job.deleted_at)
+        with self.reading() as session:
+            rows = session.execute(select(*watched).where(Job.id.in_(job_ids))).all()
+        return {
+            row.id: Pulse(
+                row.version, JobState(row.state), row.phase, row.progress, row.events, row.deleted_at is not None
+            )
+            for row in rows
+        }
 
     def cancel(self, job_id: str) -> Job | None:
         """Ask for a job to stop: a queued one is canceled at once. None: no such job. Raises `IllegalMove` if it has
@@ -181,8 +230,60 @@ class JobStore:
             self._move(session, running, state=JobState.CANCELING)
             job = session.get(Job, job_id)
         if job is not None and job.state in (JobState.SUCCEEDED, JobState.FAILED):
-            raise IllegalMove(job_id, job.state, JobState.CANCELED)
+            raise IllegalMove(job_id, job.state, "canceled")
         return job
+
+    def retry(self, job_id: str, *, deadline_at: float | None = None) -> Job | None:
+        """Queue a failed or canceled job again, as if no worker had died at it; units that are done stay done. A
+        deadline that has passed is replaced. None: no such job. Raises `IllegalMove` for any other state, and
+        `InsufficientStorage` where what it needs cannot be promised again.
+        """
+        again = update(Job).where(
+            Job.id == job_id, Job.state.in_((JobState.FAILED, JobState.CANCELED)), Job.deleted_at.is_(None)
+        )
+        now = time.time()
+        kept = case((Job.deadline_at > now, Job.deadline_at), else_=None)
+        with self.session() as session:
+            moved = self._move(
+                session,
+                again,
+                told={"because": "retry"},
+                state=JobState.QUEUED,
+                error=None,
+                deadline_at=kept if deadline_at is None else deadline_at,
+                progress={},
+                phase="",
+                deaths=0,
+                announced=0,
+                announced_at=now,
+                started_at=None,
+                finished_at=None,
+                expires_at=None,
+            )
+            job = session.get(Job, job_id)
+            if moved and job is not None and job.reserved_bytes:
+                reserve(session, self.settings, job.reserved_bytes, job_id=job_id)
+        if job is not None and not moved:
+            raise IllegalMove(job_id, job.state, "retried")
+        return job
+
+    def delete(self, job_id: str) -> bool:
+        """Forget a finished job: what is left of its row tells nothing but that it was. False: no such job. Raises
+        `IllegalMove` while it is active.
+        """
+        ended = update(Job).where(Job.id == job_id, Job.state.in_(FINISHED), Job.deleted_at.is_(None))
+        nothing: dict[str, Any] = {"recipe": {}, "plan": {}, "labels": {}, "progress": {}, "warnings": [], "files": []}
+        nothing |= {"error": None, "webhook": None, "request_id": None, "stored_bytes": 0, "expires_at": None}
+        forgotten = ended.values(deleted_at=time.time(), version=Job.version + 1, **nothing).returning(Job.id)
+        with self.session() as session:
+            if session.execute(forgotten).first() is not None:
+                session.execute(delete(Event).where(Event.job_id == job_id))
+                session.execute(delete(Unit).where(Unit.job_id == job_id))
+                return True
+            job = session.get(Job, job_id)
+        if job is None or job.deleted_at is not None:
+            return False
+        raise IllegalMove(job_id, job.state, "deleted; cancel it first")
 
     # What workers do.
 
@@ -343,14 +444,21 @@ class JobStore:
     def _finish(self, lease: Lease, state: JobState, **values: Any) -> None:
         sources = [before for before, moves in MOVES.items() if state in moves]
         held = update(Job).where(self._held(lease), Job.state.in_(sources))
-        nobody = {"phase": "", "holder": None, "lease_until": None}
+        nobody: dict[str, Any] = {"phase": "", "holder": None, "lease_until": None}
         with self.session() as session:
             if not self._move(session, held, state=state, finished_at=time.time(), **nobody, **values):
                 raise LeaseLost(lease.job_id)
 
     @staticmethod
-    def _move(session: Session, which: Update, *, state: JobState, **values: Any) -> list[str]:
-        """Move jobs to a state, with an event for each; the ids of those that were moved."""
+    def _move(
+        session: Session,
+        which: Update,
+        *,
+        state: JobState,
+        told: Mapping[str, Any] = MappingProxyType({}),
+        **values: Any,
+    ) -> list[str]:
+        """Move jobs to a state, with an event for each that tells also this; the ids of those that were moved."""
         moved = session.execute(
             which.values(state=state, version=Job.version + 1, events=Job.events + 1, **values).returning(
                 Job.id,
@@ -364,11 +472,11 @@ class JobStore:
         ).all()
         if state in FINISHED:
             count_ends(session, [(row.kind, state, row.method) for row in moved])
-        told: dict[str, Any] = {"status": state}
+        data: dict[str, Any] = {"status": state, **told}
         if values.get("error"):
-            told["error"] = values["error"]
+            data["error"] = values["error"]
         for row in moved:
-            session.add(Event(job_id=row.id, seq=row.events, at=time.time(), kind="state", data=told))
+            session.add(Event(job_id=row.id, seq=row.events, at=time.time(), kind="state", data=data))
             session.add_all(deliveries(row, state, values.get("error")))
         return [row.id for row in moved]
 

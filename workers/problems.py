@@ -86,6 +86,12 @@ _TYPES = (
         "A parameter or header is wrong; `errors` says which and why.",
     ),
     ProblemType(
+        "idempotency-key-reused",
+        422,
+        "The idempotency key was used for another request",
+        "A key stands for one request for 24 hours; take a new key for a new one.",
+    ),
+    ProblemType(
         "worker-lost",
         500,
         "The worker died",

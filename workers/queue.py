@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from merge_core.errors import StorageFailed
 from workers.artifacts import open_artifacts
+from workers.idempotency import RequestKey
 from workers.jobs import JobKind, JobState, JobStore, RecipeData
 from workers.logs import current_request
 from workers.reservations import needed
@@ -37,12 +41,15 @@ class Queue:
         *,
         kind: JobKind = JobKind.MERGE,
         owner: str = LOCAL_OWNER,
+        request: RequestKey | None = None,
         **fields: Any,
     ) -> Job:
-        """Make a job and announce it. With no broker it waits in the database until the reaper can announce it."""
+        """Make a job and announce it. With no broker it waits in the database until the reaper can announce it. Raises
+        as `JobStore.add`.
+        """
         fields.setdefault("request_id", current_request())
         fields.setdefault("reserved_bytes", needed(plan))
-        job = self.store.add(recipe, plan, warnings, kind=kind, owner=owner, **fields)
+        job = self.store.add(recipe, plan, warnings, kind=kind, owner=owner, request=request, **fields)
         log.info("queued", extra={"job_id": job.id, "owner": owner})
         self._announce(job.id)
         return job
@@ -53,6 +60,26 @@ class Queue:
         if job is not None and job.state == JobState.CANCELED:
             remove_partial(self.store.settings, job_id)
         return job
+
+    def retry(self, job_id: str, *, deadline_at: float | None = None) -> Job | None:
+        """See `JobStore.retry`; the job is announced like a new one."""
+        job = self.store.retry(job_id, deadline_at=deadline_at)
+        if job is not None:
+            self._announce(job_id)
+        return job
+
+    def delete(self, job_id: str) -> bool:
+        """See `JobStore.delete`; its files go with it. What cannot be removed now, the janitor removes."""
+        if not self.store.delete(job_id):
+            return False
+        with contextlib.suppress(StorageFailed):
+            self._remove_files(job_id)
+        return True
+
+    def _remove_files(self, job_id: str) -> None:
+        remove_partial(self.store.settings, job_id)
+        discard(artifact_folder(self.store.settings, job_id))
+        self.artifacts.delete(job_id)
 
     def reap(self) -> None:
         """Put right what kills and lost messages left; to be called about every second, by any number of processes."""
@@ -102,4 +129,12 @@ def partial_folders(settings: Settings, job_id: str) -> dict[int, Path]:
 def remove_partial(settings: Settings, job_id: str) -> None:
     """Leave nothing half-written behind."""
     for folder in partial_folders(settings, job_id).values():
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, which is out of everybody's sight at once: nobody takes half of it for the whole."""
+    hidden = folder.with_name(f".{folder.name.removeprefix('.').partition('.')[0]}.{uuid.uuid4().hex}.discarded")
+    with contextlib.suppress(OSError):
+        folder.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -88,6 +88,8 @@ class Settings(BaseSettings):
     device: str = Field("cpu", description="where merges compute: cpu, cuda, cuda:1 … or auto; the bytes are the same")
     lease_seconds: float = Field(30.0, gt=0, description="how long a silent worker keeps a job")
     heartbeat_seconds: float = Field(0.5, gt=0, description="how often a worker reports and looks for a cancel")
+    max_wait: float = Field(60.0, ge=0, le=60, description="the longest that ?wait= holds an answer back, in seconds")
+    max_stream: float = Field(3600.0, gt=0, description="when a stream of events is to be opened anew, in seconds")
     max_attempts: int = Field(5, ge=1, description="how many workers may die at a job before it is given up")
     webhook_allow: Annotated[list[str], NoDecode, BeforeValidator(_split_words)] = Field(
         [],

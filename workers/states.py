@@ -40,11 +40,11 @@ MOVES: Mapping[JobState, frozenset[JobState]] = {
     JobState.RUNNING: frozenset({JobState.QUEUED, JobState.CANCELING, JobState.SUCCEEDED, JobState.FAILED}),
     JobState.CANCELING: frozenset({JobState.CANCELED, JobState.SUCCEEDED, JobState.FAILED}),
     JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELED: frozenset(),
+    JobState.FAILED: frozenset({JobState.QUEUED}),
+    JobState.CANCELED: frozenset({JobState.QUEUED}),
 }
-"""A finished state moves nowhere. What finishes while it is being canceled has finished."""
+"""What finishes while it is being canceled has finished. Only a retry leads out of a finished state."""
 
 AT_WORK = (JobState.RUNNING, JobState.CANCELING)
 """The states in which a worker holds a job."""
-FINISHED = frozenset(state for state, moves in MOVES.items() if not moves)
+FINISHED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED})

@@ -2,19 +2,23 @@
 
 # No `from __future__ import annotations`: the routes' annotations name dependencies of the function they are made in.
 
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.deps import QueueDep, job_of
-from app.errors import HttpProblem
+from app.errors import HttpProblem, answers
+from app.head import IS_HEAD, is_head
+from app.headers import tags
+from app.ranges import wanted_parts
 from app.schemas import FileList, FileRead
 from workers.jobs import JobKind, JobState
 from workers.queue import Queue
@@ -22,8 +26,16 @@ from workers.tables import Job
 
 MEDIA_TYPE = "application/octet-stream"
 LINK_SECONDS = 3600.0
-MAX_PARTS = 32
-"""Who asks for more parts than this gets the whole file: each part may be a request of its own to the store."""
+_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+_HEADERS = {
+    name: {"description": meaning, "schema": {"type": "string"}}
+    for name, meaning in {
+        "ETag": "the file's sha256",
+        "Repr-Digest": "the same as in RFC 9530",
+        "Accept-Ranges": "`bytes`",
+        "Content-Disposition": "the file's name",
+    }.items()
+}
 
 
 class _Download(FileResponse):
@@ -39,24 +51,42 @@ class _Download(FileResponse):
         kept = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
         if self._part:
             kept.append((b"range", self._part.encode()))
-        await super().__call__({**scope, "headers": kept}, receive, send)
+        method = "HEAD" if scope.get(IS_HEAD) else scope["method"]
+        await super().__call__({**scope, "headers": kept, "method": method}, receive, send)
 
 
 def files_router(kind: JobKind) -> APIRouter:
     """The routes of the files of a kind's jobs."""
     router = APIRouter(prefix=f"/v1/{kind.plural}/{{job_id}}/files", tags=["files"])
 
-    @router.get("", name=f"list_{kind}_files")
+    @router.get("", name=f"list_{kind}_files", responses=answers("not-found", "invalid-state"))
     def list_files(job: Annotated[Job, Depends(job_of(kind))]) -> FileList:
         """Every file with its size and sha256."""
         _require_success(job)
         where = f"/v1/{kind.plural}/{job.id}/files"
         return FileList(data=[FileRead(**file, url=f"{where}/{file['path']}") for file in job.files])
 
-    @router.head("/{path:path}", response_class=FileResponse, include_in_schema=False)
-    @router.get("/{path:path}", name=f"download_{kind}_file", response_class=FileResponse)
+    @router.get(
+        "/{path:path}",
+        name=f"download_{kind}_file",
+        response_class=FileResponse,
+        responses={
+            **answers("not-found", "invalid-state", "gone", "precondition-failed", "range-not-satisfiable"),
+            200: {"content": {MEDIA_TYPE: _BINARY}, "headers": _HEADERS},
+            206: {"content": {MEDIA_TYPE: _BINARY, "multipart/byteranges": _BINARY}, "headers": _HEADERS},
+            304: {"description": "The caller has it, as `If-None-Match` says.", "headers": _HEADERS},
+            307: {"description": "It is to be had there, where files are kept in S3 and may be fetched directly."},
+        },
+    )
     def download_file(
-        path: str, job: Annotated[Job, Depends(job_of(kind))], queue: QueueDep, request: Request
+        path: str,
+        job: Annotated[Job, Depends(job_of(kind))],
+        queue: QueueDep,
+        request: Request,
+        range_: Annotated[str | None, Header(alias="Range", description="`bytes=0-99`, several parts too")] = None,
+        if_range: Annotated[str | None, Header(description="the ETag for which `Range` is meant")] = None,
+        if_match: Annotated[str | None, Header(description="the ETag that is asked for")] = None,
+        if_none_match: Annotated[str | None, Header(description="the ETag of what the caller has")] = None,
     ) -> Response:
         """One file. Its ETag is its sha256; `Range` and `If-Range` give a part, `If-None-Match` spares a repetition."""
         _require_success(job)
@@ -72,37 +102,38 @@ def _download(path: str, job: Job, queue: Queue, request: Request) -> Response:
     etag = f'"{file["sha256"]}"'
     headers = {
         "ETag": etag,
+        "Repr-Digest": f"sha-256=:{b64encode(bytes.fromhex(file['sha256'])).decode()}:",
         "Cache-Control": "private, max-age=31536000, immutable",
         "X-Content-Type-Options": "nosniff",
     }
-    if (wanted := _tags(request, "if-match")) and not wanted & {etag, "*"}:
+    if (wanted := tags(request, "if-match")) and not wanted & {etag, "*"}:
         raise HttpProblem("precondition-failed", f"the ETag of {path} is {etag}")
-    if _tags(request, "if-none-match") & {etag, f"W/{etag}", "*"}:
+    if tags(request, "if-none-match") & {etag, f"W/{etag}", "*"}:
         return Response(status_code=304, headers=headers)
     artifacts = queue.artifacts
     if (
-        request.method == "GET"
+        not is_head(request)
         and queue.store.settings.s3_redirect
         and (link := artifacts.link(job.id, path, LINK_SECONDS))
     ):
         return RedirectResponse(link, 307, {"Cache-Control": "no-store"})
     parts: list[tuple[int, int]] = []
-    if request.method == "GET" and request.headers.get("if-range", etag) == etag:
-        parts = _parts(request.headers.get("range", ""), file["size"], path)
+    if not is_head(request) and request.headers.get("if-range", etag) == etag:
+        parts = wanted_parts(request.headers.get("range", ""), file["size"], path)
     target = artifacts.local(job.id, path)
     there = target.is_file() if target else artifacts.files(job.id).get(path) == file["size"]
     if not there:
         raise HttpProblem("gone", f"{path} is not in the artifact store any more")
     if target:
         return _Download(target, parts=parts, headers=headers)
-    return _streamed(partial(artifacts.read, job.id, path), parts, file["size"], request.method, headers, path)
+    return _streamed(partial(artifacts.read, job.id, path), parts, file["size"], is_head(request), headers, path)
 
 
 def _streamed(
     read: Callable[[int, int], Iterator[bytes]],
     parts: Sequence[tuple[int, int]],
     size: int,
-    method: str,
+    head: bool,
     headers: Mapping[str, str],
     path: str,
 ) -> Response:
@@ -114,7 +145,7 @@ def _streamed(
         "Content-Disposition": f"attachment; filename*=utf-8''{name}",
         "Content-Length": str(sum(end - start for start, end in parts) or size),
     }
-    if method == "HEAD":
+    if head:
         return Response(headers=headers, media_type=MEDIA_TYPE)
     if not parts:
         return StreamingResponse(read(0, size), headers=headers, media_type=MEDIA_TYPE)
@@ -146,45 +177,3 @@ def _streamed(
 def _require_success(job: Job) -> None:
     if job.state != JobState.SUCCEEDED:
         raise HttpProblem("invalid-state", f"{job.kind} {job.id} is {job.state}; it has no files yet")
-
-
-def _tags(request: Request, header: str) -> set[str]:
-    return {tag.strip() for line in request.headers.getlist(header) for tag in line.split(",") if tag.strip()}
-
-
-def _parts(written: str, size: int, path: str) -> list[tuple[int, int]]:
-    """The Range to serve: the parts that are there, each from a byte to before another, in order and apart. None, for
-    the whole file, where it makes no sense (RFC 9110, 14.2).
-
-    Raises `HttpProblem` 416 where it makes sense and asks for nothing that is there.
-    """
-    unit, _, parts = written.partition("=")
-    found = [part.strip().partition("-") for part in parts.split(",") if part.strip()]
-    if (
-        unit.strip().lower() != "bytes"
-        or not 0 < len(found) <= MAX_PARTS
-        or not all(_is_range(*part) for part in found)
-    ):
-        return []
-    there = sorted(
-        (int(first), min(int(last or size) + 1, size)) if first else (max(size - int(last), 0), size)
-        for first, _, last in found
-        if (int(first) < size if first else int(last) > 0 and size > 0)
-    )
-    if not there:
-        detail = f"{path} has {size:,} bytes, and {written[:100]!r} asks for none of them"
-        headers = {"Content-Range": f"bytes */{size}"}
-        raise HttpProblem("range-not-satisfiable", detail, headers=headers)
-    apart = [there[0]]
-    for start, end in there[1:]:
-        if start <= apart[-1][1]:
-            apart[-1] = (apart[-1][0], max(end, apart[-1][1]))
-        else:
-            apart.append((start, end))
-    return apart
-
-
-def _is_range(first: str, dash: str, last: str) -> bool:
-    if not dash or not (first + last).isascii() or not (first + last).isdecimal() or len(first + last) > 36:
-        return False
-    return not first or not last or int(first) <= int(last)

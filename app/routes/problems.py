@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from app.errors import TYPES, HttpProblem, answers
-from app.schemas import ProblemTypeList, ProblemTypeRead
+from app.errors import HttpProblem, answers
+from app.schemas import PROBLEM_TYPES, ProblemTypeList, ProblemTypeRead
 from workers.problems import PROBLEMS, ProblemType
 
-router = APIRouter(prefix=TYPES.rstrip("/"), tags=["problems"])
+router = APIRouter(prefix=PROBLEM_TYPES.rstrip("/"), tags=["problems"])
 
 
 @router.get("")
@@ -26,4 +26,4 @@ def read_problem(code: str) -> ProblemTypeRead:
 
 
 def _read(kind: ProblemType) -> ProblemTypeRead:
-    return ProblemTypeRead(type=TYPES + kind.code, **vars(kind))
+    return ProblemTypeRead(type=PROBLEM_TYPES + kind.code, **vars(kind))

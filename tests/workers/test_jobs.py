@@ -185,7 +185,7 @@ def test_pages(store: JobStore) -> None:
     ids = sorted((job.id for job in jobs), reverse=True)
     assert [job.id for job in store.page(limit=2)] == ids[:2]
     assert [job.id for job in store.page(limit=2, before=ids[1])] == ids[2:4]
-    assert store.page(state=JobState.RUNNING) == []
+    assert store.page(states=[JobState.RUNNING]) == []
 
 
 def test_jobs_of_each_kind_are_lists_of_their_own(store: JobStore) -> None:
@@ -206,6 +206,7 @@ class Lives(RuleBasedStateMachine):
         self.job = self.store.add({}, {})
         self.leases: list[Lease] = []
         self.seen = JobState.QUEUED
+        self.version = 0
 
     root = ""
     database: ClassVar[dict[str, str]] = {}
@@ -242,6 +243,14 @@ class Lives(RuleBasedStateMachine):
         except IllegalMove:
             assert self.seen in (JobState.SUCCEEDED, JobState.FAILED)
 
+    @rule()
+    def retry(self) -> None:
+        try:
+            self.store.retry(self.job.id)
+            assert self.seen in (JobState.FAILED, JobState.CANCELED)
+        except IllegalMove:
+            assert self.seen not in (JobState.FAILED, JobState.CANCELED)
+
     @rule(worker=st.integers(0, 2))
     def die(self, worker: int) -> None:
         self.store.release(f"w{worker}/")
@@ -251,9 +260,11 @@ class Lives(RuleBasedStateMachine):
         now = JobState(state(self.store, self.job))
         if now is not self.seen:
             assert now in MOVES[self.seen]
-        if now in FINISHED:
-            found = self.store.get(self.job.id)
-            assert found is not None and found.holder is None and found.finished_at
+        found = self.store.get(self.job.id)
+        assert found is not None and (found.finished_at is not None) == (now in FINISHED)
+        assert now in (JobState.RUNNING, JobState.CANCELING) or found.holder is None
+        assert found.version >= self.version, "it never runs backwards"
+        self.version = found.version
         self.seen = now
 
     def teardown(self) -> None:
