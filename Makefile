@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos golden recipes oracle bench bench-peer bench-scale bench-cuda bench-idle science lint lock serve clean
+.PHONY: help setup demo test fuzz chaos golden recipes oracle bench bench-peer bench-scale bench-cuda bench-idle science lint lock serve clean
 PEER := .venv-peer
 
 help:  ## List the targets
@@ -27,6 +27,9 @@ test: $(READY)  ## Run the whole test suite
 
 chaos: $(READY)  ## Merge while everything that can break does (SEED=…, MERGES=…; 15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MERGES),--merges $(MERGES))
+
+fuzz: $(READY)  ## Ask each operation of the service N=300 things that its OpenAPI document allows
+	FUZZ=$(or $(N),300) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/app/test_schema.py
 
 golden: $(READY)  ## Run the golden cases in DIR
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden $(DIR)

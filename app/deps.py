@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
+import yaml
 from fastapi import Depends, Header, Path, Request
 from fastapi.concurrency import run_in_threadpool
 
@@ -125,6 +126,25 @@ def job_of(kind: JobKind) -> Callable[..., Job]:
     return find
 
 
+_EXAMPLES: dict[JobKind, Any] = {
+    JobKind.MERGE: {
+        "merge_method": "ties",
+        "base_model": "mistral-7b",
+        "models": [
+            {"model": "mistral-7b-chat", "parameters": {"weight": 0.6, "density": 0.5}},
+            {"model": "mistral-7b-code", "parameters": {"weight": 0.4, "density": [0.3, 0.7]}},
+        ],
+        "dtype": "bfloat16",
+    },
+    JobKind.ALIGNMENT: {"models": ["first", "second"], "alignment": {"to": "first"}},
+    JobKind.PATCH: {
+        "operation": "apply",
+        "model": "classifier",
+        "patches": [{"patch": "blur", "strength": 0.5}],
+    },
+}
+
+
 def document_body(kind: JobKind) -> dict[str, Any]:
     """What the OpenAPI document says of a document's body, which is read by hand because it may be YAML."""
     work = WORK[kind]()
@@ -133,12 +153,17 @@ def document_body(kind: JobKind) -> dict[str, Any]:
     if work.in_stages:
         schema = {"anyOf": [schema, {"type": "array", "items": schema, "minItems": 1}]}
     written = f"the same as {name} in YAML" + (", of one document or several" if work.in_stages else "")
+    example = _EXAMPLES[kind]
+    text = yaml.safe_dump(example, sort_keys=False)
     return {
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": schema},
-                "application/yaml": {"schema": {"type": "string", "description": written}},
+                "application/json": {"schema": schema, "examples": {"usual": {"value": example}}},
+                "application/yaml": {
+                    "schema": {"type": "string", "description": written},
+                    "examples": {"usual": {"value": text}},
+                },
             },
         }
     }

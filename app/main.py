@@ -11,11 +11,12 @@ from fastapi import FastAPI
 from app import auth, errors
 from app.head import HeadAsGet
 from app.requests import Requests
-from app.routes import api_keys, health, methods, metrics, problems, recipes
+from app.routes import api_keys, health, methods, metrics, problems, recipes, system
 from app.routes.files import files_router
 from app.routes.jobs import jobs_router
+from app.routes.records import records_router
 from app.routes.webhooks import deliveries_router
-from app.schemas import ProblemRead
+from app.schemas import Manifest, ProblemRead
 from app.watching import Watch
 from merge_core import __version__
 from workers.celery_app import make_celery
@@ -66,9 +67,10 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
     errors.install(app)
     for kind in WORK:
         app.include_router(jobs_router(kind))
+        app.include_router(records_router(kind))
         app.include_router(files_router(kind))
         app.include_router(deliveries_router(kind))
-    for module in (recipes, methods, problems, api_keys, health, metrics):
+    for module in (recipes, methods, problems, api_keys, system, health, metrics):
         app.include_router(module.router)
     _describe_documents(app)
     auth.describe(app)
@@ -80,7 +82,7 @@ def _describe_documents(app: FastAPI) -> None:
     read by hand, because they may be YAML.
     """
     schemas = app.openapi()["components"]["schemas"]
-    described: list[Any] = [ProblemRead, *(work().document for work in WORK.values())]
+    described: list[Any] = [ProblemRead, Manifest, *(work().document for work in WORK.values())]
     for document in described:
         schema = document.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= {**schema.pop("$defs", {}), document.__name__: schema}

@@ -8,6 +8,13 @@ from workers.jobs import JobKind
 from workers.kinds import WORK, Document, Plan
 from workers.settings import Settings
 
+REFUSALS = (
+    *("invalid-recipe", "invalid-request", "model-not-found", "incompatible-models", "bad-checkpoint", "unsafe-format"),
+    *("memory-limit", "path-not-allowed", "payload-too-large", "unsupported-media-type", "insufficient-storage"),
+    *("storage-failed", "database-unavailable"),
+)
+"""What planning a document may come to."""
+
 
 def plan_for_service(kind: JobKind, document: Document, settings: Settings) -> Plan:
     """Raises `WeightsmithError` for everything that headers can tell."""

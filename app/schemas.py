@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from merge_core.method import Given
 from workers.jobs import JobKind, JobState, RecipeData
-from workers.tables import Job
+from workers.tables import Event, Job
 
 PROBLEM_TYPES = "/v1/problems/"
 """Where a problem's `type` leads: to what it means."""
@@ -124,6 +124,105 @@ class JobPage(BaseModel):
     data: list[JobRead]
     has_more: bool
     next: str | None
+
+
+class EventRead(BaseModel):
+    """Something that happened to a job; `seq` numbers a job's events from 1 and may leave numbers out."""
+
+    seq: int
+    at: datetime
+    event: str = Field(description="state, phase, warning or log")
+    data: dict[str, Any]
+
+    @classmethod
+    def of(cls, event: Event) -> Self:
+        return cls(seq=event.seq, at=moment(event.at), event=event.kind, data=event.data)
+
+
+class EventPage(BaseModel):
+    """Events, oldest first; `next` is the `after` of what follows, now or later."""
+
+    data: list[EventRead]
+    has_more: bool
+    next: int
+
+
+class PhaseRead(BaseModel):
+    """A phase of a job; `seconds` is null while it lasts."""
+
+    phase: str
+    started_at: datetime
+    seconds: float | None
+
+
+class SourceRead(BaseModel):
+    """What was read of one model."""
+
+    model: str | None
+    commit: str | None
+    files: int
+    bytes: int
+
+
+class Report(BaseModel):
+    """How a job went. What it has not come to yet is null or empty."""
+
+    id: str
+    status: JobState
+    attempts: int
+    workers_lost: int
+    phases: list[PhaseRead]
+    planned: dict[str, Any]
+    done: dict[str, Any] = Field(description="the progress, as it was last")
+    files: int
+    bytes: int = Field(description="of all files")
+    sources: list[SourceRead] | None
+    seed: int | None
+    exact_on: str | None = Field(description="where the same recipe gives the same bytes")
+    left_out: list[str]
+    warnings: list[str]
+    alignment: dict[str, Any] | None = Field(description="how far each tensor was and is")
+    error: dict[str, Any] | None
+
+
+class Digested(BaseModel):
+    """A file, named and proved."""
+
+    name: str
+    digest: dict[str, str]
+
+
+class Manifest(BaseModel):
+    """An in-toto Statement v1 with SLSA's provenance v1 as its predicate."""
+
+    type_: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
+    subject: list[Digested]
+    predicateType: Literal["https://slsa.dev/provenance/v1"]  # noqa: N815
+    predicate: dict[str, Any]
+
+
+class Limits(BaseModel):
+    """What the service takes."""
+
+    document_bytes: int
+    memory: int = Field(description="the most that limits.memory may ask for, in bytes")
+    page: int
+    wait_seconds: float
+    labels: int
+    deadline_seconds: int
+
+
+class SystemRead(BaseModel):
+    """The service: what it is, what it takes, how busy it is."""
+
+    version: str
+    versions: dict[str, str] = Field(description="of what it is built on")
+    kinds: list[JobKind]
+    methods: int
+    limits: Limits
+    queued: int = Field(description="jobs that wait for a worker")
+    running: int = Field(description="jobs that a worker has")
+    workers: int = Field(description="workers that reported lately")
 
 
 class FileRead(BaseModel):

@@ -136,7 +136,7 @@ class JobStore:
             warnings=list(warnings),
             created_at=now,
             announced_at=now,
-            events=1,
+            events=1 + len(warnings),
             **fields,
         )
         try:
@@ -147,6 +147,8 @@ class JobStore:
                     reserve(session, self.settings, job.reserved_bytes)
                 session.add(job)
                 session.add(Event(job_id=job.id, seq=1, at=now, kind="state", data={"status": JobState.QUEUED}))
+                for seq, warning in enumerate(warnings, 2):
+                    session.add(Event(job_id=job.id, seq=seq, at=now, kind="warning", data={"warning": warning}))
         except IntegrityError:
             if request is not None:
                 self.check_new(request)
@@ -194,9 +196,19 @@ class JobStore:
         with self.reading() as session:
             return session.scalars(query).all()
 
-    def events(self, job_id: str, *, after: int = 0, limit: int = 100) -> Sequence[Event]:
-        """What happened to a job since its event number `after`."""
+    def counts(self) -> dict[JobState, int]:
+        """How many jobs are in each state that is not an end, whoever asked for them."""
+        active = [state for state in JobState if state not in FINISHED]
+        query = select(Job.state, func.count()).where(Job.state.in_(active)).group_by(Job.state)
+        with self.reading() as session:
+            found = {JobState(state): number for state, number in session.execute(query)}
+        return {state: found.get(state, 0) for state in active}
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 100, kinds: Collection[str] = ()) -> Sequence[Event]:
+        """What happened to a job since its event number `after`, of these kinds (any, if none is given)."""
         query = select(Event).where(Event.job_id == job_id, Event.seq > after).order_by(Event.seq).limit(limit)
+        if kinds:
+            query = query.where(Event.kind.in_(kinds))
         with self.reading() as session:
             return session.scalars(query).all()
 

@@ -12,7 +12,7 @@ from app.deps import QueueDep, RequestKeyDep, SettingsDep, WatchDep, document_bo
 from app.errors import HttpProblem, answers
 from app.headers import MAX_WAIT_SECONDS, is_known, next_link, preferred_wait
 from app.options import DeadlineQuery, JobOptionsDep, LabelsDep, deadline_at
-from app.planning import plan_for_service
+from app.planning import REFUSALS, plan_for_service
 from app.schemas import JobPage, JobRead, Validation
 from app.webhooks import WebhookDep
 from workers.idempotency import Repeated
@@ -21,12 +21,6 @@ from workers.kinds import Document
 from workers.tables import Job
 
 POLL_SECONDS = "1"
-REFUSALS = (
-    *("invalid-recipe", "invalid-request", "model-not-found", "incompatible-models", "bad-checkpoint", "unsafe-format"),
-    *("memory-limit", "path-not-allowed", "payload-too-large", "unsupported-media-type", "insufficient-storage"),
-    *("storage-failed", "database-unavailable"),
-)
-"""What planning a document may come to."""
 _TEXT = {"schema": {"type": "string"}}
 _JOB_HEADERS = {
     "ETag": {"description": "the row's version, for If-None-Match", **_TEXT},

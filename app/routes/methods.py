@@ -6,7 +6,7 @@ import inspect
 
 from fastapi import APIRouter
 
-from app.errors import HttpProblem
+from app.errors import HttpProblem, answers
 from app.schemas import MethodList, MethodRead
 from merge_core.method import MergeMethod
 from merge_core.methods import METHODS
@@ -20,7 +20,7 @@ def list_methods() -> MethodList:
     return MethodList(data=[_read(method) for meanings in METHODS.values() for method in meanings.values()])
 
 
-@router.get("/{name}")
+@router.get("/{name}", responses=answers("not-found"))
 def read_method(name: str) -> MethodList:
     """One method, with each meaning its name has."""
     if name not in METHODS:

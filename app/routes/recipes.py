@@ -8,7 +8,8 @@ from fastapi import APIRouter, Query
 from fastapi.concurrency import run_in_threadpool
 
 from app.deps import CARD_BODY, CardDep, RecipeDep, SettingsDep, document_body
-from app.planning import plan_for_service
+from app.errors import answers
+from app.planning import REFUSALS, plan_for_service
 from app.schemas import IgnoredKey, Imported, Validation
 from merge_core.published import read_published
 from workers.jobs import JobKind
@@ -16,7 +17,7 @@ from workers.jobs import JobKind
 router = APIRouter(prefix="/v1", tags=["recipes"])
 
 
-@router.post("/recipes:validate", openapi_extra=document_body(JobKind.MERGE))
+@router.post("/recipes:validate", openapi_extra=document_body(JobKind.MERGE), responses=answers(*REFUSALS))
 async def validate_recipe(
     recipe: RecipeDep,
     settings: SettingsDep,
@@ -31,7 +32,11 @@ async def validate_recipe(
     return await run_in_threadpool(look)
 
 
-@router.post("/recipes:import", openapi_extra=CARD_BODY)
+@router.post(
+    "/recipes:import",
+    openapi_extra=CARD_BODY,
+    responses=answers("invalid-recipe", "invalid-request", "payload-too-large"),
+)
 async def import_recipe(card: CardDep) -> Imported:
     """Read a published recipe, or a model card with one in it: what it means here, and which keys have no effect."""
     published = await run_in_threadpool(read_published, card)
