@@ -273,6 +273,7 @@ class JobStore:
                 expires_at=None,
             )
             job = session.get(Job, job_id)
+            session.execute(update(Unit).where(Unit.job_id == job_id).values(runs=0))
             if moved and job is not None and job.reserved_bytes:
                 reserve(session, self.settings, job.reserved_bytes, job_id=job_id)
         if job is not None and not moved:

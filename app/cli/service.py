@@ -16,6 +16,11 @@ from app.cli.terminal import DATA, MODELS, failures_told, settings_of
 from merge_core import __version__
 
 if TYPE_CHECKING:
+    import socket
+
+    import uvicorn
+    from fastapi import FastAPI
+
     from workers.settings import Settings
     from workers.supervisor import Supervisor
 
@@ -45,8 +50,9 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> 
         doors = doors_for(settings, host)
         if doors is Doors.OPEN and not is_loopback(host):
             log.warning("anybody who can reach %s can use this service; it asks for no keys", host)
+        app = create_app(settings, host=host)
         config = uvicorn.Config(
-            create_app(settings, host=host),
+            app,
             host=host,
             port=port,
             log_config=None,
@@ -58,7 +64,22 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> 
             _tell_start(settings, f"http://{host}:{listening.getsockname()[1]}/docs")
             if doors is Doors.KEYS:
                 log.info("API keys are asked for; `weightsmith keys create OWNER` makes one")
-            uvicorn.Server(config).run(sockets=[listening])
+            _server(config, app).run(sockets=[listening])
+
+
+def _server(config: uvicorn.Config, app: FastAPI) -> uvicorn.Server:
+    """A server that lets those go who wait or listen before it waits for their connections to end."""
+    import uvicorn
+
+    from app.watching import Watch
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if isinstance(watch := getattr(app.state, "watch", None), Watch):
+                await watch.close()
+            await super().shutdown(sockets)
+
+    return Server(config)
 
 
 @click.command()
