@@ -276,7 +276,9 @@ class JobStore:
             session.execute(update(Unit).where(Unit.job_id == job_id).values(runs=0))
             if moved and job is not None and job.reserved_bytes:
                 reserve(session, self.settings, job.reserved_bytes, job_id=job_id)
-        if job is not None and not moved:
+        if job is None or job.deleted_at is not None:
+            return None
+        if not moved:
             raise IllegalMove(job_id, job.state, "retried")
         return job
 

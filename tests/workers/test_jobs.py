@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from workers.celery_app import make_celery
+from workers.idempotency import KeyReused, Repeated, RequestKey
 from workers.jobs import FINISHED, MOVES, IllegalMove, JobKind, JobState, JobStore, Lease, LeaseLost, new_id
 from workers.queue import Queue
 from workers.settings import Settings
@@ -194,6 +195,60 @@ def test_jobs_of_each_kind_are_lists_of_their_own(store: JobStore) -> None:
     for kind, job in jobs.items():
         assert [found.id for found in store.page(kind=kind)] == [job.id]
         assert claimed(store, job).kind is kind
+
+
+def test_pages_of_labels_and_states(store: JobStore) -> None:
+    one, both = store.add({}, {}, labels={"a/b.c": "x"}), store.add({}, {}, labels={"a/b.c": "x", "d": "ü'\"%"})
+    store.add({}, {})
+    assert [job.id for job in store.page(labels={"a/b.c": "x"})] == [both.id, one.id]
+    assert [job.id for job in store.page(labels={"a/b.c": "x", "d": "ü'\"%"})] == [both.id]
+    assert store.page(labels={"d": "x"}) == [] == store.page(labels={"a": "x"})
+    store.cancel(one.id)
+    assert [job.id for job in store.page(states=[JobState.CANCELED, JobState.RUNNING])] == [one.id]
+
+
+def test_a_request_makes_one_job(store: JobStore) -> None:
+    request = RequestKey("local", "key", "digest")
+    job = store.add({}, {}, request=request)
+    for repeated in (lambda: store.check_new(request), lambda: store.add({}, {}, request=request)):
+        with pytest.raises(Repeated) as found:
+            repeated()
+        assert found.value.job.id == job.id
+    with pytest.raises(KeyReused):
+        store.add({}, {}, request=RequestKey("local", "key", "other"))
+    assert store.add({}, {}, owner="somebody", request=RequestKey("somebody", "key", "other")).id != job.id
+    assert [found.id for found in store.page()] == [job.id]
+
+
+def test_a_retry_begins_anew(store: JobStore) -> None:
+    job = store.add({}, {}, deadline_at=1.0)
+    assert store.end_late() == [job.id]
+    before = store.pulses([job.id])[job.id]
+    again = store.retry(job.id)
+    assert again is not None and (again.state, again.error, again.deaths, again.deadline_at) == (
+        "queued",
+        None,
+        0,
+        None,
+    )
+    now = store.pulses([job.id])[job.id]
+    assert now.version > before.version and now.events == before.events + 1 and not now.is_deleted
+    assert store.retry("mrg_none") is None
+    with pytest.raises(IllegalMove, match="is queued; it cannot be retried"):
+        store.retry(job.id)
+
+
+def test_what_is_deleted_is_forgotten(store: JobStore) -> None:
+    job = store.add({"secret": 1}, {"secret": 1}, ["secret"], labels={"secret": "x"})
+    with pytest.raises(IllegalMove, match="cancel it first"):
+        store.delete(job.id)
+    store.cancel(job.id)
+    assert store.delete(job.id) and not store.delete(job.id) and not store.delete("mrg_none")
+    assert store.get(job.id) is None and store.events(job.id) == [] and store.page() == []
+    assert store.pulses([job.id])[job.id].is_deleted and store.retry(job.id) is None
+    with store.session() as session:
+        row = session.get(Job, job.id)
+        assert row is not None and "secret" not in repr(vars(row))
 
 
 class Lives(RuleBasedStateMachine):
