@@ -59,7 +59,7 @@ def test_a_result_written_twice_is_seen(store: JobStore) -> None:
     for result in ({"a": 1}, {"a": 2}):
         with store.session() as session:
             session.execute(update(Unit).values(state="done", result=result, runs=1))
-    assert wrong(store, job) == [f"{job.id}: the result of unit merging/0 was written again"]
+    assert wrong(store, job) == [f"{job.id}: unit merging/0 was done and became done"]
 
 
 def test_more_attempts_than_faults_are_seen(store: JobStore) -> None:

@@ -33,7 +33,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--merges", type=int, default=50)
     parser.add_argument("--broker", choices=["filesystem", "redis", "both"], default="both")
-    parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
+    parser.add_argument("--database", choices=["sqlite", "postgresql"], help="[default: SQLite, with Redis PostgreSQL]")
+    parser.add_argument(
+        "--phases", action=argparse.BooleanOptionalAction, default=True, help="try each phase at the end"
+    )
     parser.add_argument("--fault", action="append", metavar="NAME", help="only faults with this in their names")
     parser.add_argument("--keep", action="store_true", help="keep the folder with logs and data")
     given = parser.parse_args()
@@ -43,27 +46,31 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     disk = Path(os.environ[DISK_VARIABLE]) if DISK_VARIABLE in os.environ else None
     kinds = [kind for kind in FAULTS if not given.fault or any(part in kind.name for part in given.fault)]
-    print(f"seed {given.seed}; {given.merges} merges on each of {', '.join(brokers)}; {given.database}; in {folder}")
+    print(f"seed {given.seed}; {given.merges} merges on each of {', '.join(brokers)}; in {folder}")
     print("the disk is a tmpfs" if disk else "no tmpfs can be mounted here: files are kept from growing instead")
     write_models(folder / "models")
     wanted = references(folder / "models", folder / "references")
     good = True
     for broker in brokers:
         data = disk / broker if disk else folder / broker / "data"
-        world = World(folder / broker, folder / "models", data, broker, given.database, is_small_disk=disk is not None)
+        database = given.database or ("postgresql" if broker == "redis" else "sqlite")
+        world = World(folder / broker, folder / "models", data, broker, database, is_small_disk=disk is not None)
         waves = draw(given.seed, given.merges, CASES, kinds, world)
         _tell_schedule(waves)
         with world.running():
-            outcome = Run(world, wanted).go(waves)
+            outcome = Run(world, wanted).go(waves, phases=given.phases)
         shutil.rmtree(data, ignore_errors=True)
-        _tell(broker, given.database, outcome)
+        _tell(broker, database, outcome)
         if outcome.wrong:
             good = False
-            again = f"--seed {given.seed} --merges {given.merges} --broker {broker} --database {given.database}"
+            again = f"--seed {given.seed} --merges {given.merges} --broker {broker} --database {database}"
             print(
                 f"\nagain: python -m tests.chaos {again}{''.join(f' --fault {part!r}' for part in given.fault or [])}"
             )
             _tell_schedule(waves)
+    if disk:
+        subprocess.run(["umount", disk], check=False)
+        shutil.rmtree(disk, ignore_errors=True)
     if good and not given.keep:
         shutil.rmtree(folder)
     sys.exit(0 if good else 1)
@@ -89,6 +96,10 @@ def _tell(broker: str, database: str, outcome: Outcome) -> None:
     print(f"\n{'canceled while':<45} times   ended after, seconds: most")
     for phase, seconds in sorted(found.items()):
         print(f"{phase:<45} {len(seconds):5}   {max(seconds):6.2f}")
+    if outcome.repeated:
+        print(f"\n{'worker killed while':<45} units taken again")
+        for phase, count in outcome.repeated.items():
+            print(f"{phase:<45} {count:5}")
     if outcome.logged:
         print("\nin the logs")
         for error, count in outcome.logged.most_common():

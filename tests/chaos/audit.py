@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from workers.jobs import FINISHED, MOVES, JobState
 
-_SQLITE_NOW = "(julianday('now') - 2440587.5) * 86400.0"
-_POSTGRES_NOW = "extract(epoch from clock_timestamp())"
 _COLUMNS = "at, what, job_id, phase, number, before, after, holder, runs, changed"
 _JOB = "'job', NEW.id, NEW.phase, 0, OLD.state, NEW.state, coalesce(NEW.holder, OLD.holder), NEW.attempt"
 _UNIT = "'unit', NEW.job_id, NEW.phase, NEW.number, OLD.state, NEW.state, coalesce(NEW.holder, OLD.holder), NEW.runs"
-_WATCHED = {
-    "jobs": (
-        _JOB,
-        ("state", "attempt", "files", "error"),
-        ("files", "error"),
-    ),
-    "units": (_UNIT, ("state", "runs", "result"), ("result",)),
-}
-"""Of each table: what is written down, upon a change of which columns, and which of them are a result."""
+_GONE = "'unit', OLD.job_id, OLD.phase, OLD.number, OLD.state, 'gone', OLD.holder, OLD.runs"
+DONE, RUNNING, GONE = "done", "running", "gone"
+"""States of units; one whose row is removed is gone: its job is begun anew in an empty folder, or deleted."""
+WORKERS = 3
+"""The most that can be at one job: each may have a unit in hand when all of them lose their leases."""
 
 
 @dataclass(frozen=True)
@@ -50,35 +44,33 @@ def install(engine: Engine) -> None:
         connection.execute(
             text(
                 f"CREATE TABLE chaos_moves (seq {serial}, at DOUBLE PRECISION, what TEXT, job_id TEXT, phase TEXT, "
-                "number INTEGER, before TEXT, after TEXT, holder TEXT, runs INTEGER, changed INTEGER)"
+                "number INTEGER, before TEXT, after TEXT, holder TEXT, runs INTEGER, changed BOOLEAN)"
             )
         )
-        for table, (values, columns, results) in _WATCHED.items():
-            for statement in (_sqlite if is_sqlite else _postgres)(table, values, columns, results):
-                connection.exec_driver_sql(statement)
+        differs = ("OLD.{0} IS NOT NEW.{0}" if is_sqlite else "OLD.{0}::text IS DISTINCT FROM NEW.{0}::text").format
+        result = f"{differs('files')} OR {differs('error')}"
+        moved = f"({differs('state')} OR {differs('attempt')} OR {result}) AND NEW.deleted_at IS NULL"
+        _watch(connection, "UPDATE", "jobs", moved, f"{_JOB}, {result}")
+        taken = f"{differs('state')} OR {differs('runs')} OR {differs('result')}"
+        _watch(connection, "UPDATE", "units", taken, f"{_UNIT}, {differs('result')}")
+        _watch(connection, "DELETE", "units", "1 = 1", f"{_GONE}, 1 = 0")
 
 
-def _sqlite(table: str, values: str, columns: Sequence[str], results: Sequence[str]) -> Iterator[str]:
-    differ = " OR ".join(f"OLD.{column} IS NOT NEW.{column}" for column in columns)
-    result = " OR ".join(f"OLD.{column} IS NOT NEW.{column}" for column in results)
-    yield (
-        f"CREATE TRIGGER chaos_{table} AFTER UPDATE ON {table} WHEN {differ} BEGIN "
-        f"INSERT INTO chaos_moves ({_COLUMNS}) VALUES ({_SQLITE_NOW}, {values}, ({result})); END"
+def _watch(connection: Connection, event: str, table: str, when: str, values: str) -> None:
+    """Write down `values` after an `event`, of rows of which `when` is true."""
+    name = f"chaos_{table}_{event}".lower()
+    happens = f"TRIGGER {name} AFTER {event} ON {table}"
+    insert = f"INSERT INTO chaos_moves ({_COLUMNS}) VALUES"
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(
+            f"CREATE {happens} WHEN {when} BEGIN {insert} ((julianday('now') - 2440587.5) * 86400.0, {values}); END"
+        )
+        return
+    connection.exec_driver_sql(
+        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"{insert} (extract(epoch from clock_timestamp()), {values}); RETURN NULL; END $$"
     )
-
-
-def _postgres(table: str, values: str, columns: Sequence[str], results: Sequence[str]) -> Iterator[str]:
-    differ = " OR ".join(f"OLD.{column}::text IS DISTINCT FROM NEW.{column}::text" for column in columns)
-    result = " OR ".join(f"OLD.{column}::text IS DISTINCT FROM NEW.{column}::text" for column in results)
-    yield (
-        f"CREATE FUNCTION chaos_{table}() RETURNS trigger AS $$ BEGIN "
-        f"INSERT INTO chaos_moves ({_COLUMNS}) VALUES ({_POSTGRES_NOW}, {values}, ({result})::int); RETURN NULL; END "
-        "$$ LANGUAGE plpgsql"
-    )
-    yield (
-        f"CREATE TRIGGER chaos_{table} AFTER UPDATE ON {table} FOR EACH ROW WHEN ({differ}) "
-        f"EXECUTE FUNCTION chaos_{table}()"
-    )
+    connection.exec_driver_sql(f"CREATE {happens} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION {name}()")
 
 
 def moves(engine: Engine) -> list[Move]:
@@ -94,18 +86,19 @@ def violations(found: Sequence[Move], takeovers: Mapping[str, int], retries: Map
     """
     attempts: Counter[str] = Counter()
     retried: Counter[str] = Counter()
-    done: Counter[tuple[str, str, int]] = Counter()
-    taken: Counter[tuple[str, str, int]] = Counter()
+    done: set[tuple[str, str, int]] = set()
     for move in found:
+        unit = (move.job_id, move.phase, move.number)
         if move.what == "job":
             yield from _job_violations(move, attempts, retried)
-        else:
-            unit = (move.job_id, move.phase, move.number)
-            taken[unit] = max(taken[unit], move.runs)
-            if move.after == "done" and move.before != "done":
-                done[unit] += 1
-            if move.before == "done" and move.changed:
-                yield f"{move.job_id}: the result of unit {move.phase}/{move.number} was written again"
+        elif move.after == GONE:
+            done.discard(unit)
+        elif move.after == DONE and move.before != DONE:
+            if unit in done:
+                yield f"{move.job_id}: unit {move.phase}/{move.number} was done twice"
+            done.add(unit)
+        elif move.before == DONE:
+            yield f"{move.job_id}: unit {move.phase}/{move.number} was done and became {move.after}"
     for job_id, count in retried.items():
         if count > retries.get(job_id, 0):
             yield f"{job_id} left a finished state {count} times, and was asked to {retries.get(job_id, 0)} times"
@@ -113,16 +106,25 @@ def violations(found: Sequence[Move], takeovers: Mapping[str, int], retries: Map
         most = 1 + takeovers.get(job_id, 0) + retries.get(job_id, 0)
         if attempt > most:
             yield f"{job_id} was begun {attempt} times, where faults explain {most}"
-    for unit, count in done.items():
-        if count > 1 + retries.get(unit[0], 0):
-            yield f"{unit[0]}: unit {unit[1]}/{unit[2]} was done {count} times"
-    repeated: dict[str, int] = defaultdict(int)
-    for unit, runs in taken.items():
-        repeated[unit[0]] += runs - 1
-    for job_id, count in repeated.items():
-        most = takeovers.get(job_id, 0) + retries.get(job_id, 0)
+    for job_id, count in repeated(found).items():
+        most = WORKERS * (takeovers.get(job_id, 0) + retries.get(job_id, 0))
         if count > most:
             yield f"{job_id}: {count} units were taken again, where faults explain {most}"
+
+
+def repeated(found: Sequence[Move]) -> Mapping[str, int]:
+    """How many units of each job were taken more than once, where it was not begun anew in an empty folder."""
+    taken: Counter[tuple[str, str, int]] = Counter()
+    counts: Counter[str] = Counter()
+    for move in found:
+        if move.what == "unit":
+            unit = (move.job_id, move.phase, move.number)
+            if move.after == GONE:
+                del taken[unit]
+            elif move.after == RUNNING and move.before != RUNNING:
+                counts[move.job_id] += taken[unit] > 0
+                taken[unit] += 1
+    return counts
 
 
 def _job_violations(move: Move, attempts: Counter[str], retried: Counter[str]) -> Iterator[str]:

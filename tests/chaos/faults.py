@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 import psutil
 
 from tests.chaos.world import LEASE_SECONDS, STOP_SECONDS, Member, World
-from workers.jobs import FINISHED
+from workers.jobs import FINISHED, JobKind
 from workers.tables import Job
 
 Steps = Iterator[float | Callable[[], bool]]
@@ -189,7 +190,6 @@ class Join(_Pause):
     """A worker more, for a while."""
 
     name = "a worker joins"
-    takes = 0
     shortest, longest = 2.0, 8.0
 
     def happen(self, scene: Scene) -> Steps:
@@ -329,12 +329,25 @@ class StalledReader(Fault):
             ).mappings()
             job = next(iter(done), None)
         if job is not None:
-            where = f"/v1/{'patches' if job['kind'] == 'patch' else job['kind'] + 's'}/{job['id']}"
             largest = max(job["files"], key=lambda file: int(file["size"]))
-            world.stalled_reader(f"{where}/files/{largest['path']}", "*/*")
+            world.stalled_reader(f"/v1/{JobKind(job['kind']).plural}/{job['id']}/files/{largest['path']}", "*/*")
         for each in scene.unfinished():
-            world.stalled_reader(f"/v1/{each.kind}s/{each.id}/events", "text/event-stream")
+            world.stalled_reader(f"/v1/{JobKind(each.kind).plural}/{each.id}/events", "text/event-stream")
         yield 0.0
+
+
+@dataclass(frozen=True)
+class LoseAnswers(_Pause):
+    """What people send arrives, and they never hear of it."""
+
+    name = "answers lost on their way"
+    takes = 0
+    shortest, longest = 0.5, 3.0
+
+    def happen(self, scene: Scene) -> Steps:
+        scene.world.wire.cut_answers(True)
+        yield self.seconds
+        scene.world.wire.cut_answers(False)
 
 
 @dataclass(frozen=True)
@@ -382,6 +395,7 @@ FAULTS: tuple[type[Fault], ...] = (
     LockDatabase,
     FillDisk,
     StalledReader,
+    LoseAnswers,
     Cancel,
     CancelAndRetry,
 )
@@ -416,14 +430,10 @@ def _stop_member(scene: Scene, member: Member, pause: float) -> Steps:
 def _stopped(scene: Scene, member: Member) -> Steps:
     scene.note(f"SIGTERM {member.name}")
     member.terminate()
-    late = [STOP_SECONDS]
-
-    def is_gone() -> bool:
-        late[0] -= 0.1
-        return not member.is_running or late[0] < 0
-
-    while not is_gone():
-        yield 0.1
+    told = time.monotonic()
+    while member.is_running and time.monotonic() < told + STOP_SECONDS:
+        yield 0.05
+    scene.note(f"{member.name} stopped after {time.monotonic() - told:.1f} s")
     if member.is_running:
         scene.wrong.append(f"{member.name} did not stop within {STOP_SECONDS:.0f} s of SIGTERM")
         member.kill()

