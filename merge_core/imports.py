@@ -22,16 +22,17 @@ def quick_imports() -> Iterator[None]:
     second at the start of a process and as long at its end. A quarter of the rest, and 18 MB, are stand-ins for tensors
     without data; whoever imports them later gets them.
     """
+    if "torch" in sys.modules:
+        # To freeze again would keep whatever the merges since then left behind.
+        yield
+        return
     was_enabled = gc.isenabled()
     gc.disable()
-    hides = "torch" not in sys.modules
-    if hides:
-        sys.modules[_NOT_NEEDED] = _Absent(_NOT_NEEDED)
+    sys.modules[_NOT_NEEDED] = _Absent(_NOT_NEEDED)
     try:
         yield
     finally:
-        if hides:
-            _uncover()
+        _uncover()
         gc.freeze()
         if was_enabled:
             gc.enable()

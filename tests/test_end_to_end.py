@@ -120,6 +120,18 @@ def test_an_alignment_and_an_aligned_merge(service: Service, llamas: Path, tmp_p
     assert found.spec == again.spec and len(found.spec.permutations) > 6
 
 
+def test_small_jobs_share_a_child(service: Service) -> None:
+    def children() -> set[int]:
+        workers = {process.pid: process for process in service.worker_processes()}
+        return {pid for pid, process in workers.items() if process.ppid() in workers}
+
+    service.ended(service.post(method_recipe("linear")))
+    before = children()
+    for _ in range(3):
+        assert service.ended(service.post(method_recipe("linear")))["status"] == "succeeded"
+    assert before and children() == before
+
+
 def test_progress_is_on_the_row(large: Path, tmp_path: Path) -> None:
     with running_service(tmp_path / "data", large, **SLOWLY) as service:
         job = service.post(method_recipe("ties-paper"))

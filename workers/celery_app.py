@@ -18,6 +18,10 @@ from workers.logs import bind_process, configure_logs
 from workers.settings import SUPERVISOR_VARIABLE, WORKER_VARIABLE, Settings
 
 PARENT_SECONDS = 1.0
+TASKS_PER_CHILD = 100
+"""How many jobs a child may run one after the other. Importing torch costs ten times what a small merge does."""
+CHILD_BYTES = 400 * 2**20
+"""A child that ever took more ends with its job: the plan of the next one counts on no more (`memory.FLOOR_BYTES`)."""
 
 
 def make_celery(settings: Settings) -> Celery:
@@ -43,7 +47,8 @@ def make_celery(settings: Settings) -> Celery:
         accept_content=["json"],
         worker_prefetch_multiplier=1,
         worker_concurrency=1,
-        worker_max_tasks_per_child=1,
+        worker_max_tasks_per_child=TASKS_PER_CHILD,
+        worker_max_memory_per_child=CHILD_BYTES // 1024,
         worker_enable_remote_control=False,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from celery.signals import worker_process_init
 from sqlalchemy.exc import SQLAlchemyError
 
 from merge_core.errors import Canceled, StorageFailed, WeightsmithError
@@ -37,13 +38,14 @@ if TYPE_CHECKING:
 
 INTERNAL_ERROR = problem_of("internal-error", "an unexpected error, which the worker's log describes")
 log = logging.getLogger(__name__)
+_kept: JobStore | None = None
 
 
 @celery_app.task(name=RUN_JOB)
 def run_job(job_id: str) -> None:
     """Run the job whose turn it is, which need not be the one that the message names; with none free, do nothing."""
     settings = Settings()
-    store = JobStore(settings)
+    store = _kept or JobStore(settings)
     try:
         lease = store.claim_next(f"{os.environ.get(WORKER_VARIABLE, socket.gethostname())}/{os.getpid()}")
         if lease is not None:
@@ -51,7 +53,15 @@ def run_job(job_id: str) -> None:
                 log.info("attempt %d begins", lease.attempt)
                 _work(settings, store, lease)
     finally:
-        store.close()
+        if store is not _kept:
+            store.close()
+
+
+@worker_process_init.connect
+def _keep_store(**_: object) -> None:
+    """Open the database once for all jobs of a worker's child: to compile statements anew costs as much as a merge."""
+    global _kept
+    _kept = JobStore(Settings())
 
 
 def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
