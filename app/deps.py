@@ -105,6 +105,9 @@ async def _card(request: Request) -> bytes:
 
 
 async def _body(request: Request, most: int) -> bytes:
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise HttpProblem("unsupported-media-type", f"send the body as it is, without Content-Encoding: {coding[:60]}")
     body = bytearray()
     async for part in request.stream():
         body += part

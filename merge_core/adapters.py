@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from merge_core.checkpoint import Checkpoint, check_below
 from merge_core.errors import CheckpointError, CheckpointNotFound, UnsafeFormat
-from merge_core.headers import TensorInfo, clip, read_json
+from merge_core.headers import IS_UNSAFE, MAX_CONFIG_BYTES, TensorInfo, clip, read_json
 from merge_core.patterns import Patterns
 
 CONFIG_NAME = "adapter_config.json"
@@ -127,9 +127,9 @@ class AdapterConfig(BaseModel):
         return written
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path, roots: Sequence[Path] | None = None) -> Self:
         """Raises `CheckpointError` naming every key that is wrong."""
-        written = read_json(path)
+        written = read_json(path, MAX_CONFIG_BYTES, roots)
         kind = written.get("peft_type")
         if kind != "LORA":
             raise CheckpointError(path, f"describes a {clip(str(kind))} adapter; only LORA can be applied")
@@ -189,12 +189,11 @@ class Adapter:
             check_below(folder / CONFIG_NAME, roots)
             if not (folder / WEIGHTS_NAME).exists():
                 if (folder / "adapter_model.bin").exists():
-                    why = "is a pickle, which can run code when it is read; convert it to safetensors first"
-                    raise UnsafeFormat(folder / "adapter_model.bin", why)
+                    raise UnsafeFormat(folder / "adapter_model.bin", f"is a pickle, which {IS_UNSAFE}")
                 raise CheckpointNotFound(folder, f"holds no {WEIGHTS_NAME}")
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(clip(str(path)), f"cannot be read: {clip(str(error))}") from None
-        config = AdapterConfig.read(folder / CONFIG_NAME)
+        config = AdapterConfig.read(folder / CONFIG_NAME, roots)
         return cls(folder, config, Checkpoint.open(folder / WEIGHTS_NAME, roots=roots))
 
     def _sort(self) -> None:

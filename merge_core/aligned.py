@@ -285,7 +285,7 @@ def _spec(
         with _files_at("#/alignment/spec", roots):
             path = locate(written, roots)
             check_below(path, roots)
-            written = read_json(path)
+            written = read_json(path, roots=roots)
     try:
         spec = PermutationSpec.from_data(written, shapes)
         spec.check(shapes)

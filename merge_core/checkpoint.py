@@ -15,11 +15,24 @@ import torch
 from torch import Tensor
 
 from merge_core.errors import CheckpointError, CheckpointNotFound, PathNotAllowed, UnsafeFormat
-from merge_core.headers import Shard, TensorInfo, clip, is_usable_name, open_regular, read_header, read_json
+from merge_core.headers import (
+    IS_UNSAFE,
+    MAX_CONFIG_BYTES,
+    MAX_INDEX_BYTES,
+    MAX_TENSORS,
+    OUTSIDE,
+    Shard,
+    TensorInfo,
+    clip,
+    is_usable_name,
+    open_regular,
+    read_header,
+    read_json,
+)
 from merge_core.tokenizers import TOKENIZER_FILES
 from merge_core.weights import Companions, Weights
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 COMPANIONS = (
     "generation_config.json",
     *TOKENIZER_FILES,
@@ -76,7 +89,7 @@ class Checkpoint(Weights):
         tensors: dict[str, TensorInfo] = {}
         for name in names:
             check_below(folder / name, roots)
-            shards[name], found = read_header(folder / name)
+            shards[name], found = read_header(folder / name, roots)
             for info in found:
                 if listed is not None and (where := listed.get(info.name)) != name:
                     says = f"the index puts it in {where}" if where else "the index does not list it"
@@ -88,7 +101,7 @@ class Checkpoint(Weights):
         config: Mapping[str, Any] = {}
         if path.is_dir() and (folder / "config.json").exists():
             check_below(folder / "config.json", roots)
-            config = read_json(folder / "config.json")
+            config = read_json(folder / "config.json", MAX_CONFIG_BYTES, roots)
         return cls(path, shards, tensors, config, roots)
 
     @property
@@ -157,7 +170,7 @@ def locate(path: str, roots: Sequence[Path] | None) -> Path:
         check_below(root / written, [root])
         if os.path.lexists(root / written):
             return root / written
-    raise CheckpointNotFound(path, "is in none of this service's model folders; Hub models are not supported yet")
+    raise CheckpointNotFound(clip(path), "is in none of this service's model folders; Hub models are not supported yet")
 
 
 def check_below(path: Path, roots: Sequence[Path] | None) -> None:
@@ -169,12 +182,12 @@ def check_below(path: Path, roots: Sequence[Path] | None) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(clip(str(path)), f"cannot be read: {clip(str(error))}") from None
     if not any(real.is_relative_to(root.resolve()) for root in roots):
-        raise PathNotAllowed(clip(str(path)), "lies outside the folders that this service may read models from")
+        raise PathNotAllowed(clip(str(path)), OUTSIDE)
 
 
 def _not_safetensors(path: Path) -> CheckpointError:
     if path.suffix in PICKLED:
-        return UnsafeFormat(path, "is a pickle, which can run code when it is read; convert it to safetensors first")
+        return UnsafeFormat(path, f"is a pickle, which {IS_UNSAFE}")
     return CheckpointError(path, "is not a .safetensors file")
 
 
@@ -188,7 +201,7 @@ def _weight_files(folder: Path, roots: Sequence[Path] | None) -> tuple[list[str]
         index = indexes[0]
     if index.exists():
         check_below(index, roots)
-        return _shards_of_index(index)
+        return _shards_of_index(index, roots)
     single = sorted(file.name for file in folder.glob("*.safetensors"))
     if len(single) == 1:
         return single, None
@@ -199,17 +212,21 @@ def _weight_files(folder: Path, roots: Sequence[Path] | None) -> tuple[list[str]
     raise CheckpointNotFound(folder, "holds no safetensors file")
 
 
-def _shards_of_index(index: Path) -> tuple[list[str], dict[str, str]]:
-    weight_map = read_json(index).get("weight_map")
+def _shards_of_index(index: Path, roots: Sequence[Path] | None) -> tuple[list[str], dict[str, str]]:
+    weight_map = read_json(index, MAX_INDEX_BYTES, roots).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(index, "has no weight_map")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(index, f"names {len(weight_map):,} tensors; at most {MAX_TENSORS:,} are read")
+    shards = {name for name in weight_map.values() if isinstance(name, str)}
+    there = {name for name in shards if name == Path(name).name and (index.parent / name).exists()}
     for tensor, name in weight_map.items():
         if not is_usable_name(tensor):
             raise CheckpointError(index, f"weight_map has a tensor name that cannot be used: {clip(tensor)}")
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
             wrong = f"weight_map sends {clip(tensor)} to {clip(name)!r}, which is no shard name"
             raise CheckpointError(index, wrong, tensor=tensor)
-        if not (index.parent / name).exists():
+        if name not in there:
             wrong = f"weight_map sends {clip(tensor)} to {clip(name)}, which is not there"
             raise CheckpointError(index, wrong, tensor=tensor)
-    return sorted(set(weight_map.values())), weight_map
+    return sorted(shards), weight_map

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,7 +22,13 @@ from merge_core.errors import Problem, RecipeError
 
 MAX_DOCUMENT_BYTES = 256 * 1024
 MAX_DEPTH = 32
+MAX_DOCUMENTS = 64
+MAX_VALUES = 20_000
+_MAX_DIGITS = 100
+_MAX_SUGGESTIONS = 50
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_MERGE = "tag:yaml.org,2002:merge"
 _Form = TypeVar("_Form", bound=BaseModel)
 
 
@@ -35,26 +44,35 @@ class Keys(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases (they can expand without end) and without duplicate keys."""
+    """YAML without aliases (they can expand without end), without merge keys and without duplicate keys."""
 
     depth = 0
+    values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise RecipeError("a YAML alias (*name) is not read; write the value out")
         self.depth += 1
+        self.values += 1
         if self.depth > MAX_DEPTH:
             raise RecipeError(f"nested deeper than {MAX_DEPTH} levels")
+        if self.values > MAX_VALUES:
+            raise RecipeError(f"more than {MAX_VALUES:,} keys and values")
         try:
-            return super().compose_node(parent, index)
+            node = super().compose_node(parent, index)
         finally:
             self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > _MAX_DIGITS and node.tag in _NUMBERS:
+            raise RecipeError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} characters")
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise RecipeError(f"line {key_node.start_mark.line + 1}: a key must be a plain text")
+            if key_node.tag == _MERGE:
+                raise RecipeError(f"line {key_node.start_mark.line + 1}: a merge key (<<) is not read; write it out")
             if key_node.value in seen:
                 raise RecipeError(f"line {key_node.start_mark.line + 1}: key {key_node.value[:60]!r} appears twice")
             seen.add(key_node.value)
@@ -68,7 +86,9 @@ def load_documents(text: str | bytes, kind: str = "recipe") -> list[Any]:
     if len(text) > MAX_DOCUMENT_BYTES:
         raise RecipeError(f"the {kind} has {len(text):,} bytes; at most {MAX_DOCUMENT_BYTES:,} are read")
     try:
-        documents = list(yaml.load_all(text, _Loader))
+        if (parsed := _as_json(text)) is not None:
+            return [parsed]
+        documents = list(islice(yaml.load_all(text, _Loader), MAX_DOCUMENTS + 1))
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise RecipeError(f"the {kind} is not valid YAML: {line}{error.problem}") from None
@@ -77,7 +97,38 @@ def load_documents(text: str | bytes, kind: str = "recipe") -> list[Any]:
     except Exception as error:
         # PyYAML's constructors raise whatever they stumble over: ValueError, KeyError, AttributeError, …
         raise RecipeError(f"the {kind} is not valid YAML: {str(error)[:200]}") from None
+    if len(documents) > MAX_DOCUMENTS:
+        raise RecipeError(f"the {kind} has more than {MAX_DOCUMENTS} documents")
     return [document for document in documents if document is not None]
+
+
+def _as_json(text: str | bytes) -> Any:
+    """What JSON says; None where it is not that, and may be YAML. Raises `RecipeError`."""
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return None
+    if text.lstrip()[:1] not in ("{", "["):
+        return None
+    if text.count(",") + text.count(":") > MAX_VALUES:
+        return None
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_number)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise RecipeError(f"key {ascii(name)[:60]} appears twice")
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise RecipeError(f"{name} is no number that JSON has")
 
 
 def read_as(form: type[_Form], data: Mapping[str, Any], missing: Mapping[str, str] | None = None) -> _Form:
@@ -132,7 +183,9 @@ def _not_plain(data: Any, pointer: str, depth: int) -> Problem | None:
         return next(
             filter(None, (_not_plain(value, f"{pointer}/{i}", depth - 1) for i, value in enumerate(data))), None
         )
-    if data is None or isinstance(data, float):
+    if isinstance(data, float):
+        return None if math.isfinite(data) else Problem(f"{data} is no finite number", pointer)
+    if data is None:
         return None
     return Problem(f"a {type(data).__name__} means nothing here; if it is meant as a text, put it in quotes", pointer)
 
@@ -147,10 +200,11 @@ def _is_unicode(text: str) -> bool:
 
 def unknown_keys(model: Keys, pointer: str) -> Iterator[Problem]:
     """Keys that no part of the document knows, wherever they stand."""
-    for name in model.model_extra or {}:
-        if name not in model.known_keys:
-            detail = f"unknown key {name[:60]!r}{suggestion(name, model.known_keys)}"
-            yield Problem(detail, f"{pointer}/{escaped(name)}")
+    unknown = [name for name in model.model_extra or {} if name not in model.known_keys]
+    for i, name in enumerate(unknown):
+        near = suggestion(name, model.known_keys) if i < _MAX_SUGGESTIONS else ""
+        detail = f"unknown key {name[:60]!r}{near}"
+        yield Problem(detail, f"{pointer}/{escaped(name)}")
     for name in type(model).model_fields:
         value = getattr(model, name)
         if isinstance(value, Keys):

@@ -74,8 +74,8 @@ class CheckpointError(WeightsmithError):
     def as_written(self, roots: Sequence[Path], pointer: str) -> CheckpointError:
         """The same error as the recipe sees the world: paths as seen from the roots, and where it names them."""
         file, reason = self.file, self.reason
-        for root in roots:
-            file, reason = (text.replace(f"{root}/", "") for text in (file, reason))
+        for root in sorted(map(str, roots), key=len, reverse=True):
+            file, reason = ("." if text == root else text.replace(f"{root}/", "") for text in (file, reason))
         error = type(self)(file, reason, tensor=self.tensor)
         error.problems = tuple(Problem(found.detail, pointer, found.tensor, found.file) for found in error.problems)
         return error

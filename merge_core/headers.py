@@ -11,20 +11,28 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from merge_core.dtypes import STORED, DType
-from merge_core.errors import CheckpointError
+from merge_core.errors import CheckpointError, PathNotAllowed, UnsafeFormat
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_JSON_BYTES = 64_000_000
+MAX_INDEX_BYTES = 25_000_000
+MAX_CONFIG_BYTES = 4_000_000
 MAX_TENSORS = 200_000
+MAX_PARTS = 1_000_000
+"""Objects, lists and keys, each, in a JSON file; and a quarter of its commas."""
 MAX_NAME_LENGTH = 1024
 MAX_DIMENSIONS = 16
 MAX_ELEMENTS = 2**56
+OUTSIDE = "lies outside the folders that this service may read models from"
+IS_UNSAFE = "can run code when it is read; convert it to safetensors first"
+_PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How what `torch.save` writes begins, or a bare pickle."""
 
 
 @dataclass(frozen=True)
@@ -68,35 +76,56 @@ class Shard:
         return found == (self.size, self.device, self.inode, self.mtime_ns, self.ctime_ns)
 
 
-def open_regular(path: Path) -> tuple[int, os.stat_result]:
+def open_regular(path: Path, roots: Sequence[Path] | None = None) -> tuple[int, os.stat_result]:
     """Open a file for reading without ever waiting for it; the caller closes the descriptor.
 
-    Raises `CheckpointError` for anything that is no regular file.
+    `roots`: the folders that what was opened must lie in (None: anywhere), which is looked at after it was opened, so
+    that a link put there in between leads nowhere. Raises `PathNotAllowed`, or `CheckpointError` for anything that is
+    no regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CheckpointError(path, f"cannot be opened: {error.strerror}") from None
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(path, "is no regular file")
+        if roots is not None:
+            _check_opened(path, descriptor, roots)
+    except BaseException:
         os.close(descriptor)
-        raise CheckpointError(path, "is no regular file")
+        raise
     return descriptor, found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file, no key twice. Raises `CheckpointError`."""
-    descriptor, found = open_regular(path)
+def _check_opened(path: Path, descriptor: int, roots: Sequence[Path]) -> None:
+    opened = Path(f"/proc/self/fd/{descriptor}").readlink()
+    if not any(opened.is_relative_to(root.resolve()) for root in roots):
+        raise PathNotAllowed(clip(str(path)), OUTSIDE)
+
+
+def read_small(path: Path, most: int = MAX_JSON_BYTES, roots: Sequence[Path] | None = None) -> bytes:
+    """A small file whole. Raises `CheckpointError`, as `open_regular` does."""
+    descriptor, found = open_regular(path, roots)
     with os.fdopen(descriptor, "rb") as file:
-        if found.st_size > MAX_JSON_BYTES:
-            raise CheckpointError(path, f"is larger than {MAX_JSON_BYTES:,} bytes")
-        return _parse_json(path, file.read(), "is not")
+        if found.st_size > most or len(raw := file.read(most + 1)) > most:
+            raise CheckpointError(path, f"is larger than {most:,} bytes")
+        return raw
 
 
-def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
-    """What a safetensors file holds, in storage order. Raises `CheckpointError` for a header that lies in any way."""
-    raw, found = _read_header(path)
+def read_json(path: Path, most: int = MAX_JSON_BYTES, roots: Sequence[Path] | None = None) -> dict[str, Any]:
+    """A JSON object from a small file, no key twice. Raises `CheckpointError`, as `open_regular` does."""
+    return _parse_json(path, read_small(path, most, roots), "is not")
+
+
+def read_header(path: Path, roots: Sequence[Path] | None = None) -> tuple[Shard, list[TensorInfo]]:
+    """What a safetensors file holds, in storage order. Raises `CheckpointError` for a header that lies in any way, or
+    as `open_regular` does.
+    """
+    raw, found = _read_header(path, roots)
     header = _parse_header(path, raw)
+    _metadata(path, header)
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise CheckpointError(path, f"names {len(header):,} tensors; at most {MAX_TENSORS:,} are read")
@@ -115,28 +144,41 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
     return Shard(path, found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, digest), infos
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself: texts by name. Raises `CheckpointError`."""
-    metadata = _parse_header(path, _read_header(path)[0]).get("__metadata__", {})
+def read_metadata(path: Path, roots: Sequence[Path] | None = None) -> dict[str, str]:
+    """What a safetensors file says of itself: texts by name. Raises `CheckpointError`, as `open_regular` does."""
+    return _metadata(path, _parse_header(path, _read_header(path, roots)[0]))
+
+
+def _metadata(path: Path, header: Mapping[str, Any]) -> dict[str, str]:
+    metadata = header.get("__metadata__")
+    if metadata is None:
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(path, "has metadata that are not texts by name")
     return metadata
 
 
-def _read_header(path: Path) -> tuple[bytes, os.stat_result]:
-    descriptor, found = open_regular(path)
+def _read_header(path: Path, roots: Sequence[Path] | None) -> tuple[bytes, os.stat_result]:
+    descriptor, found = open_regular(path, roots)
     with os.fdopen(descriptor, "rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
+        if prefix.startswith(_PICKLED) and length > MAX_HEADER_BYTES:
+            raise UnsafeFormat(path, f"is a pickle by another name, which {IS_UNSAFE}")
         if len(prefix) < 8 or 8 + length > found.st_size:
             raise CheckpointError(path, f"is cut short: {found.st_size:,} bytes do not hold its header")
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(path, f"has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
-        return file.read(length), found
+        raw = file.read(length)
+    if len(raw) < length:
+        raise CheckpointError(path, "became shorter while it was read")
+    return raw, found
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
-    header = _parse_json(path, raw, "has a header that is not")
+    if raw.count(b"{") > MAX_TENSORS + 2:
+        raise CheckpointError(path, f"names more tensors than the {MAX_TENSORS:,} that are read")
+    header = _parse_json(path, raw, "has a header that is not", parse_constant=_no_number)
     if not raw.startswith(b"{"):
         raise CheckpointError(path, "has a header that is not a JSON object from its first byte")
     return header
@@ -153,14 +195,21 @@ def clip(name: object) -> str:
     return shown if len(shown) <= 200 else f"{shown[:200]}…"
 
 
-def _parse_json(path: Path, raw: bytes, lead: str) -> dict[str, Any]:
+def _parse_json(path: Path, raw: bytes, lead: str, **how: Any) -> dict[str, Any]:
+    keys = raw.count(b'":') - raw.count(b'\\":')
+    if max(raw.count(b"{"), raw.count(b"["), keys, raw.count(b",") // 4) > MAX_PARTS:
+        raise CheckpointError(path, f"{lead} JSON of at most {MAX_PARTS:,} parts")
     try:
-        parsed = json.loads(raw, object_pairs_hook=_no_duplicates)
+        parsed = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, **how)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"{lead} valid JSON: {clip(str(error))}") from None
     if not isinstance(parsed, dict):
         raise CheckpointError(path, f"{lead} a JSON object")
     return parsed
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

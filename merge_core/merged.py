@@ -40,6 +40,10 @@ from merge_core.weights import Companions, Derived, Weights
 
 _NO_LIMIT = 2**62
 """A stage's memory is part of the plan of the merge that reads it."""
+_MAX_LAYERS = 4096
+"""Layers that the slices of all documents make together."""
+_MAX_READS = 1000
+"""Models that a document reads, a stage counted as what it reads itself each time: it is computed anew for each."""
 
 
 def make_plan_in_stages(
@@ -59,6 +63,7 @@ def make_plan_in_stages(
     stages: dict[ModelRef, Plan] = {}
     made: list[MergedWeights] = []
     alignments: list[tuple[Alignment, AlignmentPlan]] = []
+    _check_size(recipe)
     memory, threads = how.get("memory") or recipe.limits.memory, how.get("threads") or recipe.limits.threads
     for number, document in enumerate((*recipe.stages, recipe), 1):
         try:
@@ -88,6 +93,23 @@ def make_plan_in_stages(
         made.append(MergedWeights(str(ref), plan, [models[model] for model in plan.models]))
         found[ref] = made[-1]
     raise AssertionError("a recipe comes after its stages")
+
+
+def _check_size(recipe: Recipe) -> None:
+    """Refuse what a few lines can ask for and no machine can plan: stages of stages double what they take."""
+    reads: dict[str, int] = {}
+    layers = 0
+    for document in (*recipe.stages, recipe):
+        for pointer, part in document.parts().values():
+            layers += sum(last - first for piece in part.slices or [] for first, last in [piece.sources[0].layer_range])
+            if layers > _MAX_LAYERS:
+                detail = f"the slices make {layers:,} layers; at most {_MAX_LAYERS:,} are planned"
+                raise RecipeError.of([document.located(Problem(detail, f"{pointer}/slices"))])
+        count = sum(reads.get(ref.path, 1) for ref in referenced_models(document))
+        if count > _MAX_READS:
+            detail = f"with all its stages this reads models {count:,} times; at most {_MAX_READS:,} are planned"
+            raise RecipeError.of([document.located(Problem(detail, "#"))])
+        reads[document.name or ""] = count
 
 
 def _with_alignment(plan: Plan, alignment: Alignment | None, aligning: AlignmentPlan | None) -> Plan:

@@ -310,7 +310,7 @@ class _Removal:
             )
             raise RecipeError.of([Problem(detail, "#/model")])
         check_below(folder / LOCK_NAME, self.roots)
-        self.lock = read_json(folder / LOCK_NAME)
+        self.lock = read_json(folder / LOCK_NAME, roots=self.roots)
         written = self.lock.get("recipe")
         found = written if isinstance(written, list) else [written]
         documents = [dict(each) for each in found if isinstance(each, Mapping)]

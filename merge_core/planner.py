@@ -13,7 +13,7 @@ from merge_core import __version__
 from merge_core.adapter_sums import Placed, plan_sum
 from merge_core.documents import canonical_json
 from merge_core.dtypes import OUTPUT, DType
-from merge_core.errors import Problem
+from merge_core.errors import Problem, RecipeError
 from merge_core.given import GivenFinder
 from merge_core.headers import TensorInfo
 from merge_core.layout import Slot, lay_out
@@ -30,6 +30,9 @@ _VOCABULARIES_DIFFER = (
     "; where vocabularies differ, write `tokenizer: {source: union}` for every token of all models, or "
     "`tokenizer: {source: base}` for the base's"
 )
+
+
+_MAX_COMPARISONS = 20_000_000
 
 
 def make_plan(
@@ -83,6 +86,7 @@ class _Planner:
         self.findings.raise_any()
         donor = self.index[self.structure.donor]
         wanted = self.structure.wanted()
+        self._check_work(sum(len(tensors) for _, tensors in wanted))
         steps = tuple(step for run, tensors in wanted for tensor in tensors if (step := self._step(run, tensor)))
         self._check_filters(wanted)
         self._check_scope(steps)
@@ -234,6 +238,18 @@ class _Planner:
     def _output_dtype(self, model: ModelRef, info: TensorInfo) -> DType:
         written = self.recipe.out_dtype or self.recipe.dtype
         return OUTPUT[written] if written and info.dtype.kind == "float" else self.checkpoints[model].format(info)
+
+    def _check_work(self, tensors: int) -> None:
+        """Refuse what would take too long only to look at: every filter is held against every tensor's name."""
+        filters = sum(
+            len(setting.entries)
+            for _, parameters, _ in self.recipe.parameter_blocks()
+            for setting in parameters.values()
+            if len(setting.entries) > 1
+        )
+        if (filters + len(self.recipe.exclude)) * tensors > _MAX_COMPARISONS:
+            many = f"{filters + len(self.recipe.exclude):,} filters and patterns for {tensors:,} tensors"
+            raise RecipeError.of([Problem(f"{many} are too many; say the same with fewer", "#/parameters")])
 
     def _check_filters(self, wanted: Sequence[tuple[Run, Sequence[Wanted]]]) -> None:
         names = {name for _, tensors in wanted for tensor in tensors for name in (tensor.name, *tensor.names)}

@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, PrivateAttr
 
 from merge_core.chat_templates import CHAT_TEMPLATES
-from merge_core.documents import Keys, escaped, load_documents, read_as, suggestion, unknown_keys
+from merge_core.documents import MAX_DOCUMENTS, Keys, escaped, load_documents, read_as, suggestion, unknown_keys
 from merge_core.errors import Problem, RecipeError
 from merge_core.keys import (
     EMPTY_IS_NONE,
@@ -38,7 +38,6 @@ from merge_core.methods import METHODS, find_method
 from merge_core.references import ModelRef
 from merge_core.settings import Parameters
 
-MAX_DOCUMENTS = 64
 _OTHER_TOOLS = {
     "experts": "a mixture of experts (mergekit-moe)",
     "genome": "an evolutionary search (mergekit-evolve)",

@@ -13,7 +13,7 @@ from typing import Any
 
 from merge_core.documents import canonical_json
 from merge_core.errors import IncompatibleModels, Problem, RecipeError, WeightsmithError
-from merge_core.headers import TensorInfo
+from merge_core.headers import MAX_TENSORS, TensorInfo
 from merge_core.keys import ModuleEntry, Slice, SliceSource
 from merge_core.layers import by_layer, in_stack, place_of, stacks
 from merge_core.modules import Module, Role, find_modules, names_of_modules, role_of
@@ -328,9 +328,15 @@ class Structure:
 
         wanted = [(runs[0], _around(runs[0], owner, [info for info in outside if is_embedding(info.name)]))]
         made: list[tuple[ModelRef, int]] = []
+        count = len(outside)
         for run, piece in zip(runs, part.slices, strict=True):
             length = piece.sources[0].layer_range[1] - piece.sources[0].layer_range[0]
             layers = by_layer(self.checkpoints[run.donor.ref].tensors, prefix)
+            first = run.donor.first_layer
+            count += sum(len(layers[layer]) for layer in range(first, first + length))
+            if count > MAX_TENSORS:
+                detail = f"the slices make more tensors than the {MAX_TENSORS:,} that a checkpoint may have"
+                raise RecipeError.of([Problem(detail, run.pointer)])
             tensors = []
             for i in range(length):
                 place = i / (length - 1) if length > 1 else 1.0

@@ -88,12 +88,18 @@ class Setting:
 
 
 def _scalar(written: Any) -> Scalar:
-    if isinstance(written, str):
-        try:
-            return _number(written)
-        except ValueError:
-            return written
+    if isinstance(written, str) and not _is_number(written):
+        return written
     return _number(written)
+
+
+def _is_number(written: str) -> bool:
+    """Whether a text is a number, NaN and infinity included, which then is refused as one."""
+    try:
+        float(written)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(written: Any) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.errors import CheckpointError
-from merge_core.headers import clip, read_json
+from merge_core.headers import clip, read_json, read_small
 from merge_core.weights import Companions
 
 TOKENIZER_FILES = (
@@ -311,7 +311,7 @@ def _text(files: Companions, name: str) -> str:
 
 
 def _bytes(file: Path | bytes) -> bytes:
-    return file.read_bytes() if isinstance(file, Path) else file
+    return read_small(file) if isinstance(file, Path) else file
 
 
 def _where(files: Companions, name: str) -> Path | str:

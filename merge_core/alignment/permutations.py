@@ -102,7 +102,7 @@ class Permutations:
             file = shard.path
             if others:
                 raise CheckpointError(stored.path, "holds no permutations: it is a model in several files")
-            metadata = read_metadata(file)
+            metadata = read_metadata(file, roots)
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(file, "holds no permutations")
             if metadata.get("version") != VERSION:

@@ -33,7 +33,7 @@ def find_delta(path: Path, roots: Sequence[Path] | None = None) -> Path | None:
         file = path / DELTA_NAME if path.is_dir() else path
         if file.suffix != ".safetensors" or not file.is_file():
             return None
-        return file if read_metadata(file).get("format") == FORMAT else None
+        return file if read_metadata(file, roots).get("format") == FORMAT else None
     except (OSError, CheckpointError):
         return None  # whoever opens it says what is wrong
 
@@ -79,7 +79,7 @@ class Delta:
             raise CheckpointError(clip(str(path)), f"cannot be read: {clip(str(error))}") from None
         stored = Checkpoint.open(file, roots=roots)
         beside = Checkpoint.open(where, roots=roots, weights=False) if where.is_dir() else None
-        return cls(file, stored, read_metadata(file), beside if beside is not None and beside.config else None)
+        return cls(file, stored, read_metadata(file, roots), beside if beside is not None and beside.config else None)
 
     def close(self) -> None:
         self.file.close()
