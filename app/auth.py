@@ -38,6 +38,8 @@ _RULES: tuple[tuple[re.Pattern[str], Scope | str | None, Scope | str | None], ..
         (rf"/v1/({_JOBS})/[^/]+/files(/.*)?", Scope.FILES_READ, Scope.FILES_READ),
         (rf"/v1/({_JOBS}|credentials)(/.*)?", Scope.MERGES_READ, Scope.MERGES_WRITE),
         (r"/v1/recipes:[a-z]+", Scope.MERGES_READ, Scope.MERGES_READ),
+        # Who reads it can speak to the owner's webhooks as if they were us.
+        (r"/v1/webhook-secret", Scope.MERGES_WRITE, Scope.MERGES_WRITE),
         (r"/v1/(api-keys(/.*)?|quota)", _ANY, _ANY),
     )
 )

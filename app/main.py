@@ -11,11 +11,10 @@ from fastapi import FastAPI
 from app import auth, errors
 from app.head import HeadAsGet
 from app.requests import Requests
-from app.routes import api_keys, health, methods, metrics, problems, recipes, system
+from app.routes import api_keys, health, methods, metrics, problems, recipes, system, webhooks
 from app.routes.files import files_router
 from app.routes.jobs import jobs_router
 from app.routes.records import records_router
-from app.routes.webhooks import deliveries_router
 from app.schemas import Manifest, ProblemRead
 from app.watching import Watch
 from merge_core import __version__
@@ -69,8 +68,8 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
         app.include_router(jobs_router(kind))
         app.include_router(records_router(kind))
         app.include_router(files_router(kind))
-        app.include_router(deliveries_router(kind))
-    for module in (recipes, methods, problems, api_keys, system, health, metrics):
+        app.include_router(webhooks.deliveries_router(kind))
+    for module in (recipes, methods, webhooks, problems, api_keys, system, health, metrics):
         app.include_router(module.router)
     _describe_documents(app)
     auth.describe(app)

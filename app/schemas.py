@@ -240,6 +240,12 @@ class FileList(BaseModel):
     data: list[FileRead]
 
 
+class WebhookSecret(BaseModel):
+    """What an owner's webhooks verify messages with."""
+
+    secret: str = Field(description="`whsec_` and base64, as the libraries of Standard Webhooks take it")
+
+
 class DeliveryRead(BaseModel):
     """A message to a webhook. Its `id` is the `webhook-id` of every attempt at it."""
 

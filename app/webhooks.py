@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
 
+from app.deps import SettingsDep
 from app.errors import HttpProblem
 from workers.outbound import MAX_URL, ForbiddenAddress, Guard
+from workers.signing import NoSigningKey, Signer
 from workers.webhooks import EVENTS
 
 _NAMES = tuple(EVENTS.values())
@@ -17,6 +19,7 @@ _NAMES = tuple(EVENTS.values())
 
 def _webhook(
     request: Request,
+    settings: SettingsDep,
     webhook_url: Annotated[
         str | None,
         Header(max_length=MAX_URL, description="where to POST what becomes of the job (Standard Webhooks); https"),
@@ -39,7 +42,8 @@ def _webhook(
     assert isinstance(guard, Guard)
     try:
         guard.check(webhook_url)
-    except ForbiddenAddress as error:
+        Signer(settings)
+    except (ForbiddenAddress, NoSigningKey) as error:
         raise _wrong("webhook-url", str(error)) from None
     return {"url": webhook_url, "events": events}
 

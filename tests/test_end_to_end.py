@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from standardwebhooks import Webhook
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -19,6 +20,7 @@ from merge_core.alignment.permutations import Permutations
 from merge_core.merge import merge
 from merge_core.recipe import Recipe
 from tests.conftest import method_recipe, write_checkpoint, write_numbers
+from tests.receivers import receiving
 from tests.services import Fault, Service, eventually, running_redis, running_s3, running_service, sha256_of
 
 pytestmark = pytest.mark.xdist_group("service")
@@ -75,7 +77,8 @@ def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def service(llamas: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running_service(tmp_path_factory.mktemp("service") / "data", llamas) as service:
+    folder = tmp_path_factory.mktemp("service") / "data"
+    with running_service(folder, llamas, WEIGHTSMITH_WEBHOOK_ALLOW="127.0.0.1") as service:
         yield service
 
 
@@ -130,6 +133,24 @@ def test_small_jobs_share_a_child(service: Service) -> None:
     for _ in range(3):
         assert service.ended(service.post(method_recipe("linear")))["status"] == "succeeded"
     assert before and children() == before
+
+
+def test_a_webhook_hears_of_the_job_and_the_log_of_no_secret(service: Service) -> None:
+    secret = service.get("/v1/webhook-secret")["secret"]
+    with receiving() as receiver:
+        url = f"http://127.0.0.1:{receiver.port}/hooks/private-path"
+        headers = {"Webhook-Url": url, "Proxy-Authorization": "Bearer private-key", "Cookie": "private-cookie"}
+        answer = service.http.post("/v1/merges?token=private-query", json=method_recipe("linear"), headers=headers)
+        assert answer.status_code == 202, answer.text
+        job = service.ended(answer.json())
+        eventually(lambda: len(receiver.requests) == 2, 30)
+        told = [Webhook(secret).verify(body, headers) for _, headers, body in receiver.requests]
+        deliveries = f"{job['urls']['self']}/deliveries"
+        eventually(lambda: all(each["status"] == "delivered" for each in service.get(deliveries)["data"]), 10)
+    assert sorted(each["type"] for each in told) == ["merge.started", "merge.succeeded"]
+    assert {each["data"]["id"] for each in told} == {job["id"]}
+    log = service.log.read_text()
+    assert "private" not in log and secret not in log and job["id"] in log
 
 
 def test_progress_is_on_the_row(large: Path, tmp_path: Path) -> None:

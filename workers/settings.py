@@ -91,6 +91,11 @@ class Settings(BaseSettings):
     max_wait: float = Field(60.0, ge=0, le=60, description="the longest that ?wait= holds an answer back, in seconds")
     max_stream: float = Field(3600.0, gt=0, description="when a stream of events is to be opened anew, in seconds")
     max_attempts: int = Field(5, ge=1, description="how many workers may die at a job before it is given up")
+    webhook_key: SecretStr | None = Field(
+        None,
+        description="what webhooks' secrets are made from: 32 random characters or more, the same on all machines; "
+        "several, with commas, while they change (default: a file in the data folder)",
+    )
     webhook_allow: Annotated[list[str], NoDecode, BeforeValidator(_split_words)] = Field(
         [],
         description="hosts, addresses and networks that webhooks may be at although they are not public, or speak http",

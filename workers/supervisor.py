@@ -20,8 +20,10 @@ from workers import alive
 from workers.celery_app import make_celery
 from workers.janitor import Janitor
 from workers.jobs import JobStore
+from workers.outbound import Guard
 from workers.queue import Queue
 from workers.settings import SUPERVISOR_VARIABLE, WORKER_VARIABLE, Settings
+from workers.webhooks import Courier
 
 REAP_SECONDS = 1.0
 STOP_SECONDS = 2.0
@@ -41,12 +43,14 @@ class Supervisor:
         self._store = JobStore(settings)
         self._queue = Queue(self._store, make_celery(settings))
         self._janitor = Janitor(self._store, self._queue.artifacts)
+        self._courier = Courier(self._store, Guard(settings.webhook_allow))
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def start(self) -> None:
         self._start_worker()
         self._thread.start()
+        self._courier.start()
 
     def stop(self) -> None:
         """End the worker; a job that it was at is queued again and goes on where it was."""
@@ -59,6 +63,7 @@ class Supervisor:
                 log.info("the worker is at a job, which goes on where it is when a worker starts again")
             self._end_worker()
         self._thread.join(STOP_SECONDS)
+        self._courier.stop()
         try:
             self._give_back(died=False)
             alive.take_leave(self._store, self._name)

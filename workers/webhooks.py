@@ -15,7 +15,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -79,10 +79,10 @@ class Gone(NeverDelivered):
 
 
 class Courier:
-    """Sends what is due, a few at a time. `secret_of`: what messages to an owner's webhooks are signed with."""
+    """Sends what is due, a few at a time."""
 
-    def __init__(self, store: JobStore, guard: Guard, secret_of: Callable[[str], str]) -> None:
-        self._store, self._guard, self._secret_of = store, guard, secret_of
+    def __init__(self, store: JobStore, guard: Guard) -> None:
+        self._store, self._guard = store, guard
         self._name = f"{socket.gethostname()[:60]}/{os.getpid()}"
         self._stopping = threading.Event()
         self._free = threading.BoundedSemaphore(_THREADS)
@@ -161,11 +161,12 @@ class Courier:
 
     def _send(self, delivery: Delivery) -> None:
         """Raises `Undelivered`."""
+        # Here and not above: every process writes deliveries, few send them.
         import httpx2
-        from standardwebhooks import Webhook
 
         from merge_core import __version__
         from workers.outbound import ForbiddenAddress
+        from workers.signing import Signer
 
         with self._store.reading() as session:
             owner = session.scalars(select(Job.owner).where(Job.id == delivery.job_id)).one()
@@ -176,7 +177,7 @@ class Courier:
             "user-agent": f"Weightsmith/{__version__}",
             "webhook-id": delivery.id,
             "webhook-timestamp": str(int(now.timestamp())),
-            "webhook-signature": Webhook(self._secret_of(owner)).sign(delivery.id, now, delivery.body),
+            "webhook-signature": Signer(self._store.settings).sign(owner, delivery.id, now, delivery.body),
         }
         transport = self._guard.transport(seconds=_SECONDS, most_bytes=_MOST_BYTES)
         try:

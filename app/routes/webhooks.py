@@ -7,12 +7,27 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
-from app.deps import QueueDep, job_of
-from app.errors import answers
-from app.schemas import DeliveryList, DeliveryRead, moment
+from app.auth import CallerDep
+from app.deps import QueueDep, SettingsDep, job_of
+from app.errors import HttpProblem, answers
+from app.schemas import DeliveryList, DeliveryRead, WebhookSecret, moment
 from workers.jobs import JobKind
+from workers.signing import NoSigningKey, Signer
 from workers.tables import Delivery, Job
 from workers.webhooks import deliveries_of
+
+router = APIRouter(prefix="/v1", tags=["webhooks"])
+
+
+@router.get("/webhook-secret", responses=answers("not-found"))
+def read_webhook_secret(caller: CallerDep, settings: SettingsDep) -> WebhookSecret:
+    """What your webhooks verify messages with, as Standard Webhooks says. It is yours alone; nobody else's is the
+    same.
+    """
+    try:
+        return WebhookSecret(secret=Signer(settings).secret(caller.owner))
+    except NoSigningKey as error:
+        raise HttpProblem("not-found", str(error)) from None
 
 
 def deliveries_router(kind: JobKind) -> APIRouter:

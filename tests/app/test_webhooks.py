@@ -70,3 +70,8 @@ def test_a_webhook_that_is_not_called_is_refused_in_words(
 def test_an_administrator_may_allow_a_host(client: TestClient) -> None:
     headers = {"Webhook-Url": "http://hooks.intranet:8080/"}
     assert client.post("/v1/merges", json=method_recipe("linear"), headers=headers).status_code == 202
+
+
+def test_the_secret_is_shown_and_stays(client: TestClient) -> None:
+    secret = client.get("/v1/webhook-secret").json()["secret"]
+    assert secret.startswith("whsec_") and client.get("/v1/webhook-secret").json()["secret"] == secret

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select, update
-from standardwebhooks import Webhook
+from standardwebhooks import Webhook, WebhookVerificationError
 
 from tests.receivers import Received, plain_answer, receiving
 from tests.services import eventually
 from workers.jobs import JobStore, Lease
 from workers.outbound import Guard
 from workers.settings import Settings
+from workers.signing import KEY_FILE, NoSigningKey, Signer
 from workers.tables import Delivery, Job
 from workers.webhooks import EVENTS, MAX_ATTEMPTS, Courier, deliveries_of
 
-SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 ALL = list(EVENTS.values())
 
 
@@ -39,7 +40,7 @@ def receiver() -> Iterator[Received]:
 
 
 def courier(store: JobStore, allow: str = "127.0.0.1") -> Courier:
-    return Courier(store, Guard([allow]), lambda owner: SECRET)
+    return Courier(store, Guard([allow]))
 
 
 def job_with(store: JobStore, receiver: Received, events: list[str] = ALL) -> Job:
@@ -81,9 +82,10 @@ def test_each_move_is_told_once_signed_and_thin(store: JobStore, receiver: Recei
 
     expected = ["started", "succeeded", "canceled", "started", "failed"]
     assert sorted(told(receiver)) == sorted(f"merge.{event}" for event in expected)
+    secret = Signer(store.settings).secret("local")
     for path, headers, body in receiver.requests:
         assert path == "/hook?key=private" and headers["content-type"] == "application/json"
-        Webhook(SECRET).verify(body, headers)
+        Webhook(secret).verify(body, headers)
         data = json.loads(body)["data"]
         assert data["id"] in (job.id, canceled.id, failed.id) and data["labels"] == {"team": "vision"}
         assert data["url"] == f"/v1/merges/{data['id']}" and "recipe" not in data
@@ -178,7 +180,7 @@ def test_410_ends_it_for_the_whole_job(store: JobStore, receiver: Received) -> N
 def test_an_address_that_turned_out_to_be_inside_is_not_called(store: JobStore, receiver: Received) -> None:
     job = store.add({}, {}, webhook={"url": "https://hook.example/", "events": ALL})
     store.cancel(job.id)
-    sender = Courier(store, Guard(resolve=lambda host, port: ["10.11.12.13"]), lambda owner: SECRET)
+    sender = Courier(store, Guard(resolve=lambda host, port: ["10.11.12.13"]))
     deliver_all(sender)
     (refused,) = deliveries_of(store, job.id)
     assert refused.next_at is None and "no public address" in str(refused.last_error)
@@ -244,3 +246,30 @@ def test_a_courier_at_work_sends_what_comes_and_stops_at_once(store: JobStore, r
             return list(session.scalars(select(Delivery.delivered_at).where(Delivery.delivered_at.is_not(None))))
 
     eventually(states, 5)
+
+
+def test_each_owner_has_a_secret_that_stays(tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path)
+    secret = Signer(settings).secret("ann")
+    assert secret == Signer(settings).secret("ann") != Signer(settings).secret("ben")
+    assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == [KEY_FILE]
+
+
+def test_a_key_is_renewed_while_receivers_know_the_old_one(tmp_path: Path) -> None:
+    old, new = "o" * 32, "n" * 32
+    known = Signer(Settings(data=tmp_path, webhook_key=old)).secret("ann")
+    both = Signer(Settings(data=tmp_path, webhook_key=f"{new}, {old}"))
+    now = datetime.now(UTC)
+    headers = {"webhook-id": "msg_1", "webhook-timestamp": str(int(now.timestamp()))}
+    headers["webhook-signature"] = both.sign("ann", "msg_1", now, "{}")
+    for secret in (known, both.secret("ann")):
+        Webhook(secret).verify("{}", headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(both.secret("ben")).verify("{}", headers)
+
+
+@pytest.mark.parametrize("keys", [{"webhook_key": "short"}, {"database_url": "postgresql://db/weightsmith"}])
+def test_without_a_key_that_all_machines_share_nothing_is_signed(tmp_path: Path, keys: dict[str, Any]) -> None:
+    with pytest.raises(NoSigningKey, match="WEIGHTSMITH_WEBHOOK_KEY"):
+        Signer(Settings(data=tmp_path, **keys))
