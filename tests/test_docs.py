@@ -86,3 +86,17 @@ def test_links_in_the_docs_lead_somewhere() -> None:
 
 if __name__ == "__main__":
     README.write_text(_TABLE.sub(lambda match: match[1] + method_table() + match[2], README.read_text()))
+
+
+def test_every_threat_names_tests_that_there_are() -> None:
+    tests = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    rows = [line for line in (ROOT / "docs" / "threats.md").read_text().splitlines() if line.startswith("|")]
+    threats = [line for line in rows if not line.startswith(("| threat |", "| ---"))]
+    assert len(threats) > 20
+    for line in threats:
+        named = set(re.findall(r"`(test_\w+)`", line.rsplit("|", 2)[1]))
+        assert named and named <= tests, (line, named - tests)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.policy
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator
@@ -172,6 +173,13 @@ def test_hostile_bodies(client: TestClient, body: bytes, kind: str, status: int)
     answer = client.post("/v1/merges", content=body, headers={"Content-Type": kind})
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_packed_body_is_refused(client: TestClient) -> None:
+    packed = gzip.compress(json.dumps(method_recipe("linear")).encode())
+    for path in ("/v1/merges", "/v1/recipes:validate", "/v1/recipes:import"):
+        answer = client.post(path, content=packed, headers={"Content-Encoding": "gzip"})
+        assert answer.status_code == 415 and "Content-Encoding" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize(
