@@ -92,7 +92,8 @@ def _request_key(
     if idempotency_key is None:
         return None
     asked = sorted(pair for pair in request.query_params.multi_items() if pair[0] != "wait")
-    what = [request.method, request.url.path, asked, _media_type(request), hashlib.sha256(body).hexdigest()]
+    told = [request.headers.get(name) for name in ("webhook-url", "webhook-events")]
+    what = [request.method, request.url.path, asked, told, _media_type(request), hashlib.sha256(body).hexdigest()]
     return RequestKey(caller.owner, idempotency_key, hashlib.sha256(json.dumps(what).encode()).hexdigest())
 
 

@@ -120,7 +120,7 @@ class Courier:
         try:
             self.deliver(delivery)
         except Exception:
-            log.exception("%s could not be sent; it will be tried again", delivery.id)
+            log.exception("what came of %s could not be written down; it will be sent again", delivery.id)
         finally:
             self._free.release()
 
@@ -148,10 +148,16 @@ class Courier:
             if isinstance(error, Gone):
                 self._hang_up(delivery, str(error))
         except Undelivered as error:
-            again = None if delivery.attempts >= MAX_ATTEMPTS else time.time() + self._wait(delivery.attempts)
-            self._end(delivery, next_at=again, last_error=str(error))
+            self._later(delivery, str(error))
+        except Exception:
+            log.exception("%s could not be sent", delivery.id)
+            self._later(delivery, "it could not be sent from here; the service's log describes why")
         else:
             self._end(delivery, next_at=None, last_error=None, delivered_at=time.time())
+
+    def _later(self, delivery: Delivery, why: str) -> None:
+        again = None if delivery.attempts >= MAX_ATTEMPTS else time.time() + self._wait(delivery.attempts)
+        self._end(delivery, next_at=again, last_error=why)
 
     def forget(self) -> None:
         """Remove what came to its end long ago."""
@@ -169,7 +175,9 @@ class Courier:
         from workers.signing import Signer
 
         with self._store.reading() as session:
-            owner = session.scalars(select(Job.owner).where(Job.id == delivery.job_id)).one()
+            owner = session.scalars(select(Job.owner).where(Job.id == delivery.job_id)).one_or_none()
+        if owner is None:
+            raise NeverDelivered("the job is no more")
         now = datetime.now(UTC)
         headers = {
             "content-type": "application/json",

@@ -187,6 +187,18 @@ def test_an_address_that_turned_out_to_be_inside_is_not_called(store: JobStore, 
     assert "10.11.12.13" not in str(refused.last_error), "what names mean inside is not for users"
 
 
+def test_what_goes_wrong_here_is_tried_again_and_ends_too(
+    store: JobStore, receiver: Received, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, sender = one_delivery(store, receiver), courier(store)
+    monkeypatch.setattr(sender, "_send", lambda delivery: 1 / 0)
+    for _ in range(MAX_ATTEMPTS):
+        in_the_past(store)
+        deliver_all(sender)
+    (given_up,) = deliveries_of(store, job_id)
+    assert given_up.next_at is None and given_up.attempts == MAX_ATTEMPTS and "log" in str(given_up.last_error)
+
+
 def test_many_couriers_send_each_once(store: JobStore, receiver: Received, tmp_path: Path) -> None:
     for _ in range(20):
         one_delivery(store, receiver)
