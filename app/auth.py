@@ -40,7 +40,7 @@ _RULES: tuple[tuple[re.Pattern[str], Scope | str | None, Scope | str | None], ..
         (r"/v1/recipes:[a-z]+", Scope.MERGES_READ, Scope.MERGES_READ),
         # Who reads it can speak to the owner's webhooks as if they were us.
         (r"/v1/webhook-secret", Scope.MERGES_WRITE, Scope.MERGES_WRITE),
-        (r"/v1/(api-keys(/.*)?|quota)", _ANY, _ANY),
+        (r"/v1/(api-keys(/.*)?|quota|system)", _ANY, _ANY),
     )
 )
 log = logging.getLogger(__name__)

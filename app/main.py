@@ -51,7 +51,7 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
         await app.state.watch.close()
         store.close()
 
-    app = FastAPI(
+    app = _Service(
         title="Weightsmith",
         version=__version__,
         description=DESCRIPTION,
@@ -71,9 +71,18 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
         app.include_router(webhooks.deliveries_router(kind))
     for module in (recipes, methods, webhooks, problems, api_keys, system, health, metrics):
         app.include_router(module.router)
-    _describe_documents(app)
-    auth.describe(app)
     return app
+
+
+class _Service(FastAPI):
+    """Describes itself when it is first asked to, which takes longer than all the rest of its start."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            super().openapi()
+            _describe_documents(self)
+            auth.describe(self)
+        return super().openapi()
 
 
 def _describe_documents(app: FastAPI) -> None:
