@@ -4,11 +4,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz chaos golden recipes oracle bench bench-peer bench-scale bench-cuda bench-idle science lint lock serve clean
+.PHONY: help setup demo test test-slow fuzz chaos golden recipes oracle bench bench-peer bench-scale bench-workers bench-cuda bench-idle science lint lock serve clean
 PEER := .venv-peer
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## Make the virtual environment with everything pinned
 
@@ -24,6 +24,9 @@ demo: $(READY)  ## Train four small models, merge them over HTTP by every method
 
 test: $(READY)  ## Run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+test-slow: $(READY)  ## Run the tests that `make test` leaves out: workers that die, freeze and leave at a shared merge
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 chaos: $(READY)  ## Merge while everything that can break does (SEED=…, MERGES=…; 15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MERGES),--merges $(MERGES))
@@ -51,6 +54,9 @@ bench-peer:  ## Install mergekit in an environment of its own, for `make bench` 
 
 bench-scale: $(READY)  ## Measure cost and memory from 0.1 to 8 billion parameters (needs 20 GB of disk)
 	$(BIN)/python -m benchmarks.scale
+
+bench-workers: $(READY)  ## Measure what a second worker is worth to one merge (SIZE=small: shorter)
+	$(BIN)/python -m benchmarks.workers
 
 bench-cuda: $(READY)  ## Measure merges on a CUDA device against the rate of copies to it
 	$(BIN)/python -m benchmarks.cuda

@@ -141,8 +141,8 @@ def report(digits: Digits, alone: Mapping[str, Path], merged: Mapping[str, Path]
 
 
 @contextmanager
-def service(data: Path, models: Path) -> Iterator[str]:
-    """The embedded service in a process of its own; yields its URL."""
+def service(data: Path, models: Path, **settings: str) -> Iterator[str]:
+    """The embedded service in a process of its own; yields its URL. `settings` are environment variables."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -160,7 +160,7 @@ def service(data: Path, models: Path) -> Iterator[str]:
     ]
     log = data.with_suffix(".log")
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=_own_environment())
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=_own_environment() | settings)
     url = f"http://127.0.0.1:{port}"
     try:
         with console.status("starting the service …"):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 from merge_core.aligned import Alignment, settle
 from merge_core.blocks import CPU, Blocks, Span
 from merge_core.errors import Canceled
-from merge_core.files import WrittenFile
+from merge_core.files import WrittenFile, remove_folder
 from merge_core.layout import Slot
 from merge_core.merged import MergedWeights
 from merge_core.method import Known, Randomness, Stage
@@ -113,7 +112,7 @@ class Execution:
                     self._merge_all(pool, known)
                 else:
                     concerned = self.blocks.concerned(self.plan.measured, stages[number], known)
-                    runs = cut_steps(concerned, self.share.unit_bytes)
+                    runs = cut_steps(concerned, self.share.unit_bytes if self._is_shared else None)
                     for _ in self._observed(pool, number, runs, known, {}, check=True):
                         self._tick()
                 if not self.share.wait():
@@ -198,14 +197,14 @@ class Execution:
             before: tuple[Slot, Future[Known]] | None = None
             try:
                 for slot in self._slots():
-                    measuring = None
+                    after = None
                     if slot is not None:
-                        measuring = ahead.submit(self._measure_tensor, pool, self.plan.by_name[slot.name], known)
+                        after = slot, ahead.submit(self._measure_tensor, pool, self.plan.by_name[slot.name], known)
                     if before is not None:
                         yield before[0], before[1].result()
-                    before = None if slot is None or measuring is None else (slot, measuring)
-                    if slot is None:
+                    if after is None:
                         yield None
+                    before = after
                 if before is not None:
                     yield before[0], before[1].result()
             except BaseException:
@@ -276,13 +275,13 @@ class Execution:
             if concerned := self.blocks.concerned(steps, stage, known):
                 self.enter(f"measuring: {stage.name}")
                 found: dict[str, Statistic] = {}
-                runs = cut_steps(concerned, self.share.unit_bytes)
+                runs = cut_steps(concerned, self.share.unit_bytes if self._is_shared else None)
                 for _ in self._observed(pool, number, runs, known, found, check=not is_checked):
                     self._tick()
                 self.blocks.finish(stage, found, known)
                 is_checked = is_checked or stage.reads == 1
             self.writer.remember("measured", {"stages": number + 1, "known": known})
-            shutil.rmtree(self.writer.folder / FOLDER, ignore_errors=True)
+            remove_folder(self.writer.folder / FOLDER)
         for warning in steps[0].method.warnings(known) if stages and steps[0].method else ():
             self.warn(warning)
         return known

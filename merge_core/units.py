@@ -26,6 +26,8 @@ FOLDER = "units"
 MERGING = "merging"
 _MOST_PARTS = 64
 """Units of a phase that measures, each of which leaves a file."""
+_READ_PER_WRITTEN = 4
+"""Bytes that are read in a unit that measures for those that are written in one that merges."""
 
 Result = Mapping[str, Any]
 """What a unit came to, as plain data."""
@@ -131,10 +133,9 @@ def cut_output(shards: Sequence[ShardLayout], unit_bytes: int | None) -> tuple[U
 
 def cut_steps(steps: Sequence[Step], unit_bytes: int | None) -> list[list[Step]]:
     """The units of a pass over some tensors, by the bytes that are read for them; None: all in one."""
-    total = sum(step.stored_bytes for step in steps)
-    if unit_bytes is None or total <= unit_bytes:
+    if unit_bytes is None:
         return [list(steps)]
-    most = max(unit_bytes, -(-total // _MOST_PARTS))
+    most = max(_READ_PER_WRITTEN * unit_bytes, -(-sum(step.stored_bytes for step in steps) // _MOST_PARTS))
     runs: list[list[Step]] = [[]]
     filled = 0
     for step in steps:

@@ -64,6 +64,8 @@ class Service:
     process: subprocess.Popen[bytes]
     log: Path
     http: httpx2.Client
+    models: Path
+    environment: dict[str, str]
 
     def post(self, recipe: Any) -> Job:
         answer = self.http.post("/v1/merges", json=recipe)
@@ -110,6 +112,18 @@ class Service:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    @contextmanager
+    def more_workers(self) -> Iterator[subprocess.Popen[bytes]]:
+        """`weightsmith worker` beside the service."""
+        command = [sys.executable, "-m", "app.cli", "worker", "--data", str(self.data), "--models", str(self.models)]
+        with self.log.open("ab") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=self.environment)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(30)
+
 
 def _is_celery(process: psutil.Process) -> bool:
     try:
@@ -137,12 +151,12 @@ def running_service(data: Path, models: Path, *, host: str = "127.0.0.1", **sett
         "--models",
         str(models),
     ]
+    environment = {name: value for name, value in os.environ.items() if name != "WEIGHTSMITH_AUTH"} | settings
     with log.open("wb") as stream:
-        usual = {name: value for name, value in os.environ.items() if name != "WEIGHTSMITH_AUTH"}
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=usual | settings)
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
     url = f"http://127.0.0.1:{port}"
     http = httpx2.Client(base_url=url, timeout=60, trust_env=False, limits=httpx2.Limits(keepalive_expiry=2))
-    service = Service(url, data, process, log, http)
+    service = Service(url, data, process, log, http, models, environment)
 
     def ready() -> bool:
         assert process.poll() is None, log.read_text()

@@ -22,8 +22,8 @@ def report(store: JobStore, name: str, *, device: str) -> None:
     seen = update(WorkerProcess).where(WorkerProcess.name == name).values(seen_at=now)
     with store.session() as session:
         if not session.execute(seen).rowcount:  # type: ignore[attr-defined]
-            site = str(store.settings.data.absolute())[-100:]
-            session.add(WorkerProcess(name=name, host=host, site=site, device=device, started_at=now, seen_at=now))
+            where = {"host": host, "site": store.settings.site, "device": device}
+            session.add(WorkerProcess(name=name, **where, started_at=now, seen_at=now))
 
 
 def take_leave(store: JobStore, name: str) -> None:

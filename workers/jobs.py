@@ -26,7 +26,7 @@ from workers.idempotency import Repeated, RequestKey, made_by, remember
 from workers.problems import problem_of
 from workers.reservations import reserve
 from workers.settings import Settings
-from workers.states import AT_WORK
+from workers.states import AT_WORK, UnitState
 from workers.states import FINISHED as FINISHED
 from workers.states import MOVES as MOVES
 from workers.states import JobKind as JobKind
@@ -320,6 +320,7 @@ class JobStore:
                 phase="starting",
                 holder=holder,
                 attempt=Job.attempt + 1,
+                site=self.settings.site,
                 lease_until=now + self.settings.lease_seconds,
                 started_at=func.coalesce(Job.started_at, now),
             )
@@ -327,6 +328,12 @@ class JobStore:
         if job is None:
             return None
         return Lease(job.id, holder, job.attempt, JobKind(job.kind), job.owner, job.recipe, job.request_id)
+
+    def lock(self, session: Session, lease: Lease) -> None:
+        """Keep a job its holder's until the transaction ends. Raises `LeaseLost`."""
+        held = update(Job).where(self._held(lease)).values(lease_until=Job.lease_until).returning(Job.id)
+        if session.execute(held).first() is None:
+            raise LeaseLost(lease.job_id)
 
     def heartbeat(self, lease: Lease, *, phase: str, progress: Mapping[str, Any]) -> JobState:
         """Renew the lease and store the progress; the job's state, `canceling` if somebody wants it stopped. Raises
@@ -395,7 +402,10 @@ class JobStore:
     # What keeps things going.
 
     def release(self, holder_prefix: str, *, died: bool = True) -> None:
-        """Give back what a worker that is gone held: its jobs are queued again. `died`: not because it was told to."""
+        """Give back what a worker that is gone held: its jobs are queued again, its units open. `died`: not because it
+        was told to.
+        """
+        self._open_units(Unit.holder.startswith(holder_prefix, autoescape=True))
         self._give_back(Job.holder.startswith(holder_prefix, autoescape=True), died=died)
 
     def is_idle(self) -> bool:
@@ -404,18 +414,23 @@ class JobStore:
             return connection.execute(_UNFINISHED).first() is None
 
     def give_back_expired(self) -> None:
-        """Queue the jobs again whose worker has been silent for longer than its lease."""
+        """Queue the jobs again, and open the units, whose worker has been silent for longer than its lease."""
+        self._open_units(Unit.lease_until < time.time())
         self._give_back(Job.lease_until < time.time(), died=True, counted=LEASES_EXPIRED)
 
     def is_silent(self, holder_prefix: str) -> bool:
-        """Whether a worker holds a job whose lease has run out: it hangs, or its child does."""
-        silent = select(Job.id).where(
+        """Whether a worker holds a job or a unit whose lease has run out: it hangs, or its child does."""
+        now = time.time()
+        jobs = select(Job.id).where(
             Job.state.in_(AT_WORK),
             Job.holder.startswith(holder_prefix, autoescape=True),
-            Job.lease_until < time.time(),
+            Job.lease_until < now,
+        )
+        units = select(Unit.job_id).where(
+            *held_units(), Unit.holder.startswith(holder_prefix, autoescape=True), Unit.lease_until < now
         )
         with self.reading() as session:
-            return session.scalars(silent.limit(1)).first() is not None
+            return any(session.scalars(silent.limit(1)).first() is not None for silent in (jobs, units))
 
     def give_up(self) -> list[str]:
         """Fail the queued jobs that were started as often as they may be. The ids."""
@@ -449,12 +464,17 @@ class JobStore:
         with self.session() as session:
             running = _in_order(which, Job.state == JobState.RUNNING)
             given = self._move(session, running, state=JobState.QUEUED, **again)
+            session.execute(_opened(Unit.job_id.in_(given), Unit.lease_until.is_(None)))  # which their holders had
             canceling = _in_order(which, Job.state == JobState.CANCELING)
             given += self._move(session, canceling, state=JobState.CANCELED, finished_at=time.time(), **nobody)
             if given and counted:
                 count(session, counted, by=len(given))
         for job_id in given:
             log.warning("its worker died" if died else "handed back by its worker", extra={"job_id": job_id})
+
+    def _open_units(self, which: ColumnElement[bool]) -> None:
+        with self.session() as session:
+            session.execute(_opened(which))
 
     def _finish(self, lease: Lease, state: JobState, **values: Any) -> None:
         sources = [before for before, moves in MOVES.items() if state in moves]
@@ -505,3 +525,12 @@ def _in_order(*which: ColumnElement[bool]) -> Update:
     """An update of many jobs that locks the oldest first, so that two that want the same ones wait in turn."""
     oldest_first = select(Job.id).where(*which).order_by(Job.id).with_for_update()
     return update(Job).where(Job.id.in_(oldest_first), *which)
+
+
+def held_units() -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """What is true of the units that somebody is at; those of jobs that ended do not count."""
+    return Unit.job_id.in_(select(Job.id).where(Job.state.not_in(FINISHED))), Unit.state == UnitState.RUNNING
+
+
+def _opened(*which: ColumnElement[bool]) -> Update:
+    return update(Unit).where(*held_units(), *which).values(state=UnitState.OPEN, holder=None, lease_until=None)

@@ -82,19 +82,22 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one kind. `in_stages`: whether several documents may make one job."""
+    """The work of one kind. `in_stages`: whether several documents may make one job; `is_shared`: whether several
+    workers may make it, so that `run` takes a `share`.
+    """
 
     document: type[Document]
     plan: MakePlan
     run: Run
     in_stages: bool = False
+    is_shared: bool = False
 
 
 def _merge() -> Work:
     from merge_core.merge import merge, plan_only
     from merge_core.recipe import Recipe
 
-    return Work(Recipe, plan_only, merge, in_stages=True)
+    return Work(Recipe, plan_only, merge, in_stages=True, is_shared=True)
 
 
 def _alignment() -> Work:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from merge_core.errors import StorageFailed
+from merge_core.files import remove_folder
 from workers.artifacts import open_artifacts
 from workers.idempotency import RequestKey
 from workers.jobs import JobKind, JobState, JobStore, RecipeData
@@ -21,8 +22,10 @@ from workers.logs import current_request
 from workers.reservations import needed
 from workers.settings import Settings
 from workers.tables import LOCAL_OWNER, Job
+from workers.units import UnitStore
 
 RUN_JOB = "weightsmith.run_job"
+_WAKE_SECONDS = 3.0
 log = logging.getLogger(__name__)
 
 
@@ -32,6 +35,8 @@ class Queue:
     def __init__(self, store: JobStore, celery_app: Celery) -> None:
         self.store, self.celery_app = store, celery_app
         self.artifacts = open_artifacts(store.settings)
+        self.units = UnitStore(store)
+        self._woke = 0.0
 
     def submit(
         self,
@@ -91,6 +96,16 @@ class Queue:
         for job_id in self.store.overdue():
             if not self._announce(job_id):
                 break
+        if time.monotonic() - self._woke > _WAKE_SECONDS:
+            self._woke = time.monotonic()
+            for job_id, count in self.units.open_units():
+                self.wake(job_id, count)
+
+    def wake(self, job_id: str, count: int) -> None:
+        """Call as many idle workers to a running job as there are, up to `count`."""
+        for _ in range(min(count, self.units.idle()) if count > 0 else 0):
+            if not self._send(job_id):
+                break
 
     def broker_is_reachable(self) -> bool:
         try:
@@ -101,14 +116,17 @@ class Queue:
         return True
 
     def _announce(self, job_id: str) -> bool:
-        sent = True
+        sent = self._send(job_id)
+        self.store.announced(job_id, sent=sent)
+        return sent
+
+    def _send(self, job_id: str) -> bool:
         try:
             self.celery_app.send_task(RUN_JOB, args=[job_id], retry=False)
         except (OperationalError, OSError) as error:
             log.warning("no broker for %s now, it will be announced later: %s", job_id, error)
-            sent = False
-        self.store.announced(job_id, sent=sent)
-        return sent
+            return False
+        return True
 
 
 def artifact_folder(settings: Settings, job_id: str) -> Path:
@@ -116,13 +134,13 @@ def artifact_folder(settings: Settings, job_id: str) -> Path:
     return settings.artifacts / job_id
 
 
-def partial_folder(settings: Settings, job_id: str, attempt: int) -> Path:
-    """Where one attempt's unfinished output grows."""
-    return settings.artifacts / f".{job_id}.{attempt}.partial"
+def partial_folder(settings: Settings, job_id: str, number: int) -> Path:
+    """Where a job's unfinished output grows; there is another only where a worker not quite dead keeps the first."""
+    return settings.artifacts / f".{job_id}.{number}.partial"
 
 
 def partial_folders(settings: Settings, job_id: str) -> dict[int, Path]:
-    """What the attempts at a job left unfinished, by attempt."""
+    """What the attempts at a job left unfinished, by number."""
     return {int(path.name.split(".")[2]): path for path in settings.artifacts.glob(f".{job_id}.*.partial")}
 
 
@@ -137,4 +155,4 @@ def discard(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name.removeprefix('.').partition('.')[0]}.{uuid.uuid4().hex}.discarded")
     with contextlib.suppress(OSError):
         folder.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        remove_folder(hidden)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import uuid
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -84,7 +86,11 @@ class Settings(BaseSettings):
         "auto", description="whether API keys are asked for; `auto`: unless the service listens on loopback alone"
     )
     max_memory: Bytes = Field(4 * 2**30, description="the most that a recipe's limits.memory may ask for")
-    threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: one per core)")
+    threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: the cores, shared out)")
+    workers: int | None = Field(None, ge=0, description="worker processes (default: one, or one for each GPU)")
+    unit_bytes: Bytes = Field(
+        256 * 2**20, ge=1, description="about how much output one worker takes of a merge that others may help with"
+    )
     device: str = Field("cpu", description="where merges compute: cpu, cuda, cuda:1 … or auto; the bytes are the same")
     lease_seconds: float = Field(30.0, gt=0, description="how long a silent worker keeps a job")
     heartbeat_seconds: float = Field(0.5, gt=0, description="how often a worker reports and looks for a cancel")
@@ -133,6 +139,18 @@ class Settings(BaseSettings):
     @property
     def broker(self) -> Path:
         return self.data.absolute() / "broker"
+
+    @cached_property
+    def site(self) -> str:
+        """A name that all have who see this data folder, and nobody else."""
+        path = self.data.absolute() / "site"
+        if not path.exists():
+            mine = path.with_name(f".site-{uuid.uuid4().hex}")
+            mine.write_text(uuid.uuid4().hex)
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(mine)
+            mine.unlink()
+        return path.read_text()
 
     @cached_property
     def database(self) -> str | URL:

@@ -48,3 +48,12 @@ MOVES: Mapping[JobState, frozenset[JobState]] = {
 AT_WORK = (JobState.RUNNING, JobState.CANCELING)
 """The states in which a worker holds a job."""
 FINISHED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED})
+
+
+class UnitState(StrEnum):
+    """Where a unit of a running job is. What is `left` only whoever holds the job takes."""
+
+    OPEN = "open"
+    RUNNING = "running"
+    DONE = "done"
+    LEFT = "left"

@@ -25,12 +25,14 @@ from merge_core.imports import quick_imports
 from workers import reservations
 from workers.artifacts import open_artifacts
 from workers.celery_app import celery_app
-from workers.jobs import JobState, JobStore, Lease, LeaseLost
+from workers.jobs import FINISHED, JobState, JobStore, Lease, LeaseLost
 from workers.kinds import WORK
 from workers.logs import logs_of
 from workers.problems import problem, problem_of
-from workers.queue import RUN_JOB, artifact_folder, partial_folder, partial_folders, remove_partial
+from workers.queue import RUN_JOB, Queue, artifact_folder, partial_folder, partial_folders, remove_partial
 from workers.settings import WORKER_VARIABLE, Settings
+from workers.tables import Job
+from workers.units import Assisting, Leading, NothingToDo, UnitStore
 
 if TYPE_CHECKING:
     from merge_core.artifact import Artifact
@@ -43,15 +45,20 @@ _kept: JobStore | None = None
 
 @celery_app.task(name=RUN_JOB)
 def run_job(job_id: str) -> None:
-    """Run the job whose turn it is, which need not be the one that the message names; with none free, do nothing."""
+    """Run the job whose turn it is, which need not be the one that the message names; with none free, help with one
+    that runs; else do nothing.
+    """
     settings = Settings()
     store = _kept or JobStore(settings)
+    holder = f"{os.environ.get(WORKER_VARIABLE, socket.gethostname())}/{os.getpid()}"
     try:
-        lease = store.claim_next(f"{os.environ.get(WORKER_VARIABLE, socket.gethostname())}/{os.getpid()}")
+        lease = store.claim_next(holder)
         if lease is not None:
             with logs_of(store, lease):
                 log.info("attempt %d begins", lease.attempt)
                 _work(settings, store, lease)
+        elif (job := UnitStore(store).find(job_id)) is not None:
+            _assist(settings, store, job, holder)
     finally:
         if store is not _kept:
             store.close()
@@ -64,17 +71,47 @@ def _keep_store(**_: object) -> None:
     _kept = JobStore(Settings())
 
 
+def _assist(settings: Settings, store: JobStore, job: Job, holder: str) -> None:
+    """Take units of a job that another worker holds, until there is nothing more to do."""
+    log.info("assists another worker", extra={"job_id": job.id})
+    with Assisting(store, job.id, holder) as share, contextlib.suppress(NothingToDo):
+        with quick_imports():
+            from merge_core.merge import assist
+            from merge_core.recipe import Recipe
+
+        recipe = Recipe.from_data(job.recipe)
+        folders = partial_folders(settings, job.id)
+        if not folders:
+            return
+        try:
+            assist(
+                recipe,
+                folders[max(folders)],
+                share,
+                roots=settings.roots,
+                memory=min(recipe.limits.memory, settings.max_memory),
+                threads=recipe.limits.threads or settings.threads,
+                device=settings.device,
+                stop=share.stop,
+            )
+        except WeightsmithError as error:
+            detail = "an assistant could not go on, which whoever leads will find too: %s"
+            log.warning(detail, error, extra={"job_id": job.id})
+            share.fail()
+
+
 def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
     with Keeper(store, lease) as keeper:
         try:
             with store.session() as session:
                 reservations.check(session, settings, lease.job_id)
-            artifact = _run(settings, lease, keeper)
+            artifact = _run(settings, store, lease, keeper)
             merged = keeper.snapshot()
             _put(settings, artifact, keeper)
         except LeaseLost:
             log.warning("%s is no longer this worker's", lease.job_id)
-            shutil.rmtree(partial_folder(settings, lease.job_id, lease.attempt), ignore_errors=True)
+            if (job := store.get(lease.job_id)) is None or job.state in FINISHED:
+                remove_partial(settings, lease.job_id)  # else it is its successor's
         except Canceled:
             log.info("canceled")
             _end(settings, keeper, store.confirm_cancel)
@@ -126,7 +163,7 @@ def _put(settings: Settings, artifact: Artifact, keeper: Keeper) -> None:
     artifacts.put_folder(keeper.lease.job_id, artifact.folder, artifact.files, sent=sent, stop=keeper.stop)
 
 
-def _run(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
+def _run(settings: Settings, store: JobStore, lease: Lease, keeper: Keeper) -> Artifact:
     # Here and not above: torch must be imported in the child that uses it, and only once the lease is kept alive.
     with quick_imports():
         from merge_core.merge import adopt
@@ -139,7 +176,11 @@ def _run(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
         # An earlier attempt died between finishing the artifact and saying so.
         return adopt(out)
     document = work.document.from_data(lease.recipe)
-    return work.run(
+    run: Callable[..., Artifact] = work.run
+    if work.is_shared:
+        wake = partial(Queue(store, celery_app).wake, lease.job_id)
+        run = partial(run, share=Leading(store, lease, stop=keeper.stop, prove=keeper.prove, wake=wake))
+    return run(
         document,
         out,
         roots=settings.roots,
@@ -154,19 +195,19 @@ def _run(settings: Settings, lease: Lease, keeper: Keeper) -> Artifact:
 
 
 def _take_over(settings: Settings, lease: Lease, keeper: Keeper) -> Path:
-    """This attempt's folder, with what the latest earlier one finished, unless a worker not quite dead still holds it.
+    """The job's folder, with what earlier attempts finished and assistants may be at, or a new one if a worker not
+    quite dead still holds it.
 
     The lease is proved first: a worker that slept through its end must not take anything from its successor.
     """
     keeper.prove()
-    mine = partial_folder(settings, lease.job_id, lease.attempt)
-    for attempt, left in sorted(partial_folders(settings, lease.job_id).items(), reverse=True):
-        # An earlier attempt may finish, and its folder vanish, at any moment.
-        with contextlib.suppress(FileNotFoundError):
-            if attempt < lease.attempt and not is_held(left):
-                left.rename(mine)
-                break
-    return mine
+    folders = partial_folders(settings, lease.job_id)
+    latest = max(folders, default=1)
+    # An earlier attempt may finish, and its folder vanish, at any moment.
+    with contextlib.suppress(FileNotFoundError):
+        if latest in folders and is_held(folders[latest]):
+            return partial_folder(settings, lease.job_id, latest + 1)
+    return partial_folder(settings, lease.job_id, latest)
 
 
 class Keeper:
@@ -217,7 +258,8 @@ class Keeper:
 
     def prove(self) -> None:
         """Raise `LeaseLost` unless the lease is good at this moment."""
-        self._state = self._store.heartbeat(self.lease, phase="starting", progress={})
+        phase = self._progress.phase if self._progress else "starting"
+        self._state = self._store.heartbeat(self.lease, phase=phase, progress=self.snapshot())
 
     def snapshot(self) -> dict[str, Any]:
         progress = self._progress

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from workers.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
+WORKERS = click.option(
+    "--workers", type=click.IntRange(0), help="Worker processes.  [default: one, or one for each GPU; 0 only serves]"
+)
 
 
 @click.command()
@@ -32,8 +35,9 @@ log = logging.getLogger(__name__)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @DATA
 @MODELS
-def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> None:
-    """Run the service and one worker: no Redis, no Docker.
+@WORKERS
+def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...], workers: int | None) -> None:
+    """Run the service and its workers: no Redis, no Docker.
 
     Models are read only from the folders given by --models; recipes name them by their paths below these.
     """
@@ -45,7 +49,7 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...]) -> 
         from workers.logs import configure_logs
         from workers.supervisor import Supervisor
 
-        settings = settings_of(data, models)
+        settings = settings_of(data, models, workers=workers)
         configure_logs(settings, "service")
         doors = doors_for(settings, host)
         if doors is Doors.OPEN and not is_loopback(host):
@@ -85,13 +89,16 @@ def _server(config: uvicorn.Config, app: FastAPI) -> uvicorn.Server:
 @click.command()
 @DATA
 @MODELS
-def worker(data: Path | None, models: tuple[Path, ...]) -> None:
-    """Run one more worker on this machine, or on another with the same data folder, database and broker."""
+@WORKERS
+def worker(data: Path | None, models: tuple[Path, ...], workers: int | None) -> None:
+    """Run more workers on this machine, or on another with the same database and broker; those that see the same data
+    folder help one another with large merges.
+    """
     with failures_told():
         from workers.logs import configure_logs
         from workers.supervisor import Supervisor
 
-        settings = settings_of(data, models)
+        settings = settings_of(data, models, workers=workers)
         configure_logs(settings, "supervisor")
         supervisor = Supervisor(settings)
         with _supervised(supervisor):

@@ -36,11 +36,11 @@ MEMORY = click.option("--memory", metavar="SIZE", help="Most memory of the whole
 THREADS = click.option("--threads", type=click.IntRange(1), help="Compute threads (default: one per core).")
 
 
-def settings_of(data: Path | None, models: tuple[Path, ...]) -> Any:
-    """The environment's settings, with what `DATA` and `MODELS` said instead."""
+def settings_of(data: Path | None, models: tuple[Path, ...], **others: Any) -> Any:
+    """The environment's settings, with what `DATA`, `MODELS` and others said instead."""
     from workers.settings import Settings
 
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
     if data is not None:
         given["data"] = data
     if models:
