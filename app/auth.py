@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import exc
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
@@ -127,7 +127,7 @@ class Gate:
         except HttpProblem as refused:
             await problem_response(refused.body, refused.headers)(scope, receive, send)
             return
-        except OperationalError as error:
+        except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
             log.warning("the database cannot be used: %s", error)
             body = problem_of("database-unavailable", "the service's database cannot be used now; try again")
             await problem_response(body, {"Retry-After": "5"})(scope, receive, send)

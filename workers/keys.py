@@ -88,7 +88,7 @@ class KeyRing:
         if not _SECRET.fullmatch(secret):
             return None
         digest, now = _digest(secret), time.time()
-        with self._store.session() as session:
+        with self._store.reading() as session:
             key = session.scalars(select(ApiKey).where(ApiKey.digest == digest)).one_or_none()
         if key is None or not hmac.compare_digest(key.digest, digest) or not _is_good(key, now):
             return None
@@ -103,12 +103,12 @@ class KeyRing:
             query = query.where(ApiKey.owner == owner)
         if before is not None:
             query = query.where(ApiKey.id < before)
-        with self._store.session() as session:
+        with self._store.reading() as session:
             return session.scalars(query).all()
 
     def find(self, key_id: str, owner: str | None = None) -> ApiKey | None:
         """A key, if it is that owner's, or whoever's it is."""
-        with self._store.session() as session:
+        with self._store.reading() as session:
             return session.scalars(select(ApiKey).where(*_named(key_id, owner))).one_or_none()
 
     def revoke(self, key_id: str, owner: str | None = None) -> bool:

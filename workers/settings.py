@@ -85,6 +85,15 @@ class Settings(BaseSettings):
     auth: Literal["auto", "keys", "none"] = Field(
         "auto", description="whether API keys are asked for; `auto`: unless the service listens on loopback alone"
     )
+    secret_key: SecretStr | None = Field(
+        None,
+        description="what credentials are sealed under, 32 random bytes in base64; several, separated by commas, while "
+        "one takes another's place, the new one first (default: a file in the data folder)",
+    )
+    endpoint_allow: Annotated[list[str], NoDecode, BeforeValidator(_split_words)] = Field(
+        [],
+        description="hosts, addresses and networks that owners' own S3 stores may be at although they are not public",
+    )
     max_memory: Bytes = Field(4 * 2**30, description="the most that a recipe's limits.memory may ask for")
     threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: the cores, shared out)")
     workers: int | None = Field(None, ge=0, description="worker processes (default: one, or one for each GPU)")
