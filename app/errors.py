@@ -19,6 +19,7 @@ from workers.idempotency import KeyReused
 from workers.jobs import IllegalMove
 from workers.logs import current_request
 from workers.problems import PROBLEMS, problem, problem_of
+from workers.quotas import QuotaExceeded
 
 MEDIA_TYPE = "application/problem+json"
 _BY_STATUS: Mapping[int, str] = {400: "bad-request", 404: "not-found", 405: "method-not-allowed"}
@@ -60,6 +61,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(WeightsmithError)
     def expected(request: Request, error: WeightsmithError) -> JSONResponse:
         return problem_response(problem(error))
+
+    @app.exception_handler(QuotaExceeded)
+    def over_quota(request: Request, error: QuotaExceeded) -> JSONResponse:
+        wait = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+        return problem_response(problem(error) | error.facts(), wait)
 
     @app.exception_handler(exc.OperationalError)
     @app.exception_handler(exc.InterfaceError)

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from app import auth, errors
 from app.head import HeadAsGet
 from app.requests import Requests
-from app.routes import api_keys, credentials, health, methods, metrics, problems, recipes, system, webhooks
+from app.routes import api_keys, credentials, health, methods, metrics, problems, quota, recipes, system, webhooks
 from app.routes.files import files_router
 from app.routes.jobs import jobs_router
 from app.routes.records import records_router
@@ -69,7 +69,7 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
         app.include_router(records_router(kind))
         app.include_router(files_router(kind))
         app.include_router(webhooks.deliveries_router(kind))
-    for module in (recipes, methods, webhooks, problems, api_keys, system, health, metrics, credentials):
+    for module in (recipes, methods, webhooks, problems, api_keys, system, health, metrics, credentials, quota):
         app.include_router(module.router)
     return app
 

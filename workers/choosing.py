@@ -24,9 +24,9 @@ def running_jobs() -> Subquery:
     return counted.subquery("running")
 
 
-def next_job(max_attempts: int) -> Select[str]:
-    """The id of the job whose turn it is: the highest priority; of these the owner with the fewest jobs running; of
-    theirs the oldest.
+def next_job(max_attempts: int, may_run_more: ColumnElement[bool]) -> Select[str]:
+    """The id of the job whose turn it is: of owners who `may_run_more`, the highest priority; of these the owner with
+    the fewest jobs running; of theirs the oldest.
 
     Where rows can be locked (PostgreSQL), one that another worker is just taking is passed over.
     """
@@ -35,7 +35,7 @@ def next_job(max_attempts: int) -> Select[str]:
     return (
         select(Job.id)
         .outerjoin(running, running.c.owner == Job.owner)
-        .where(*may_start(max_attempts))
+        .where(*may_start(max_attempts), may_run_more)
         .order_by(Job.priority.desc(), already, Job.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=Job)

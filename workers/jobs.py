@@ -24,6 +24,7 @@ from workers.counters import LEASES_EXPIRED, PHASE_SECONDS, PHASES, count, count
 from workers.database import for_reading, open_database
 from workers.idempotency import Repeated, RequestKey, made_by, remember
 from workers.problems import problem_of
+from workers.quotas import admit, admit_again, asked_bytes, may_run_more, runs_too_many
 from workers.reservations import reserve
 from workers.settings import Settings
 from workers.states import AT_WORK, UnitState
@@ -52,6 +53,10 @@ class Lease:
     owner: str
     recipe: RecipeData
     request_id: str | None = None
+
+
+class _TooManyRunning(Exception):
+    """While a job was started, others of its owner were, by other workers: this one is left to wait."""
 
 
 class LeaseLost(Exception):
@@ -123,8 +128,8 @@ class JobStore:
     ) -> Job:
         """Put a new job in the queue's table; `queue.submit` also announces it. `fields` are columns of `Job`.
 
-        Raises `InsufficientStorage` where its `reserved_bytes` cannot be promised, `Repeated` or `KeyReused` if there
-        was a `request` with this key before.
+        Raises `InsufficientStorage` where its `reserved_bytes` cannot be promised, `QuotaExceeded` where its owner has
+        enough, `Repeated` or `KeyReused` if there was a `request` with this key before.
         """
         now = time.time()
         job = Job(
@@ -139,10 +144,12 @@ class JobStore:
             events=1 + len(warnings),
             **fields,
         )
+        job.asked_bytes = asked_bytes(plan)
         try:
             with self.session() as session:
                 if request is not None:
                     remember(session, request, job.id)
+                admit(session, self.settings, owner, asked=job.asked_bytes, disk=job.reserved_bytes or 0)
                 if job.reserved_bytes:
                     reserve(session, self.settings, job.reserved_bytes)
                 session.add(job)
@@ -248,7 +255,7 @@ class JobStore:
     def retry(self, job_id: str, *, deadline_at: float | None = None) -> Job | None:
         """Queue a failed or canceled job again, as if no worker had died at it; units that are done stay done. A
         deadline that has passed is replaced. None: no such job. Raises `IllegalMove` for any other state, and
-        `InsufficientStorage` where what it needs cannot be promised again.
+        `InsufficientStorage` where what it needs cannot be promised again, `QuotaExceeded` where its owner has enough.
         """
         again = update(Job).where(
             Job.id == job_id, Job.state.in_((JobState.FAILED, JobState.CANCELED)), Job.deleted_at.is_(None)
@@ -274,6 +281,8 @@ class JobStore:
             )
             job = session.get(Job, job_id)
             session.execute(update(Unit).where(Unit.job_id == job_id).values(runs=0))
+            if moved and job is not None:
+                admit_again(session, self.settings, job.owner)
             if moved and job is not None and job.reserved_bytes:
                 reserve(session, self.settings, job.reserved_bytes, job_id=job_id)
         if job is None or job.deleted_at is not None:
@@ -308,7 +317,11 @@ class JobStore:
 
     def claim_next(self, holder: str) -> Lease | None:
         """Take the queued job whose turn it is (`workers.choosing`); None: there is none that may start."""
-        return self._claim(Job.id == next_job(self.settings.max_attempts).scalar_subquery(), holder)
+        chosen = next_job(self.settings.max_attempts, may_run_more(self.settings))
+        try:
+            return self._claim(Job.id == chosen.scalar_subquery(), holder)
+        except _TooManyRunning:
+            return None
 
     def _claim(self, which: ColumnElement[bool], holder: str) -> Lease | None:
         now = time.time()
@@ -325,6 +338,8 @@ class JobStore:
                 started_at=func.coalesce(Job.started_at, now),
             )
             job = session.get(Job, moved[0]) if moved else None
+            if job is not None and runs_too_many(session, self.settings, job.owner):
+                raise _TooManyRunning
         if job is None:
             return None
         return Lease(job.id, holder, job.attempt, JobKind(job.kind), job.owner, job.recipe, job.request_id)
@@ -452,9 +467,12 @@ class JobStore:
             return self._move(session, late, state=JobState.FAILED, error=error, finished_at=time.time(), **nobody)
 
     def overdue(self) -> list[str]:
-        """Queued jobs whose message may be lost: announced long ago, and longer ago the more often it was done."""
+        """Queued jobs whose message may be lost: announced long ago, and longer ago the more often it was done. Not
+        those whose owners have as many running as they may: their turn comes when one of these has ended.
+        """
         with self.reading() as session:
-            queued = session.scalars(select(Job).where(Job.state == JobState.QUEUED).order_by(Job.id).limit(100)).all()
+            waiting = select(Job).where(Job.state == JobState.QUEUED, may_run_more(self.settings))
+            queued = session.scalars(waiting.order_by(Job.id).limit(100)).all()
         now, wait = time.time(), self.settings.redeliver_seconds
         return [job.id for job in queued if now - job.announced_at > wait * 2 ** min(max(job.announced - 1, 0), 5)]
 

@@ -54,6 +54,13 @@ def new_secret() -> str:
     return PREFIX + "".join(digits)
 
 
+def check_owner(owner: str) -> None:
+    """Raises ValueError for an owner's name that is none."""
+    if not re.fullmatch(OWNER_PATTERN, owner):
+        allowed = "at most 64 small letters, digits and ._@-, the first a letter or digit"
+        raise ValueError(f"{owner[:60]!r} cannot be an owner: {allowed}")
+
+
 class KeyRing:
     """The keys of all owners."""
 
@@ -64,11 +71,7 @@ class KeyRing:
         self, owner: str, scopes: Collection[Scope], *, name: str = "", expires_at: float | None = None
     ) -> tuple[ApiKey, str]:
         """A new key and its secret, which is nowhere else. Raises ValueError for an owner's name that is none."""
-        if not re.fullmatch(OWNER_PATTERN, owner):
-            wrong = (
-                f"{owner[:60]!r} cannot be an owner: at most 64 small letters, digits and ._@-, not one of these first"
-            )
-            raise ValueError(wrong)
+        check_owner(owner)
         secret = new_secret()
         key = ApiKey(
             id=new_id("key_"),

@@ -98,6 +98,19 @@ _TYPES = (
         "Without keys the service answers only on this machine, by the name of localhost.",
     ),
     ProblemType(
+        "quota-exceeded",
+        429,
+        "Too much at once",
+        "You have as much as you may for now; `used`, `allowed` and Retry-After say more, GET /v1/quota all of it.",
+        retryable=True,
+    ),
+    ProblemType(
+        "quota",
+        403,
+        "More than is allowed",
+        "This is more than you may have, and waiting does not change it; `used` and `allowed` say what you may.",
+    ),
+    ProblemType(
         "invalid-request",
         422,
         "The request is not valid",

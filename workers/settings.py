@@ -94,6 +94,15 @@ class Settings(BaseSettings):
         [],
         description="hosts, addresses and networks that owners' own S3 stores may be at although they are not public",
     )
+    quota_running_jobs: int | None = Field(None, ge=0, description="an owner's jobs that run at once (default: any)")
+    quota_queued_jobs: int | None = Field(None, ge=0, description="an owner's jobs that wait (default: any)")
+    quota_job_bytes: Bytes | None = Field(None, description="what one job may read and write (default: any)")
+    quota_daily_bytes: Bytes | None = Field(
+        None, description="what an owner's jobs may read and write in 24 hours (default: any)"
+    )
+    quota_disk_bytes: Bytes | None = Field(
+        None, description="what an owner's artifacts and unfinished jobs may take of the disk (default: any)"
+    )
     max_memory: Bytes = Field(4 * 2**30, description="the most that a recipe's limits.memory may ask for")
     threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: the cores, shared out)")
     workers: int | None = Field(None, ge=0, description="worker processes (default: one, or one for each GPU)")

@@ -55,6 +55,7 @@ class Job(Base):
     deleted_at: Mapped[float | None] = mapped_column(Float, default=None)
     reserved_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    asked_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     site: Mapped[str | None] = mapped_column(_NAME, default=None)
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     deaths: Mapped[int] = mapped_column(Integer, default=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from app.cli import alignments, jobs, keys, merging, patches, service
+from app.cli import alignments, jobs, keys, merging, owners, patches, service
 from merge_core import __version__
 
 
@@ -16,6 +16,6 @@ def main() -> None:
 
 for _command in (
     *(service.serve, service.worker, merging.merge, merging.plan, merging.import_),
-    *(patches.patch, alignments.align, alignments.permutations, jobs.submit, keys.keys),
+    *(patches.patch, alignments.align, alignments.permutations, jobs.submit, keys.keys, owners.owners),
 ):
     main.add_command(_command)

@@ -35,7 +35,7 @@ def keys() -> None:
 @DATA
 def create_key(owner: str, name: str, scopes: tuple[str, ...], days: float | None, data: Path | None) -> None:
     """Make a key for OWNER and print its secret, which cannot be shown again."""
-    with failures_told(), _opened(data) as store:
+    with failures_told(), opened(data) as store:
         from workers.keys import USUAL, KeyRing, Scope
 
         if len(name) > 100:
@@ -52,7 +52,7 @@ def create_key(owner: str, name: str, scopes: tuple[str, ...], days: float | Non
 @DATA
 def list_keys(owner: str | None, data: Path | None) -> None:
     """Show the keys of OWNER, or of everybody; never their secrets."""
-    with failures_told(), _opened(data) as store:
+    with failures_told(), opened(data) as store:
         from workers.keys import KeyRing
 
         last = None
@@ -69,7 +69,7 @@ def list_keys(owner: str | None, data: Path | None) -> None:
 @DATA
 def revoke_key(key: str, data: Path | None) -> None:
     """Make a KEY, by its id (key_…), good for nothing, at once and for ever."""
-    with failures_told(), _opened(data) as store:
+    with failures_told(), opened(data) as store:
         from workers.keys import KeyRing
 
         if not KeyRing(store).revoke(key):
@@ -78,7 +78,8 @@ def revoke_key(key: str, data: Path | None) -> None:
 
 
 @contextmanager
-def _opened(data: Path | None) -> Iterator[JobStore]:
+def opened(data: Path | None) -> Iterator[JobStore]:
+    """The database, as the service has it."""
     from workers.jobs import JobStore
 
     store = JobStore(settings_of(data, ()))

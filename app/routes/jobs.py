@@ -48,7 +48,7 @@ def jobs_router(kind: JobKind) -> APIRouter:
         openapi_extra=document_body(kind),
         response_model=JobRead,
         responses={
-            **answers(*REFUSALS, "gone", "idempotency-key-reused"),
+            **answers(*REFUSALS, "quota", "quota-exceeded", "gone", "idempotency-key-reused"),
             200: {"model": Validation, "description": "`dry_run`: the plan. Nothing was made."},
             202: {"headers": _JOB_HEADERS | _MADE_HEADERS},
         },
@@ -197,7 +197,9 @@ def jobs_router(kind: JobKind) -> APIRouter:
         name=f"retry_{kind}",
         status_code=202,
         responses={
-            **answers("not-found", "invalid-state", "invalid-request", "insufficient-storage"),
+            **answers(
+                "not-found", "invalid-state", "invalid-request", "insufficient-storage", "quota", "quota-exceeded"
+            ),
             202: {"headers": _JOB_HEADERS},
         },
     )

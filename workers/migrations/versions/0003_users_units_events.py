@@ -27,6 +27,7 @@ def upgrade() -> None:
         jobs.add_column(sa.Column("deleted_at", sa.Float()))
         jobs.add_column(sa.Column("reserved_bytes", sa.BigInteger(), nullable=False, server_default="0"))
         jobs.add_column(sa.Column("stored_bytes", sa.BigInteger(), nullable=False, server_default="0"))
+        jobs.add_column(sa.Column("asked_bytes", sa.BigInteger(), nullable=False, server_default="0"))
         jobs.add_column(sa.Column("site", sa.String(100)))
     op.create_index("jobs_by_owner", "jobs", ["owner", "kind", "id"])
     op.create_index("jobs_by_expiry", "jobs", ["expires_at"])
