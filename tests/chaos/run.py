@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import random
 import re
 import sys
@@ -23,6 +24,7 @@ from tests.chaos.merges import Case
 from tests.chaos.schedule import Moment, Planned, Wave
 from tests.chaos.world import World
 from tests.services import eventually
+from workers import credentials, signing
 from workers.jobs import FINISHED, JobKind, JobState
 from workers.tables import Job
 
@@ -33,6 +35,9 @@ TRIES = 3
 """So often is a phase waited for that may be too short to be seen."""
 ANSWER_SECONDS = 60.0
 TIDY_SECONDS = 90.0
+DATABASE = ("jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm")
+ALWAYS_THERE = (*DATABASE, "migrating.lock", "janitor.lock", "site", signing.KEY_FILE, credentials.KEY_FILE)
+"""Files of the data folder that belong to no job."""
 PASSING = (503, 507)
 """Statuses that say: not now."""
 
@@ -171,8 +176,8 @@ class Run:
             self._look_for_recovery(over, rows)
             if waiting or len(over) < len(happening):
                 last = now
-            elif all(job.state in FINISHED for job in rows.values()):
-                break
+            elif all(job.state in FINISHED for job in self.world.jobs(list(jobs)).values()):
+                break  # asked again: what has just happened may have begun one of them anew
             if now > last + END_SECONDS:
                 states = {job.id: f"{job.state} {job.phase} {job.progress}" for job in rows.values()}
                 raise Stuck(f"wave {number}: not ended {END_SECONDS:.0f} s after the last fault: {states}")
@@ -332,7 +337,7 @@ class Run:
 
     def _check_files(self, who: str, case: Case, job: Job) -> Iterator[str]:
         wanted = self.references[case.title]
-        listed = self._ask("GET", f"{_path(job)}/files").json()["data"]
+        listed = self._ask("GET", f"{_path(job)}/files").json().get("data", [])
         if {file["path"]: file["sha256"] for file in listed} != wanted:
             yield f"{who} succeeded with other files than the library makes: {listed}"
             return
@@ -357,7 +362,7 @@ class Run:
 
     def _unnamed(self) -> list[str]:
         data = self.world.data
-        named = {Path(name) for name in ("jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm", "migrating.lock", "site")}
+        named = {Path(name) for name in ALWAYS_THERE}
         for job in self.world.jobs(list(self._cases)).values():
             if job.state == JobState.SUCCEEDED and job.deleted_at is None:
                 named |= {Path("artifacts", job.id, file["path"]) for file in job.files}
@@ -412,16 +417,29 @@ class Run:
 EXPLAINED = re.compile(
     "OperationalError|ConnectionError|ConnectionRefusedError|ConnectionResetError|TimeoutError|BrokenPipeError"
     "|No space left on device|disk I/O error|database or disk is full|WorkerLostError"
+    "|exited with 'signal 9|ExceptionWithTraceback|QueryCanceled|InterfaceError|DatabaseUnavailable"
     "|timeout graceful shutdown exceeded"
 )
 """What may stand in a log while databases are locked, brokers gone and disks full."""
 
 
+NAMED = re.compile(r"[A-Za-z_][\w.]*(:|$)")
+"""An exception's name, at the beginning of its line."""
+
+
 def _errors(log: str) -> Iterator[str]:
-    """The last line of each traceback."""
+    """What each line says that tells of an error, and the last line of each traceback."""
     is_inside = False
     for line in log.splitlines():
-        if line.startswith("Traceback (most recent call last)"):
+        if line.startswith("{"):
+            with contextlib.suppress(ValueError):
+                said = json.loads(line)
+                if found := said.get("exception"):
+                    lines = str(found).rpartition("Traceback (most recent call last):")[2].splitlines()
+                    yield next((line for line in lines if NAMED.match(line)), lines[-1])
+                elif said.get("level") in ("error", "critical"):
+                    yield str(said.get("message")).splitlines()[0]
+        elif line.startswith("Traceback (most recent call last)"):
             is_inside = True
         elif is_inside and line and not line.startswith((" ", "\t", "|", "+")):
             is_inside = False
