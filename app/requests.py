@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -59,6 +60,9 @@ class _Told:
     async def run(self, app: ASGIApp, receive: Receive) -> None:
         try:
             await app(self.scope, receive, self.send)
+        except asyncio.CancelledError:
+            # The service stops and could wait no longer. Nobody above has anything to add but a traceback.
+            log.warning("cut off", extra=self.about())
         except Exception as error:
             log.exception("unexpected error", exc_info=error, extra=self.about())
             if self.status:

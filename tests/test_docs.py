@@ -1,6 +1,6 @@
 """The README tells the truth: its table is the registry's, its recipes plan, its commands exist.
 
-`python -m tests.test_docs` writes the table anew.
+`python -m tests.test_docs` writes the tables anew.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import AliasChoices
 
 from app.cli import main
@@ -21,6 +23,8 @@ from workers.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+OPERATIONS = ROOT / "docs" / "operations.md"
+_SETTINGS = re.compile(r"(<!-- settings: .*? -->\n).*?(<!-- end of settings -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- methods: .*? -->\n).*?(<!-- end of methods -->)", re.DOTALL)
 
 
@@ -40,6 +44,35 @@ def method_table() -> str:
                 parameters += f"; statistics {', '.join(f'`{name}`' for name in method.statistics)}"
             lines.append(f"| {shown} | {title} | {base} | {count} | {parameters} |")
     return "\n".join(lines) + "\n"
+
+
+def settings_table() -> str:
+    """The table of settings in the operations page."""
+    lines = ["| variable | default | |", "| --- | --- | --- |"]
+    for name, variable in Settings.variables().items():
+        field = Settings.model_fields[name]
+        default = "" if field.default is None or field.default == [] else f"`{field.default}`"
+        assert field.description, f"{name} says nothing of itself"
+        lines.append(f"| `{variable}` | {default} | {field.description} |")
+    lines.append("| `WEIGHTSMITH_KERNELS` | `compiled` | `plain`: torch instead of numba, for the same bytes, slower |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_settings_is_what_is_read() -> None:
+    written = OPERATIONS.read_text()
+    assert written == _SETTINGS.sub(lambda match: match[1] + settings_table() + match[2], written)
+
+
+def test_the_metrics_that_are_told_of_are_those_there_are(tmp_path: Path) -> None:
+    with TestClient(create_app(Settings(data=tmp_path))) as client:
+        families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+    there = {
+        name + ("_total" if family.type == "counter" else "")
+        for name, family in families.items()
+        if name.startswith("weightsmith_")
+    }
+    told = set(re.findall(r"^\| (`weightsmith_.*?) \|", OPERATIONS.read_text(), re.MULTILINE))
+    assert set(re.findall(r"weightsmith_\w+", " ".join(told))) == there
 
 
 def test_the_table_of_methods_is_the_registry_s() -> None:
@@ -85,6 +118,8 @@ def test_links_in_the_docs_lead_somewhere() -> None:
 
 
 if __name__ == "__main__":
+    page = OPERATIONS.read_text()
+    OPERATIONS.write_text(_SETTINGS.sub(lambda match: match[1] + settings_table() + match[2], page))
     README.write_text(_TABLE.sub(lambda match: match[1] + method_table() + match[2], README.read_text()))
 
 

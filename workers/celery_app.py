@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from celery import Celery
-from celery.signals import setup_logging, worker_init
+from celery.signals import setup_logging, worker_init, worker_ready
 
 from workers.logs import bind_process, configure_logs
 from workers.settings import SUPERVISOR_VARIABLE, WORKER_VARIABLE, Settings
@@ -22,6 +22,7 @@ TASKS_PER_CHILD = 100
 """How many jobs a child may run one after the other. Importing torch costs ten times what a small merge does."""
 CHILD_BYTES = 400 * 2**20
 """A child that ever took more ends with its job: the plan of the next one counts on no more (`memory.FLOOR_BYTES`)."""
+REPLACE_SECONDS = 0.2
 
 
 def make_celery(settings: Settings) -> Celery:
@@ -81,6 +82,15 @@ def _before_forking(**_: object) -> None:
         raise RuntimeError("torch was imported before the worker forked; its children would hang")
     if supervisor := os.environ.get(SUPERVISOR_VARIABLE):
         threading.Thread(target=_die_with, args=(int(supervisor),), name="parent", daemon=True).start()
+
+
+@worker_ready.connect
+def _replace_children_soon(sender: Any, **_: object) -> None:
+    """Celery learns at once that a child has ended, but not that it is gone, for which it looks every five seconds on
+    Redis. A child that grew ends with its job, and the next job would wait for its successor.
+    """
+    if sender.hub is not None and not hasattr(sender.pool, "replacing"):
+        sender.pool.replacing = sender.hub.call_repeatedly(REPLACE_SECONDS, sender.pool.maintain_pool)
 
 
 def _die_with(supervisor: int) -> None:

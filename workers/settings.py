@@ -66,8 +66,16 @@ class Settings(BaseSettings):
         [],
         description="folders that recipes may name models in, separated by colons (default: models in the data folder)",
     )
-    redis_url: str | None = Field(None, validation_alias=AliasChoices("redis_url", "REDIS_URL"))
-    database_url: str | None = Field(None, validation_alias=AliasChoices("database_url", "DATABASE_URL"))
+    redis_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("redis_url", "REDIS_URL"),
+        description="Redis as the broker (default: files in the data folder)",
+    )
+    database_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("database_url", "DATABASE_URL"),
+        description="PostgreSQL as the database (default: SQLite in the data folder)",
+    )
     artifact_store: Annotated[str, AfterValidator(_check_place)] | None = Field(
         None,
         validation_alias=AliasChoices("artifact_store", "WEIGHTSMITH_ARTIFACTS"),

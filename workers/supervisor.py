@@ -44,7 +44,7 @@ class Supervisor:
         self._queue = Queue(self._store, make_celery(settings))
         self._janitor = Janitor(self._store, self._queue.artifacts)
         self._courier = Courier(self._store, Guard(settings.webhook_allow))
-        self._stopping = threading.Event()
+        self._stopping, self._ending = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self.workers = [_Worker(each) for each in shared_out(settings)]
 
@@ -55,8 +55,23 @@ class Supervisor:
         self._courier.start()
 
     def stop(self) -> None:
-        """End the workers; jobs that they were at are queued again and go on where they were."""
+        """End the workers; jobs that they were at are queued again and go on where they were. Once is enough, and
+        whoever calls it again waits for the first.
+        """
+        with self._ending:
+            self._stop()
+
+    def kill(self) -> None:
+        """End the workers at once. Their jobs are queued again when their leases run out."""
+        for worker in self.workers:
+            worker.kill()
+
+    def _stop(self) -> None:
+        if self._stopping.is_set():
+            return
         self._stopping.set()
+        # A round that saw a worker end now would take that for a death.
+        self._thread.join(STOP_SECONDS / 2)
         for worker in self.workers:
             worker.terminate()
         until = time.monotonic() + STOP_SECONDS
@@ -64,10 +79,9 @@ class Supervisor:
             if not worker.has_ended(within=max(0.0, until - time.monotonic())):
                 log.info("a worker is at a job, which goes on where it is when a worker starts again")
             self._end(worker)
-        self._thread.join(STOP_SECONDS)
-        self._courier.stop()
         try:
             self._give_back(died=False)
+            self._courier.stop()
         finally:
             self._store.close()
 
@@ -174,12 +188,16 @@ class _Worker:
         except subprocess.TimeoutExpired:
             return False
 
+    def kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def end(self) -> None:
         """End the worker and whatever is left of its process group."""
         if self._process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         self._process.wait()
         self.is_over = True
         now = time.monotonic()

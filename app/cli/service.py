@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,11 +17,6 @@ from app.cli.terminal import DATA, MODELS, failures_told, settings_of
 from merge_core import __version__
 
 if TYPE_CHECKING:
-    import socket
-
-    import uvicorn
-    from fastapi import FastAPI
-
     from workers.settings import Settings
     from workers.supervisor import Supervisor
 
@@ -42,10 +38,9 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...], wor
     Models are read only from the folders given by --models; recipes name them by their paths below these.
     """
     with failures_told():
-        import uvicorn
-
         from app.auth import Doors, doors_for, is_loopback
         from app.main import create_app
+        from app.serving import Server
         from workers.logs import configure_logs
         from workers.supervisor import Supervisor
 
@@ -54,36 +49,17 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...], wor
         doors = doors_for(settings, host)
         if doors is Doors.OPEN and not is_loopback(host):
             log.warning("anybody who can reach %s can use this service; it asks for no keys", host)
-        app = create_app(settings, host=host)
-        config = uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=5,
-        )
-        listening = config.bind_socket()
-        with _supervised(Supervisor(settings)):
+        supervisor = Supervisor(settings)
+        server = Server(create_app(settings, host=host), host, port, supervisor)
+        listening = server.config.bind_socket()
+        with _supervised(supervisor):
             _tell_start(settings, f"http://{host}:{listening.getsockname()[1]}/docs")
             if doors is Doors.KEYS:
                 log.info("API keys are asked for; `weightsmith keys create OWNER` makes one")
-            _server(config, app).run(sockets=[listening])
-
-
-def _server(config: uvicorn.Config, app: FastAPI) -> uvicorn.Server:
-    """A server that lets those go who wait or listen before it waits for their connections to end."""
-    import uvicorn
-
-    from app.watching import Watch
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            if isinstance(watch := getattr(app.state, "watch", None), Watch):
-                await watch.close()
-            await super().shutdown(sockets)
-
-    return Server(config)
+            server.run(sockets=[listening])
+        # Nothing is left to do, and taking torch apart costs seconds of the ten that `docker stop` gives.
+        logging.shutdown()
+        os._exit(0 if server.started else 1)
 
 
 @click.command()
@@ -123,7 +99,9 @@ def _leave(*_: object) -> None:
 
 @contextmanager
 def _supervised(supervisor: Supervisor) -> Iterator[None]:
-    """A worker that runs until the end, however that comes; once it is being stopped no further signal is heard."""
+    """A worker that runs until the end, however that comes. A signal while it is being stopped ends it at once."""
+    from app.serving import end_now
+
     signal.signal(signal.SIGTERM, _leave)
     supervisor.start()
     try:
@@ -132,5 +110,5 @@ def _supervised(supervisor: Supervisor) -> Iterator[None]:
         pass
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, lambda number, _: end_now(supervisor, number))
         supervisor.stop()
