@@ -147,6 +147,19 @@ def test_submit_wait_download(models: Path, recipe: Path, tmp_path: Path) -> Non
         assert job["status"] == "succeeded"
         assert {path.name for path in (tmp_path / "here").iterdir()} == service.files(job).keys()
 
+        def jobs(*arguments: object, status: int = 0) -> str:
+            ran = CliRunner().invoke(main, ["jobs", *map(str, arguments), "--url", service.url])
+            assert ran.exit_code == status, ran.output
+            return ran.output
+
+        assert jobs("list", "--status", "succeeded").startswith(job_id) and jobs("list", "--status", "failed") == ""
+        assert "model.safetensors" in jobs("show", job_id) and json.loads(jobs("show", job_id, "--json")) == job
+        jobs("watch", job_id)
+        assert "succeeded" in jobs("cancel", job_id, "mrg_1", status=1)
+        assert jobs("download", job_id, tmp_path / "again").count("\n") == len(service.files(job))
+        assert "no job's id" in jobs("show", "x", status=1)
+        assert jobs("delete", job_id) == f"{job_id}  deleted\n" and jobs("list") == ""
+
         broken = recipe.with_name("broken.yml")
         broken.write_text("merge_method: ties\nmodels: [{model: nowhere}]\nbase_model: base\nparameters: {weight: 1}\n")
         refused = weightsmith("submit", broken, "--url", service.url, "--wait", cwd=models, status=1).stderr

@@ -16,6 +16,6 @@ def main() -> None:
 
 for _command in (
     *(service.serve, service.worker, merging.merge, merging.plan, merging.import_),
-    *(patches.patch, alignments.align, alignments.permutations, jobs.submit, keys.keys, owners.owners),
+    *(patches.patch, alignments.align, alignments.permutations, jobs.submit, jobs.jobs, keys.keys, owners.owners),
 ):
     main.add_command(_command)

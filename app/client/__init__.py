@@ -28,7 +28,7 @@ from app.client.errors import (
 )
 from app.client.jobs import Jobs
 from app.client.objects import Event, File, Job, Plan, Progress
-from app.client.service import Methods, System
+from app.client.service import Methods, Recipes, System
 from app.client.transport import Transport
 
 __all__ = [
@@ -70,6 +70,7 @@ class Client:
         self.merges = Jobs(self._transport, "merges")
         self.alignments = Jobs(self._transport, "alignments")
         self.patches = Jobs(self._transport, "patches")
+        self.recipes = Recipes(self._transport)
         self.methods = Methods(self._transport)
         self.credentials = Credentials(self._transport)
         self.api_keys = ApiKeys(self._transport)
@@ -85,6 +86,14 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def jobs_of(self, job_id: str) -> Jobs:
+        """`merges`, `alignments` or `patches`: those that a job with this id is of."""
+        kinds = {"mrg": self.merges, "aln": self.alignments, "pat": self.patches}
+        try:
+            return kinds[job_id.partition("_")[0]]
+        except KeyError:
+            raise ServiceError(f"{job_id[:60]!r} is no job's id; those begin with mrg_, aln_ or pat_") from None
 
     def close(self) -> None:
         self._transport.close()

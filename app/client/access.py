@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
@@ -17,15 +17,30 @@ class ApiKeys:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def create(self, name: str, *, scopes: Sequence[str], expires_at: datetime | None = None) -> ApiKey:
-        """A new key. Its `secret` is told here and never again."""
-        asked: dict[str, Any] = {"name": name, "scopes": list(scopes)}
+    def create(
+        self,
+        name: str = "",
+        *,
+        scopes: Sequence[str] | None = None,
+        expires_at: datetime | None = None,
+        owner: str | None = None,
+    ) -> ApiKey:
+        """A new key, with the usual scopes unless others are named. Its `secret` is told here and never again."""
+        asked: dict[str, Any] = {"name": name}
+        if scopes is not None:
+            asked["scopes"] = list(scopes)
         if expires_at is not None:
-            asked["expires_at"] = expires_at.isoformat()
+            asked["expires_at"] = expires_at.astimezone().isoformat()
+        if owner is not None:
+            asked["owner"] = owner
         return ApiKey.of(self._transport.json("POST", "/v1/api-keys", json=asked, repeatable=False))
 
-    def list(self) -> list[ApiKey]:
-        return [ApiKey.of(each) for each in self._transport.many("/v1/api-keys")]
+    def list(self) -> Iterator[ApiKey]:
+        """Newest first, also those that are good no more."""
+        return map(ApiKey.of, self._transport.pages("/v1/api-keys"))
+
+    def get(self, key_id: str) -> ApiKey:
+        return ApiKey.of(self._transport.json("GET", f"/v1/api-keys/{quote(key_id, safe='')}"))
 
     def delete(self, key: ApiKey | str) -> None:
         """Revoke a key: nobody is let in by it from now on."""
@@ -48,8 +63,8 @@ class Credentials:
         """What there is to tell of a secret without telling it."""
         return Credential.of(self._transport.json("GET", self._path(name)))
 
-    def list(self) -> list[Credential]:
-        return [Credential.of(each) for each in self._transport.many("/v1/credentials")]
+    def list(self) -> Iterator[Credential]:
+        return map(Credential.of, self._transport.pages("/v1/credentials"))
 
     def delete(self, name: str) -> None:
         self._transport.request("DELETE", self._path(name))

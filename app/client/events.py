@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ from app.client.errors import NotWeightsmith, ServiceError, Unreachable
 from app.client.objects import FINISHED, Event
 from app.client.transport import TRY_AGAIN, Transport
 
+LASTING_SECONDS = 5.0
+"""A stream that went on for so long was ended by a service that lets none go on for ever."""
 SILENCE_SECONDS = 60.0
 """The service sends a comment every few seconds; a connection silent for so long is dead."""
 
@@ -24,6 +27,7 @@ def follow(transport: Transport, path: str, after: int) -> Iterator[Event]:
     patience = transport.patience()
     ended = False
     while True:
+        opened = time.monotonic()
         try:
             for event in _connect(transport, path, after):
                 patience.renew()
@@ -39,7 +43,11 @@ def follow(transport: Transport, path: str, after: int) -> Iterator[Event]:
                     return
             if ended:
                 return
+            if time.monotonic() - opened > LASTING_SECONDS:
+                patience.renew()
             raise Unreachable(f"{transport.url} ended the stream of events before the job's end")
+        except _NothingMore:
+            return
         except ServiceError as error:
             if ended:
                 return
@@ -49,12 +57,18 @@ def follow(transport: Transport, path: str, after: int) -> Iterator[Event]:
             patience.spend(error)
 
 
+class _NothingMore(Exception):
+    """The job ended, and all its events were sent before."""
+
+
 def _connect(transport: Transport, path: str, after: int) -> Iterator[Event]:
     headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
     if after:
         headers["Last-Event-ID"] = str(after)
     timeout = httpx2.Timeout(transport.timeout, read=SILENCE_SECONDS)
     with transport.stream("GET", path, headers=headers, timeout=timeout) as response:
+        if response.status_code == 204:
+            raise _NothingMore
         if not response.headers.get("content-type", "").startswith("text/event-stream"):
             raise NotWeightsmith(f"{transport.url} sends no events there; is it the right address?")
         for sent in httpx2.EventSource(response):
@@ -69,7 +83,5 @@ def _data(sent: httpx2.ServerSentEvent) -> dict[str, Any]:
         data = {"text": sent.data}
     if not isinstance(data, dict):
         data = {"value": data}
-    # The service may send an event as its page has it, or its data alone.
-    event = data if {"seq", "kind", "data"} <= data.keys() else {"data": data}
     number = int(sent.id) if sent.id.isascii() and sent.id.isdecimal() else None
-    return {**event, "kind": event.get("kind", sent.event), "seq": event.get("seq", number)}
+    return {"kind": sent.event, "seq": number, "at": data.pop("at", None), "data": data}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +17,12 @@ from app.client.documents import Document, body_of
 from app.client.errors import JobCanceled, JobFailed, ServiceError
 from app.client.events import follow
 from app.client.objects import Event, File, Job, Plan
-from app.client.transport import Transport, entries
+from app.client.transport import Transport
 
-WAIT_SECONDS, SHOWN_SECONDS, LEAST_SECONDS = 25.0, 1.0, 0.5
-"""How long one request waits for a job's end: unseen, and behind a bar; and the least time from one to the next."""
+WAIT_SECONDS = 25
+"""How long one request waits for news of a job."""
+SHOWN_PAUSE, LONGEST_PAUSE = 0.25, 1.0
+"""From one answer to the next question: behind a bar, and at most."""
 PAGE = 100
 
 
@@ -38,39 +41,42 @@ class Jobs:
         priority: int | None = None,
         deadline: datetime | timedelta | float | None = None,
         webhook: str | None = None,
+        webhook_events: Sequence[str] = (),
     ) -> Job:
         """POST a document: a dict, a list of them, text (YAML or JSON), or the path of a file.
 
         Asked again with the same `idempotency_key`, the service answers with the job that there is; without one, each
         call makes one job, however often its request has to be repeated. `deadline` is a moment, or how long from
-        now (seconds). `webhook` is told of the job's end.
+        now (seconds). `webhook` is an address that is told of these events, by default all there are.
         """
         body, media_type = body_of(document)
         headers = {"Content-Type": media_type, "Idempotency-Key": idempotency_key or uuid.uuid4().hex}
-        asked = _asked(labels, priority, deadline, webhook)
+        if webhook is not None:
+            headers["Webhook-Url"] = webhook
+        if webhook_events:
+            headers["Webhook-Events"] = ", ".join(webhook_events)
+        asked = _asked(labels, priority, deadline)
         return Job.of(self._transport.json("POST", self._prefix, content=body, headers=headers, params=asked))
 
-    def plan(self, document: Document, *, steps: bool = False) -> Plan:
+    def plan(self, document: Document) -> Plan:
         """What the document would read, write and need; nothing is made. Raises `Refused` where it cannot work."""
         body, media_type = body_of(document)
-        asked = {"dry_run": "true"} | ({"steps": "true"} if steps else {})
+        asked = {"dry_run": "true"}
         headers = {"Content-Type": media_type}
         return Plan.of(self._transport.json("POST", self._prefix, content=body, headers=headers, params=asked))
 
     def get(self, job: Job | str) -> Job:
         return Job.of(self._transport.json("GET", self._path(job)))
 
-    def list(self, *, status: str | None = None, labels: Mapping[str, str] | None = None) -> Iterator[Job]:
-        """All jobs, newest first; pages are asked for as they are needed."""
-        asked: list[tuple[str, Any]] = [("limit", PAGE), *_labels(labels)]
-        if status:
-            asked.append(("status", status))
-        page = self._transport.json("GET", self._prefix, params=asked)
-        while True:
-            yield from map(Job.of, entries(page))
-            if not page.get("next"):
-                return
-            page = self._transport.json("GET", self._prefix, params=[*asked, ("after", page["next"])])
+    def list(
+        self, *, status: str | Sequence[str] = (), labels: Mapping[str, str] | None = None, page: int = PAGE
+    ) -> Iterator[Job]:
+        """The jobs in this state, or one of these, with all these labels: newest first, all by default. So many are
+        asked for at once, as they are needed.
+        """
+        states = [status] if isinstance(status, str) else status
+        asked = [("limit", page), *(("status", state) for state in states), *_labels(labels)]
+        yield from map(Job.of, self._transport.pages(self._prefix, asked))
 
     def wait(
         self,
@@ -85,14 +91,18 @@ class Jobs:
         `progress` shows a bar on a terminal, or is called with the job whenever it is further. Raises `JobFailed` or
         `JobCanceled` unless it succeeded or `check` is false, and `TimeoutError` after so many seconds.
         """
-        until = None if timeout is None else time.monotonic() + timeout
-        at_once = SHOWN_SECONDS if progress else WAIT_SECONDS
+        started = time.monotonic()
         with job_bar(progress) as report:
-            while not (found := self._once_ended(job, at_once, until)).is_finished:
-                report(found)
-                if until is not None and time.monotonic() >= until:
+            while True:
+                left = None if timeout is None else started + timeout - time.monotonic()
+                report(found := self._with_news(job, left))
+                if found.is_finished:
+                    break
+                waited = time.monotonic() - started
+                if timeout is not None and waited >= timeout:
                     raise TimeoutError(f"{found.id} is still {found.status}")
-            report(found)
+                # Who sees nothing of the news need not ask for all of them.
+                time.sleep(SHOWN_PAUSE if progress else min(waited / 10, LONGEST_PAUSE))
         if check and found.status != "succeeded":
             raise (JobCanceled if found.status == "canceled" else JobFailed)(found)
         return found
@@ -101,6 +111,10 @@ class Jobs:
         """What has happened since event number `after`, then what happens, until the job has ended."""
         return follow(self._transport, f"{self._path(job)}/events", after)
 
+    def deliveries(self, job: Job | str) -> Sequence[dict[str, Any]]:
+        """What the job's webhook was told, or is to be told."""
+        return self._transport.many(f"{self._path(job)}/deliveries")
+
     def logs(self, job: Job | str) -> str:
         return self._transport.request("GET", f"{self._path(job)}/logs").text
 
@@ -108,9 +122,10 @@ class Jobs:
         """Ask the job to stop. Raises `Refused` (`invalid-state`) where it has ended otherwise already."""
         return Job.of(self._transport.json("POST", f"{self._path(job)}/cancel"))
 
-    def retry(self, job: Job | str) -> Job:
+    def retry(self, job: Job | str, *, deadline: datetime | timedelta | float | None = None) -> Job:
         """Queue a failed or canceled job again; it goes on with what it had finished."""
-        return Job.of(self._transport.json("POST", f"{self._path(job)}/retry", repeatable=False))
+        asked = _asked(None, None, deadline)
+        return Job.of(self._transport.json("POST", f"{self._path(job)}/retry", params=asked, repeatable=False))
 
     def delete(self, job: Job | str) -> None:
         """Remove a job that has ended, and its files."""
@@ -147,28 +162,34 @@ class Jobs:
             raise ServiceError("a job's id is needed")
         return f"{self._prefix}/{quote(job_id, safe='')}"
 
-    def _once_ended(self, job: Job | str, seconds: float, until: float | None) -> Job:
-        """The job when it has ended, or as it is after so long."""
-        started = time.monotonic()
-        if until is not None:
-            seconds = max(min(seconds, until - started), 0)
-        timeout = self._transport.timeout + seconds
-        asked = {"wait": f"{seconds:.3f}"}
-        found = Job.of(self._transport.json("GET", self._path(job), params=asked, timeout=timeout))
-        if not found.is_finished:
-            # A service that is being stopped answers at once.
-            time.sleep(max(min(seconds, LEAST_SECONDS) - (time.monotonic() - started), 0))
-        return found
+    def _with_news(self, job: Job | str, seconds: float | None) -> Job:
+        """The job as soon as anything of it changes, or as it is after so long."""
+        wait = WAIT_SECONDS if seconds is None else max(0, min(WAIT_SECONDS, math.ceil(seconds)))
+        timeout = self._transport.timeout + wait
+        return Job.of(self._transport.json("GET", self._path(job), params={"wait": wait}, timeout=timeout))
 
 
 def _asked(
     labels: Mapping[str, str] | None,
     priority: int | None,
     deadline: datetime | timedelta | float | None,
-    webhook: str | None,
 ) -> list[tuple[str, Any]]:
-    return _labels(labels)
+    asked: list[tuple[str, Any]] = _labels(labels)
+    if priority is not None:
+        asked.append(("priority", priority))
+    if deadline is not None:
+        asked.append(("deadline", _seconds_until(deadline)))
+    return asked
 
 
-def _labels(labels: Mapping[str, str] | None) -> list[tuple[str, str]]:
-    return [("label", f"{name}={value}") for name, value in (labels or {}).items()]
+def _seconds_until(deadline: datetime | timedelta | float) -> int:
+    """Whole seconds from now, at least one."""
+    if isinstance(deadline, datetime):
+        deadline = deadline - datetime.now(deadline.tzinfo)
+    if isinstance(deadline, timedelta):
+        deadline = deadline.total_seconds()
+    return max(1, math.ceil(deadline))
+
+
+def _labels(labels: Mapping[str, str] | None) -> list[tuple[str, Any]]:
+    return [("label", f"{name}:{value}") for name, value in (labels or {}).items()]

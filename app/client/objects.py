@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any, Self
 
@@ -69,7 +69,8 @@ class Job(_Answer):
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
-        return super().of({**data, "progress": Progress.of(data.get("progress") or {})})
+        found = super().of({**data, "progress": Progress.of(data.get("progress") or {})})
+        return replace(found, raw=dict(data))
 
     @property
     def is_finished(self) -> bool:
@@ -126,11 +127,13 @@ class ApiKey(_Answer):
     """An API key; `secret` is the key itself, where it has just been made, and is never shown."""
 
     id: str
+    owner: str = ""
     name: str = ""
     scopes: list[str] = field(default_factory=list)
     secret: str | None = field(default=None, repr=False)
     created_at: datetime | None = None
     expires_at: datetime | None = None
+    revoked_at: datetime | None = None
     used_at: datetime | None = None
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from app.client.objects import Method
+from app.client.documents import Document, body_of
+from app.client.objects import Method, Plan
 from app.client.transport import Transport
 
 
@@ -27,6 +28,26 @@ class Methods:
         return [Method.of(each) for each in self._transport.many(path)]
 
 
+class Recipes:
+    """`client.recipes`: recipes that are only looked at."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def validate(self, recipe: Document, *, steps: bool = False) -> Plan:
+        """What a recipe would read, write and need; with `steps`, tensor by tensor. Raises `Refused`."""
+        body, media_type = body_of(recipe)
+        asked, headers = {"steps": str(steps).lower()}, {"Content-Type": media_type}
+        return Plan.of(
+            self._transport.json("POST", "/v1/recipes:validate", content=body, headers=headers, params=asked)
+        )
+
+    def import_(self, text: str | bytes) -> dict[str, Any]:
+        """A published recipe, or a model card with one in it: what it means here, and its keys without effect."""
+        body = text.encode() if isinstance(text, str) else text
+        return self._transport.json("POST", "/v1/recipes:import", content=body)
+
+
 class System:
     """`client.system`: the service itself."""
 
@@ -36,6 +57,10 @@ class System:
     def get(self) -> dict[str, Any]:
         """Version, limits, workers and disk."""
         return self._transport.json("GET", "/v1/system")
+
+    def quota(self) -> dict[str, Any]:
+        """What the caller may have, and has now."""
+        return self._transport.json("GET", "/v1/quota")
 
     def is_ready(self) -> bool:
         """Whether the service can do its work now; it is asked once, and not waited for."""

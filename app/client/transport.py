@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,9 +101,18 @@ class Transport:
             raise NotWeightsmith(f"{self.url} does not answer like Weightsmith; is it the right address?")
         return found
 
+    def pages(self, path: str, asked: Sequence[tuple[str, Any]] = ()) -> Iterator[dict[str, Any]]:
+        """The objects on all pages of a list; each page is asked for when it is needed."""
+        found = self.json("GET", path, params=list(asked))
+        while True:
+            yield from _entries(found)
+            if not found.get("next"):
+                return
+            found = self.json("GET", path, params=[*asked, ("after", found["next"])])
+
     def many(self, path: str) -> list[dict[str, Any]]:
         """As `json`; the objects in a list that is not in pages."""
-        return entries(self.json("GET", path))
+        return _entries(self.json("GET", path))
 
     def answers_well(self, path: str) -> bool:
         """Whether a question, asked once, is answered with success."""
@@ -131,7 +140,7 @@ class Transport:
             raise Unreachable(f"{self.url} cannot be reached: {why}; is `weightsmith serve` running?") from error
 
 
-def entries(page: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _entries(page: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The objects on a page."""
     found = page.get("data")
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
