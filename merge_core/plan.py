@@ -76,11 +76,11 @@ class Step:
     reason: str = ""
     given: Mapping[str, tuple[Source | None, ...]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def grains(self) -> Grains:
         return Grains.of(self.shape)
 
-    @property
+    @cached_property
     def least_rows(self) -> int:
         """How many rows a block has at least: those of a grain, or all."""
         whole = self.method is not None and self.method.extent(self.shape) == "tensor"
@@ -100,7 +100,7 @@ class Step:
         asked = self.method is not None and self.method.precision == "float64"
         return FLOAT64 if asked or any(source.info.dtype is FLOAT64 for source in self.reads) else FLOAT32
 
-    @property
+    @cached_property
     def reads(self) -> tuple[Source, ...]:
         """Every tensor that the step reads."""
         return (*self.merges, *(source for each in self.given.values() for source in each if source is not None))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import ColumnElement, Update, and_, case, delete, func, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from workers.choosing import may_start, next_job
@@ -96,6 +98,7 @@ class JobStore:
         settings.prepare()
         self.settings = settings
         self.engine = open_database(settings, patience=patience)
+        self._turn, self._patience = threading.Lock(), patience
         self._for_reading = for_reading(self.engine)
 
     def close(self) -> None:
@@ -104,8 +107,23 @@ class JobStore:
     @contextmanager
     def session(self) -> Iterator[Session]:
         """A transaction that writes, alone on SQLite: what it reads before it writes stays so."""
-        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+        with self._in_turn(), Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """One writer of this process at a time, on SQLite: who waits there for its lock waits without a turn, and of
+        many threads some never get it.
+        """
+        if self.engine.dialect.name != "sqlite":
+            yield
+            return
+        if not self._turn.acquire(timeout=self._patience):
+            raise OperationalError("BEGIN IMMEDIATE", None, sqlite3.OperationalError("database is locked"))
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
