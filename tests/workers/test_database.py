@@ -133,9 +133,10 @@ def test_what_only_reads_cannot_write(tmp_path: Path, postgres: Postgres) -> Non
 
 
 def test_a_writer_waits_as_long_as_it_is_willing_to(tmp_path: Path, database: dict[str, str]) -> None:
-    patient, hasty = (JobStore(Settings(data=tmp_path, **database), patience=seconds) for seconds in (30, 0.2))
-    job = patient.add({}, {})
-    with patient.session() as session:
+    stores = [JobStore(Settings(data=tmp_path, **database), patience=seconds) for seconds in (30, 30, 0.2)]
+    first, patient, hasty = stores
+    job = first.add({}, {})
+    with first.session() as session:
         session.execute(update(Job).where(Job.id == job.id).values(priority=1))
         with pytest.raises(OperationalError):
             hasty.claim(job.id, "w/1")
@@ -145,7 +146,7 @@ def test_a_writer_waits_as_long_as_it_is_willing_to(tmp_path: Path, database: di
             assert not waiting.done()
             session.commit()
             assert waiting.result(20) is not None
-    for store in (patient, hasty):
+    for store in stores:
         store.close()
 
 
