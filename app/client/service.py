@@ -62,6 +62,10 @@ class System:
         """What the caller may have, and has now."""
         return self._transport.json("GET", "/v1/quota")
 
+    def webhook_secret(self) -> dict[str, Any]:
+        """What the caller's webhooks know the service's messages by."""
+        return self._transport.json("GET", "/v1/webhook-secret")
+
     def is_ready(self) -> bool:
         """Whether the service can do its work now; it is asked once, and not waited for."""
         return self._transport.answers_well("/readyz")

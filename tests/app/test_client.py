@@ -110,6 +110,7 @@ def test_the_client_has_a_word_for_every_route(tmp_path: Path) -> None:
         assert [*client.api_keys.list(), *client.credentials.list()] == []
         client.system.get()
         client.system.quota()
+        client.system.webhook_secret()
     asked = {(each.verb.lower(), each.path.partition("?")[0]) for each in server.asked}
     # A stream of events, and a file's content, have tests of their own.
     asked |= {("get", f"/v1/{plural}/x/{rest}") for plural in KINDS for rest in ("events", "files/x")}
