@@ -10,11 +10,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy import exc
 from starlette.exceptions import HTTPException
 
 from app.schemas import PROBLEM_TYPES
 from merge_core.errors import WeightsmithError
+from workers.database import TROUBLE, said
 from workers.idempotency import KeyReused
 from workers.jobs import IllegalMove
 from workers.logs import current_request
@@ -67,13 +67,14 @@ def install(app: FastAPI) -> None:
         wait = {"Retry-After": str(error.retry_after)} if error.retry_after else None
         return problem_response(problem(error) | error.facts(), wait)
 
-    @app.exception_handler(exc.OperationalError)
-    @app.exception_handler(exc.InterfaceError)
-    @app.exception_handler(exc.TimeoutError)
-    def no_database(request: Request, error: exc.SQLAlchemyError) -> JSONResponse:
-        log.warning("the database cannot be used: %s", error)
+    def no_database(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, TROUBLE)
+        log.warning("the database cannot be used: %s", said(error))
         detail = "the service's database cannot be used now; try again"
         return problem_response(problem_of("database-unavailable", detail), {"Retry-After": "5"})
+
+    for trouble in TROUBLE:
+        app.add_exception_handler(trouble, no_database)
 
     @app.exception_handler(HttpProblem)
     def http_problem(request: Request, error: HttpProblem) -> JSONResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import sqlite3
@@ -21,7 +22,17 @@ from merge_core.merge import merge
 from merge_core.recipe import Recipe
 from tests.conftest import method_recipe, write_checkpoint, write_numbers
 from tests.receivers import receiving
-from tests.services import Fault, Service, eventually, running_redis, running_s3, running_service, sha256_of
+from tests.services import (
+    Fault,
+    Postgres,
+    Service,
+    eventually,
+    free_port,
+    running_redis,
+    running_s3,
+    running_service,
+    sha256_of,
+)
 
 pytestmark = pytest.mark.xdist_group("service")
 BROKERS = ("filesystem", "redis")
@@ -358,3 +369,41 @@ def test_an_artifact_in_s3(large: Path, tmp_path: Path) -> None:
             refused = service.http.get(service.files_of(job)[0]["url"])
             assert refused.status_code == 503 and refused.json()["code"] == "storage-failed"
         assert "not-to-be-printed" not in service.log.read_text()
+
+
+def test_postgresql_and_redis_that_go_and_come_back(large: Path, tmp_path: Path, postgres: Postgres) -> None:
+    """Every connection to the database dropped again and again, then a Redis that is killed and comes back empty."""
+    recipe = method_recipe("linear")
+    port = free_port()
+    again = {"WEIGHTSMITH_REDELIVER_SECONDS": "0.5"}
+    with postgres.database() as url, contextlib.ExitStack() as stack:
+        first = stack.enter_context(contextlib.ExitStack())
+        broker = first.enter_context(running_redis(tmp_path / "first", port=port))
+        where = {"DATABASE_URL": url, "REDIS_URL": broker}
+        service = stack.enter_context(running_service(tmp_path / "data", large, **where, **SLOWLY, **again))
+
+        job = service.post(recipe)
+        eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
+        for _ in range(3):
+            assert postgres.drop_connections(url) > 0
+            answer = service.http.get(job["urls"]["self"])
+            assert answer.is_success or (answer.status_code == 503 and answer.headers["retry-after"])
+            time.sleep(0.3)
+        ended = eventually(lambda: _ended_or_none(service, job))
+        assert ended["status"] == "succeeded" and ended["attempt"] == 1
+        assert service.files(job) == _whole(large, tmp_path, recipe)
+
+        first.close()
+        waiting = service.post(recipe)
+        assert service.http.get("/readyz").status_code == 503
+        with running_redis(tmp_path / "second", port=port):
+            assert service.ended(waiting)["status"] == "succeeded"
+            assert service.files(waiting) == service.files(job)
+    ours = [line for line in service.log.read_text().splitlines() if '"logger": "celery' not in line]
+    assert not [line for line in ours if "Traceback" in line], "Celery tells of its broker at length; nobody else does"
+
+
+def _ended_or_none(service: Service, job: dict[str, Any]) -> dict[str, Any] | None:
+    """The job if it has ended; None also where the database cannot tell now."""
+    answer = service.http.get(job["urls"]["self"])
+    return answer.json() if answer.is_success and answer.json()["finished_at"] else None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, inspect, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from merge_core.errors import WeightsmithError
 from workers.settings import Settings
@@ -17,6 +19,10 @@ from workers.settings import Settings
 MIGRATIONS = Path(__file__).parent / "migrations"
 _LOCK = 0x77656967
 """The number of PostgreSQL's advisory lock under which one process migrates."""
+TROUBLE = (OperationalError, InterfaceError, exc.TimeoutError)
+"""What is raised where the database is not there, not willing, or busy for too long."""
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 _READS = "weightsmith_reads"
 _LIKE = "it is like postgresql://user:password@host/database or sqlite:////folder/file"
 
@@ -37,9 +43,9 @@ def open_database(settings: Settings, *, patience: float = 30.0) -> Engine:
     try:
         if not _is_current(engine):
             _migrate(engine, settings)
-    except (OperationalError, InterfaceError) as error:
+    except TROUBLE as error:
         engine.dispose()
-        raise DatabaseUnavailable(f"the database {shown(engine.url)} cannot be used: {_said(error)}") from None
+        raise DatabaseUnavailable(f"the database {shown(engine.url)} cannot be used: {said(error)}") from None
     return engine
 
 
@@ -67,7 +73,9 @@ def for_reading(engine: Engine) -> Engine:
 
 
 def _open_sqlite(url: URL, patience: float) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": patience, "isolation_level": None}, pool_timeout=patience)
+    engine = create_engine(
+        url, hide_parameters=True, connect_args={"timeout": patience, "isolation_level": None}, pool_timeout=patience
+    )
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, _: Any) -> None:
@@ -100,6 +108,7 @@ def _open_postgres(url: URL, patience: float) -> Engine:
         return create_engine(
             url,
             connect_args={name: value for name, value in limits.items() if name not in url.query},
+            hide_parameters=True,
             pool_pre_ping=True,
             pool_timeout=patience,
             pool_size=5,
@@ -109,9 +118,28 @@ def _open_postgres(url: URL, patience: float) -> Engine:
         raise DatabaseUnavailable("PostgreSQL needs a package: pip install 'weightsmith[postgres]'") from None
 
 
-def _said(error: DBAPIError) -> str:
-    lines = [line.strip() for line in str(error.orig).splitlines() if line.strip()]
-    return lines[0] if lines else type(error.orig).__name__
+def said(error: SQLAlchemyError) -> str:
+    """What the database said, in one line, without the statement."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[0] if lines else type(cause).__name__
+
+
+def persistently(action: Callable[[], Result], seconds: float) -> Result:
+    """Do something again while the database cannot be used, for so long. It must be right to do it twice: nobody knows
+    whether what failed was written.
+    """
+    deadline = time.monotonic() + seconds
+    wait = 0.1
+    while True:
+        try:
+            return action()
+        except TROUBLE as error:
+            if time.monotonic() + wait > deadline:
+                raise
+            log.warning("the database cannot be used, trying again: %s", said(error))
+        time.sleep(wait)
+        wait = min(2 * wait, 2.0)
 
 
 def head() -> str:

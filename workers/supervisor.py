@@ -21,6 +21,7 @@ from pathlib import Path
 
 from workers import alive
 from workers.celery_app import make_celery
+from workers.database import TROUBLE, said
 from workers.janitor import Janitor
 from workers.jobs import JobStore
 from workers.outbound import Guard
@@ -82,6 +83,8 @@ class Supervisor:
         try:
             self._give_back(died=False)
             self._courier.stop()
+        except TROUBLE as error:
+            log.warning("what its worker held is given back when its lease runs out: %s", said(error))
         finally:
             self._store.close()
 
@@ -103,6 +106,8 @@ class Supervisor:
                 self._report()
                 self._queue.reap()
                 self._janitor.sweep()
+            except TROUBLE as error:
+                log.warning("the database cannot be used, trying again: %s", said(error))
             except Exception:
                 log.exception("supervising failed; trying again")
 

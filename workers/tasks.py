@@ -25,6 +25,7 @@ from merge_core.imports import quick_imports
 from workers import reservations
 from workers.artifacts import open_artifacts
 from workers.celery_app import celery_app
+from workers.database import TROUBLE, DatabaseUnavailable, persistently, said
 from workers.jobs import FINISHED, JobState, JobStore, Lease, LeaseLost
 from workers.kinds import WORK
 from workers.logs import logs_of
@@ -49,6 +50,15 @@ def run_job(job_id: str) -> None:
     that runs; else do nothing.
     """
     settings = Settings()
+    try:
+        _run_next(settings)
+    except DatabaseUnavailable as error:
+        log.warning("%s; the job is announced again", error)
+    except TROUBLE as error:
+        log.warning("the database cannot be used: %s; the job is given back when its lease runs out", said(error))
+
+
+def _run_next(settings: Settings) -> None:
     store = _kept or JobStore(settings)
     holder = f"{os.environ.get(WORKER_VARIABLE, socket.gethostname())}/{os.getpid()}"
     try:
@@ -103,8 +113,7 @@ def _assist(settings: Settings, store: JobStore, job: Job, holder: str) -> None:
 def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
     with Keeper(store, lease) as keeper:
         try:
-            with store.session() as session:
-                reservations.check(session, settings, lease.job_id)
+            persistently(partial(_check_disk, settings, store, lease), settings.lease_seconds)
             artifact = _run(settings, store, lease, keeper)
             merged = keeper.snapshot()
             _put(settings, artifact, keeper)
@@ -118,6 +127,8 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
         except WeightsmithError as error:
             log.warning("failed: %s", error)
             _end(settings, keeper, partial(store.fail, error=problem(error)))
+        except TROUBLE:
+            raise
         except Exception:
             _end(settings, keeper, partial(store.fail, error=INTERNAL_ERROR))
             raise
@@ -126,6 +137,11 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
             move = partial(store.succeed, files=files, warnings=artifact.warnings, progress=merged)
             _end(settings, keeper, move, keep=True)
             log.info("succeeded", extra={"files": len(files), "bytes": sum(file.size for file in artifact.files)})
+
+
+def _check_disk(settings: Settings, store: JobStore, lease: Lease) -> None:
+    with store.session() as session:
+        reservations.check(session, settings, lease.job_id)
 
 
 def _end(settings: Settings, keeper: Keeper, move: Callable[[Lease], None], *, keep: bool = False) -> None:
@@ -259,7 +275,8 @@ class Keeper:
     def prove(self) -> None:
         """Raise `LeaseLost` unless the lease is good at this moment."""
         phase = self._progress.phase if self._progress else "starting"
-        self._state = self._store.heartbeat(self.lease, phase=phase, progress=self.snapshot())
+        beat = partial(self._store.heartbeat, self.lease, phase=phase, progress=self.snapshot())
+        self._state = persistently(beat, self._store.settings.lease_seconds)
 
     def snapshot(self) -> dict[str, Any]:
         progress = self._progress
@@ -283,7 +300,7 @@ class Keeper:
         with self._writing:
             self._done.set()
             try:
-                move(self.lease)
+                persistently(partial(move, self.lease), self._store.settings.lease_seconds)
             except LeaseLost:
                 log.warning("%s passed to another worker before its end was recorded", self.lease.job_id)
                 return False
@@ -308,5 +325,7 @@ class Keeper:
                 self._store.confirm_cancel(self.lease)
         except LeaseLost:
             self._lost = self._state is not JobState.CANCELING
+        except TROUBLE as error:
+            log.warning("the lease of %s could not be renewed, trying again: %s", self.lease.job_id, said(error))
         except Exception:
             log.exception("the lease of %s could not be renewed; trying again", self.lease.job_id)
