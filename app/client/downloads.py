@@ -132,7 +132,7 @@ class _Download:
         headers = {"Accept-Encoding": "identity"}
         if self._offset:
             headers |= {"Range": f"bytes={self._offset}-", "If-Range": f'"{self._file.sha256}"'}
-        with self._transport.stream("GET", self._url, headers=headers) as response:
+        with self._transport.stream("GET", self._url, elsewhere=True, headers=headers) as response:
             went_on = response.headers.get("content-range", "").startswith(f"bytes {self._offset}-")
             if self._offset and not (response.status_code == 206 and went_on):
                 self._start_over(stream)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx2
@@ -58,8 +58,8 @@ class Transport:
         # A proxy has no way to this machine's own addresses.
         local = found.host in ("127.0.0.1", "localhost", "::1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # No redirect is followed, so that the key goes nowhere else and a client of an http address never speaks TLS;
-        # reading the certificates for it would take a tenth of a second.
+        # No redirect is followed with it, so that the key goes nowhere else and a client of an http address never
+        # speaks TLS; reading the certificates for it would take a tenth of a second.
         self._http = httpx2.Client(
             base_url=found, headers=headers, timeout=timeout, trust_env=not local, verify=found.scheme == "https"
         )
@@ -123,14 +123,22 @@ class Transport:
             return False
 
     @contextmanager
-    def stream(self, verb: str, path: str, **options: Any) -> Iterator[httpx2.Response]:
-        """One request, tried once, whose answer the caller reads. Raises `ServiceError`, also while it is read."""
+    def stream(self, verb: str, path: str, *, elsewhere: bool = False, **options: Any) -> Iterator[httpx2.Response]:
+        """One request, tried once, whose answer the caller reads. With `elsewhere`, a redirect is followed, once and
+        without the key: a service may send its files from another. Raises `ServiceError`, also while it is read.
+        """
         try:
-            with self._http.stream(verb, path, **options) as response:
+            with ExitStack() as stack:
+                response = stack.enter_context(self._http.stream(verb, path, **options))
                 self._has_answered = True
                 if response.has_redirect_location:
                     leads = response.url.join(response.headers["Location"]).copy_with(userinfo=b"")
-                    raise ServiceError(f"{self.url} leads on to {leads}; give the address that is meant")
+                    if not elsewhere:
+                        raise ServiceError(f"{self.url} leads on to {leads}; give the address that is meant")
+                    # The other knows the file by a tag of its own; what arrives is proved by its sha256 anyway.
+                    headers = {name: value for name, value in options["headers"].items() if name != "If-Range"}
+                    other = stack.enter_context(httpx2.Client(timeout=self.timeout))
+                    response = stack.enter_context(other.stream(verb, leads, headers=headers))
                 if not response.is_success:
                     response.read()
                     raise _refused(response)

@@ -374,6 +374,30 @@ def test_a_download_goes_on_where_it_broke(tmp_path_factory: pytest.TempPathFact
     assert shop.sent == len(BODY), "no byte is sent twice"
 
 
+def test_a_file_may_come_from_elsewhere_where_the_key_does_not_go(tmp_path: Path) -> None:
+    """As from S3, which breaks off once, and knows the file by no tag of ours."""
+
+    def bucket(asked: Asked) -> Answer:
+        start = int(asked.headers.get("range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        content_range = {"Content-Range": f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"} if start else {}
+        headers = {"ETag": '"md5"', **content_range}
+        return Answer(206 if start else 200, BODY[start:], headers, breaks_after=None if start else 1000)
+
+    with faulty_server(bucket) as other:
+
+        def shop(asked: Asked) -> Answer:
+            if asked.path.endswith("/files"):
+                return Shop({"model.safetensors": BODY})(asked)
+            return Answer(307, headers={"Location": f"{other.url}/signed?once"})
+
+        with faulty_server(shop) as server, Client(server.url, api_key=KEY) as client:
+            client.merges.download("mrg_1", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == BODY
+    assert [asked.headers.get("range") for asked in other.asked] == [None, "bytes=1000-"]
+    assert all("authorization" in asked.headers for asked in server.asked)
+    assert not any(KEY in str(asked.headers) or "if-range" in asked.headers for asked in other.asked)
+
+
 def test_a_later_download_goes_on_too_and_leaves_what_is_there(tmp_path: Path) -> None:
     files = {"a.safetensors": BODY, "sub/b.json": b"{}", "empty": b""}
     shop = Shop(files, [1000] * 100)

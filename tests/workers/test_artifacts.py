@@ -12,12 +12,15 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from fastapi.testclient import TestClient
 
 import workers.s3
+from app.main import create_app
 from merge_core.errors import Canceled, StorageFailed
 from merge_core.files import WrittenFile
 from tests.services import Bucket, Fault, running_s3
 from workers.artifacts import ArtifactStore, FolderStore, open_artifacts
+from workers.jobs import JobStore
 from workers.settings import Settings
 
 JOB = "mrg_1"
@@ -267,3 +270,35 @@ def test_a_link_gives_the_file_to_whoever_has_it(bucket: Bucket, tmp_path: Path)
     assert link is not None and "not-to-be-printed" not in link
     answer = httpx2.get(link, headers={"Range": "bytes=5-9"}, trust_env=False)
     assert answer.status_code == 206 and answer.content == (tmp_path / "out" / "merge.lock.json").read_bytes()[5:10]
+
+
+@pytest.mark.parametrize("redirects", [False, True])
+def test_files_are_served_from_the_store(bucket: Bucket, tmp_path: Path, redirects: bool) -> None:
+    names = {name.removeprefix("WEIGHTSMITH_").lower(): value for name, value in bucket.settings.items()}
+    place = names.pop("artifacts")
+    settings = Settings(data=tmp_path / "data", artifact_store=place, s3_redirect=redirects, **names)
+    store = JobStore(settings)
+    job = store.add({}, {})
+    lease = store.claim(job.id, "w/1")
+    assert lease is not None
+    files = made(tmp_path / "out", **{"an ödd name.json": 10})
+    open_artifacts(settings).put_folder(job.id, tmp_path / "out", files)
+    store.succeed(lease, files=[vars(file) for file in files], warnings=[], progress={})
+    store.close()
+
+    with TestClient(create_app(settings)) as client:
+        for file in files:
+            url, content = f"/v1/merges/{job.id}/files/{file.path}", (tmp_path / "out" / file.path).read_bytes()
+            head = client.head(url)
+            assert head.status_code == 200 and head.headers["content-length"] == str(file.size)
+            assert head.headers["etag"] == f'"{file.sha256}"'
+            assert client.get(url, headers={"If-None-Match": head.headers["etag"]}).status_code == 304
+            answer = client.get(url, headers={"Range": "bytes=3-7"}, follow_redirects=False)
+            if redirects:
+                assert answer.status_code == 307 and answer.headers["cache-control"] == "no-store"
+                answer = httpx2.get(answer.headers["location"], headers={"Range": "bytes=3-7"}, trust_env=False)
+            assert answer.status_code == 206 and answer.content == content[3:8]
+        open_artifacts(settings).delete(job.id)
+        if not redirects:
+            gone = client.get(url)
+            assert gone.status_code == 410 and gone.json()["code"] == "gone"
