@@ -149,7 +149,7 @@ class Janitor:
 
     def _rows(self, ids: Sequence[str]) -> Mapping[str, _Row]:
         columns = select(Job.id, Job.state, Job.deleted_at, Job.expires_at).where(Job.id.in_(ids))
-        with self._store.session() as session:
+        with self._store.reading() as session:
             return {row.id: row for row in session.execute(columns)}
 
     def _sweep_cache(self) -> None:
