@@ -78,7 +78,9 @@ def _run_next(settings: Settings) -> None:
 def _keep_store(**_: object) -> None:
     """Open the database once for all jobs of a worker's child: to compile statements anew costs as much as a merge."""
     global _kept
-    _kept = JobStore(Settings())
+    # If it is not there now, each job looks again.
+    with contextlib.suppress(DatabaseUnavailable):
+        _kept = JobStore(Settings())
 
 
 def _assist(settings: Settings, store: JobStore, job: Job, holder: str) -> None:
