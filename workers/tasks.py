@@ -51,14 +51,14 @@ def run_job(job_id: str) -> None:
     """
     settings = Settings()
     try:
-        _run_next(settings)
+        _run_next(settings, job_id)
     except DatabaseUnavailable as error:
         log.warning("%s; the job is announced again", error)
     except TROUBLE as error:
         log.warning("the database cannot be used: %s; the job is given back when its lease runs out", said(error))
 
 
-def _run_next(settings: Settings) -> None:
+def _run_next(settings: Settings, job_id: str) -> None:
     store = _kept or JobStore(settings)
     holder = f"{os.environ.get(WORKER_VARIABLE, socket.gethostname())}/{os.getpid()}"
     try:
