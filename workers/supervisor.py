@@ -82,10 +82,10 @@ class Supervisor:
             self._end(worker)
         try:
             self._give_back(died=False)
-            self._courier.stop()
         except TROUBLE as error:
             log.warning("what its worker held is given back when its lease runs out: %s", said(error))
         finally:
+            self._courier.stop()
             self._store.close()
 
     def hears_broker(self) -> bool:
