@@ -238,7 +238,7 @@ def test_many_who_wait_cost_one_query(store: JobStore, monkeypatch: pytest.Monke
         tasks = [asyncio.create_task(each) for each in waits]
         await asyncio.sleep(0.3)
         asked = len(queries)
-        assert 2 <= asked <= 16 and not any(task.done() for task in tasks)
+        assert 2 <= asked < len(tasks) / 2 and not any(task.done() for task in tasks)
         for job in jobs:
             store.cancel(job.id)
         found = await asyncio.gather(*tasks)
