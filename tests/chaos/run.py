@@ -418,7 +418,7 @@ EXPLAINED = re.compile(
     "OperationalError|ConnectionError|ConnectionRefusedError|ConnectionResetError|TimeoutError|BrokenPipeError"
     "|No space left on device|disk I/O error|database or disk is full|WorkerLostError"
     "|exited with 'signal 9|ExceptionWithTraceback|QueryCanceled|InterfaceError|DatabaseUnavailable"
-    "|timeout graceful shutdown exceeded"
+    "|timeout graceful shutdown exceeded|Cannot connect to redis"
 )
 """What may stand in a log while databases are locked, brokers gone and disks full."""
 
