@@ -25,7 +25,7 @@ demo: $(READY)  ## Train four small models, merge them over HTTP by every method
 test: $(READY)  ## Run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-test-slow: $(READY)  ## Run the tests that `make test` leaves out: workers that die, freeze and leave at a shared merge
+test-slow: $(READY)  ## Run the tests that `make test` leaves out: workers that die, freeze and leave, a little chaos
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 chaos: $(READY)  ## Merge while everything that can break does (SEED=…, MERGES=…; 15 minutes)

@@ -84,6 +84,7 @@ def test_a_seed_tells_all(tmp_path: Path) -> None:
     assert happens == {kind for kind in FAULTS if kind.fits(world)}, "each has its turn"
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("service")
 def test_a_little_chaos(tmp_path: Path) -> None:
     """A job whose worker is killed, child first."""

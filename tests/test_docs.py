@@ -69,7 +69,8 @@ def test_the_metrics_that_are_told_of_are_those_there_are(tmp_path: Path) -> Non
     there = {
         name + ("_total" if family.type == "counter" else "")
         for name, family in families.items()
-        if name.startswith("weightsmith_")
+        # A histogram tells beside its numbers when each was first counted, once there are any.
+        if name.startswith("weightsmith_") and not name.endswith("_created")
     }
     told = set(re.findall(r"^\| (`weightsmith_.*?) \|", OPERATIONS.read_text(), re.MULTILINE))
     assert set(re.findall(r"weightsmith_\w+", " ".join(told))) == there

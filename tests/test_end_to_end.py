@@ -205,7 +205,7 @@ def _whole(large: Path, tmp_path: Path, recipe: dict[str, Any]) -> dict[str, str
     return {file.path: file.sha256 for file in artifact.files}
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_kill_9_of_the_worker_at_random_points(large: Path, tmp_path: Path, broker: dict[str, str], seed: int) -> None:
     """The supervisor starts another worker, and the job goes on to the same bytes; nobody submits it again."""
     moments = random.Random(seed)
