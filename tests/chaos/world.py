@@ -212,13 +212,10 @@ class World:
     @contextmanager
     def database_locked(self) -> Iterator[None]:
         """Another process holds SQLite's write lock, or PostgreSQL's lock on the jobs."""
-        lock = "BEGIN IMMEDIATE" if self.database == "sqlite" else "BEGIN; LOCK TABLE jobs IN EXCLUSIVE MODE"
-        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql(lock)
-            try:
-                yield
-            finally:
-                connection.exec_driver_sql("ROLLBACK")
+        with self.engine.begin() as connection:  # which on SQLite is immediate
+            if self.database == "postgresql":
+                connection.execute(text("LOCK TABLE jobs IN EXCLUSIVE MODE"))
+            yield
 
     @contextmanager
     def disk_full(self, left: int) -> Iterator[None]:
