@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, text
 
+from workers.database import for_reading
 from workers.jobs import FINISHED, MOVES, JobState
 
 _COLUMNS = "at, what, job_id, phase, number, before, after, holder, runs, changed"
@@ -75,7 +76,7 @@ def _watch(connection: Connection, event: str, table: str, when: str, values: st
 
 def moves(engine: Engine) -> list[Move]:
     """Everything that was written down, in order."""
-    with engine.connect() as connection:
+    with for_reading(engine).connect() as connection:
         rows = connection.execute(text(f"SELECT {_COLUMNS} FROM chaos_moves ORDER BY seq")).all()
     return [Move(*row[:-1], changed=bool(row[-1])) for row in rows]
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import psutil
 
 from tests.chaos.world import LEASE_SECONDS, STOP_SECONDS, Member, World
+from workers.database import for_reading
 from workers.jobs import FINISHED, JobKind
 from workers.tables import Job
 
@@ -323,7 +324,7 @@ class StalledReader(Fault):
 
     def happen(self, scene: Scene) -> Steps:
         world = scene.world
-        with world.engine.connect() as connection:
+        with for_reading(world.engine).connect() as connection:
             done = connection.execute(
                 Job.__table__.select().where(Job.state == "succeeded").order_by(Job.id.desc()).limit(1)
             ).mappings()

@@ -25,7 +25,7 @@ from sqlalchemy import Engine, create_engine, func, make_url, select, text
 from tests.chaos import audit
 from tests.chaos.proxy import Proxy
 from tests.services import eventually, free_port
-from workers.database import open_engine
+from workers.database import for_reading, open_engine
 from workers.settings import Settings
 from workers.tables import Job
 
@@ -162,14 +162,14 @@ class World:
 
     def jobs(self, ids: list[str]) -> dict[str, Job]:
         """Rows as they are in the database, whatever the service says."""
-        with self.engine.connect() as connection:
+        with for_reading(self.engine).connect() as connection:
             table = Job.__table__
             rows = connection.execute(select(table).where(table.c.id.in_(ids))).mappings().all()
             return {row["id"]: Job(**row) for row in rows}
 
     def count(self) -> int:
         """How many jobs there are, whoever asked for them."""
-        with self.engine.connect() as connection:
+        with for_reading(self.engine).connect() as connection:
             return connection.execute(select(func.count()).select_from(Job)).scalar_one()
 
     def worker_of(self, job: Job) -> psutil.Process | None:
