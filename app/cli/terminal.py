@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
+from app.bars import terminal_bar
 from merge_core.errors import WeightsmithError
 
 if TYPE_CHECKING:
@@ -135,24 +136,11 @@ def failures_told(interrupted: str = "interrupted") -> Iterator[None]:
 
 @contextmanager
 def progress_bar() -> Iterator[Any]:
-    """A bar with rate and time left on a terminal, a line every few seconds elsewhere; yields the function to report
-    to.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda progress: None
-        return
-    columns = (
-        TextColumn("{task.description:>24.24}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
+    """A bar with rate and time left on a terminal, nothing elsewhere; yields the function to report to."""
+    with terminal_bar() as bar:
+        if bar is None:
+            yield lambda progress: None
+            return
         task = bar.add_task("planning", total=None)
 
         def report(progress: MergeProgress) -> None:

@@ -1,4 +1,4 @@
-"""Bars with rate and time left, on a terminal."""
+"""What bars show of jobs and downloads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from app.bars import terminal_bar
 
+if TYPE_CHECKING:
     from app.client.objects import Job
 
 
@@ -18,7 +18,7 @@ def job_bar(wanted: bool | Callable[[Job], None]) -> Iterator[Callable[[Job], No
     if callable(wanted):
         yield wanted
         return
-    with _bar(wanted) as bar:
+    with terminal_bar(wanted) as bar:
         if bar is None:
             yield lambda job: None
             return
@@ -39,32 +39,9 @@ def job_bar(wanted: bool | Callable[[Job], None]) -> Iterator[Callable[[Job], No
 @contextmanager
 def download_bar(wanted: bool, total: int) -> Iterator[Callable[[int], None]]:
     """Yields what to tell of bytes that have arrived."""
-    with _bar(wanted) as bar:
+    with terminal_bar(wanted) as bar:
         if bar is None:
             yield lambda count: None
             return
         task = bar.add_task("downloading", total=total)
         yield lambda count: bar.advance(task, count)
-
-
-@contextmanager
-def _bar(wanted: bool) -> Iterator[Progress | None]:
-    if not wanted:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (
-        TextColumn("{task.description:>24.24}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        yield bar
