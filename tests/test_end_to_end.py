@@ -372,7 +372,9 @@ def test_an_artifact_in_s3(large: Path, tmp_path: Path) -> None:
 
 
 def test_postgresql_and_redis_that_go_and_come_back(large: Path, tmp_path: Path, postgres: Postgres) -> None:
-    """Every connection to the database dropped again and again, then a Redis that is killed and comes back empty."""
+    """Every connection to the database dropped again and again; then a Redis that is killed while a worker has a
+    message to acknowledge, and comes back empty.
+    """
     recipe = method_recipe("linear")
     port = free_port()
     again = {"WEIGHTSMITH_REDELIVER_SECONDS": "0.5"}
@@ -393,7 +395,10 @@ def test_postgresql_and_redis_that_go_and_come_back(large: Path, tmp_path: Path,
         assert ended["status"] == "succeeded" and ended["attempt"] == 1
         assert service.files(job) == _whole(large, tmp_path, recipe)
 
+        running = service.post(recipe)
+        eventually(lambda: service.job(running)["progress"].get("bytes_read", 0) > 0)
         first.close()
+        assert service.ended(running)["status"] == "succeeded", "a job that runs needs no broker"
         waiting = service.post(recipe)
         assert service.http.get("/readyz").status_code == 503
         with running_redis(tmp_path / "second", port=port):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,11 +10,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from celery import Celery
 from celery.signals import setup_logging, worker_init, worker_ready
+from kombu.transport import redis, virtual
 
 from workers.logs import bind_process, configure_logs
 from workers.settings import SUPERVISOR_VARIABLE, WORKER_VARIABLE, Settings
@@ -24,6 +27,31 @@ TASKS_PER_CHILD = 100
 CHILD_BYTES = 400 * 2**20
 """A child that ever took more ends with its job: the plan of the next one counts on no more (`memory.FLOOR_BYTES`)."""
 REPLACE_SECONDS = 0.2
+
+
+class _Unacked(redis.QoS):
+    """Forgets a message that Redis could not be told is done. Kombu's would count it as unfinished for ever, and a
+    worker that may have one message at a time would take no other, nor notice that its connection has ended.
+    """
+
+    def ack(self, delivery_tag: str) -> None:
+        with self._done(delivery_tag):
+            super().ack(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        with self._done(delivery_tag):
+            super().reject(delivery_tag, requeue)
+
+    @contextlib.contextmanager
+    def _done(self, delivery_tag: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            virtual.QoS.ack(self, delivery_tag)
+            raise
+
+
+redis.Channel.QoS = _Unacked
 
 
 def make_celery(settings: Settings) -> Celery:

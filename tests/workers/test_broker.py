@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import logging
 import ssl
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+import kombu
 import pytest
 from click.testing import CliRunner
 from cryptography import x509
@@ -68,6 +71,24 @@ def test_every_way_to_reach_redis(tmp_path: Path) -> None:
             assert is_reachable(tmp_path, f"rediss://:{password}@localhost:{wire.port}/0?{ca}")
             assert not is_reachable(tmp_path, f"rediss://:{password}@localhost:{wire.port}/0"), "nobody vouches for it"
             assert not is_reachable(tmp_path, f"rediss://:{password}@127.0.0.1:{wire.port}/0?{ca}"), "for another name"
+
+
+@pytest.mark.parametrize("end", ["ack_log_error", "reject_log_error"])
+def test_a_message_that_redis_is_not_told_of_keeps_no_other_from_its_worker(tmp_path: Path, end: str) -> None:
+    with contextlib.ExitStack() as stack:
+        with running_redis(tmp_path / "r") as url:
+            app = make_celery(Settings(data=tmp_path / "data", redis_url=url))
+            connection = stack.enter_context(app.connection_for_read())
+            channel = connection.default_channel
+            channel.basic_qos(0, 1, False)
+            queue, got = kombu.Queue("work", channel=channel), list[kombu.Message]()
+            queue.declare()
+            stack.enter_context(kombu.Consumer(channel, [queue], on_message=got.append))
+            app.send_task("work", queue=queue)
+            connection.drain_events(timeout=5)
+            assert got and not channel.qos.can_consume()
+        getattr(got[0], end)(logging.getLogger("quiet"), connection.connection_errors)
+        assert channel.qos.can_consume()
 
 
 @pytest.mark.parametrize("command", ["serve", "worker"])
