@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import socket
 import threading
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 GRACE_SECONDS = 3
 """For answers that are being sent; a download that takes longer is gone on with by its client's next range."""
+log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -34,7 +37,8 @@ class Server(uvicorn.Server):
                 port=port,
                 log_config=None,
                 access_log=False,
-                timeout_graceful_shutdown=GRACE_SECONDS,
+                # By then nobody is connected any more.
+                timeout_graceful_shutdown=GRACE_SECONDS + 1,
             )
         )
         self._app, self._supervisor = app, supervisor
@@ -49,7 +53,16 @@ class Server(uvicorn.Server):
         # There is none where the service did not get so far as to open its database.
         if (watch := getattr(self._app.state, "watch", None)) is not None:
             await watch.close()
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._hang_up)
         await super().shutdown(sockets)
+
+    def _hang_up(self) -> None:
+        """Cut the connections that are left, which ends their answers as a client that leaves does."""
+        if left := list(self.server_state.connections):
+            log.info("%d answers were cut: their clients read too slowly", len(left))
+        for connection in left:
+            if connection.transport is not None:
+                connection.transport.abort()
 
 
 def end_now(supervisor: Supervisor, number: int) -> None:

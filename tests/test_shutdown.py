@@ -93,6 +93,7 @@ def test_a_client_that_hangs_holds_nobody_up(one_large: Path, tmp_path: Path, as
             eventually(lambda: not accepts(service), 3)
             assert seconds_until(lambda: service.process.poll() is not None) < GONE
         assert service.process.returncode == 0
+        assert '"level": "error"' not in service.log.read_text()
 
 
 def accepts(service: Service) -> bool:
