@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from workers.jobs import JobKind
 from workers.kinds import WORK
 
 HIDDEN, INNER, LAYERS, WORDS = 256, 1024, 4, 2048
+DEEP = 1200
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -43,6 +45,7 @@ class Case:
     code: str | None = None
 
 
+FIRST_LAYER = {"model": "deep", "layer_range": [0, 1]}
 MISPLACED = [{"model": "base"}, {"model": "shuffled"}]
 SHARDS = {"max_shard_size": "3MB"}
 CASES = (
@@ -69,6 +72,10 @@ CASES = (
     ),
     Case("an adapter", method_recipe("ties", models=[{"model": "base+adapter"}, {"model": "m1"}])),
     Case("patches", method_recipe("dare_ties", patches=[{"patch": "delta", "strength": 0.5}])),
+    # One layer is merged and all are hashed, which takes its time when that is done.
+    Case(
+        "a slice", {"merge_method": "passthrough", "slices": [{"sources": [{"model": "deep", "layer_range": [0, 1]}]}]}
+    ),
     Case("aligned", method_recipe("linear", models=MISPLACED, alignment={"to": "first"})),
     Case("a difference", method_recipe("ties", outputs={"kind": "delta"})),
     Case("an alignment", {"models": ["base", "shuffled"], "alignment": {"to": "first"}}, JobKind.ALIGNMENT),
@@ -91,12 +98,15 @@ CASES = (
 
 
 def write_models(folder: Path) -> None:
-    """A base, three fine-tunes, one with its neurons elsewhere, one with a NaN at its end, an adapter and a delta."""
+    """A base, three fine-tunes, one with its neurons elsewhere, one with a NaN at its end, one with very many layers,
+    an adapter and a delta.
+    """
     write_fine_tunes(folder)
     write_checkpoint(folder / "shuffled", _shuffled(_tensors(5)), shards=2, config=CONFIG)
     poisoned = _tensors(6)
     poisoned["lm_head.weight"][-1, -1] = float("nan")
     write_checkpoint(folder / "poisoned", poisoned, shards=2, config=CONFIG)
+    _write_deep(folder / "deep")
     _write_adapter(folder / "adapter")
     difference = {"merge_method": "linear", "base_model": "base", "models": [{"model": "m2"}]}
     recipe = Recipe.from_data(
@@ -160,6 +170,23 @@ def _shuffled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             found[f"{prefix}{name}_proj.weight"] = tensors[f"{prefix}{name}_proj.weight"][order].contiguous()
         found[f"{prefix}down_proj.weight"] = tensors[f"{prefix}down_proj.weight"][:, order].contiguous()
     return found
+
+
+def _write_deep(folder: Path) -> None:
+    """Zeros, in a file that takes no place on the disk."""
+    shapes = {"model.embed_tokens.weight": (WORDS, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    for layer in range(DEEP):
+        shapes[f"model.layers.{layer}.mlp.up_proj.weight"] = (3 * INNER, HIDDEN)
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": DEEP, "tie_word_embeddings": True}))
 
 
 def _write_adapter(folder: Path) -> None:
