@@ -326,7 +326,10 @@ class StalledReader(Fault):
         world = scene.world
         with for_reading(world.engine).connect() as connection:
             done = connection.execute(
-                Job.__table__.select().where(Job.state == "succeeded").order_by(Job.id.desc()).limit(1)
+                Job.__table__.select()
+                .where(Job.state == "succeeded", Job.deleted_at.is_(None))
+                .order_by(Job.id.desc())
+                .limit(1)
             ).mappings()
             job = next(iter(done), None)
         if job is not None:
