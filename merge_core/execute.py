@@ -29,7 +29,7 @@ from merge_core.errors import Canceled
 from merge_core.files import WrittenFile, remove_folder
 from merge_core.layout import Slot
 from merge_core.merged import MergedWeights
-from merge_core.method import Known, Randomness, Stage
+from merge_core.method import Known, Randomness
 from merge_core.plan import AlignmentPlan, Plan, Step
 from merge_core.progress import Progress, Report
 from merge_core.shards import ShardWriter
@@ -81,7 +81,7 @@ class Execution:
         self._begin()
         if self.writer.records.is_new:
             self.share.forget()
-        with _pool(self.plan.memory.threads) as pool:
+        with pool_of(self.plan.memory.threads) as pool:
             if self.alignments:  # before anything is read: rows of aligned models lie nowhere until then
                 self.enter("aligning")
                 folder, digest = self.writer.folder, self.plan.digest
@@ -102,8 +102,8 @@ class Execution:
     def assist(self) -> None:
         """Take units of whatever phase is open, until there is nothing more to do."""
         self._begin()
-        stages = self._stages
-        with _pool(self.plan.memory.threads) as pool:
+        stages = self.plan.passes_before
+        with pool_of(self.plan.memory.threads) as pool:
             while True:
                 self.writer.records.read()
                 measured = self.writer.journal.get("measured", _NOTHING_MEASURED)
@@ -255,19 +255,11 @@ class Execution:
 
     # Measuring.
 
-    @property
-    def _stages(self) -> Sequence[Stage]:
-        """The passes over the whole model that come before the merge."""
-        steps = self.plan.measured
-        if self.plan.scope != "model" or not steps or steps[0].method is None:
-            return ()
-        return steps[0].method.stages("model")
-
     def _measure_model(self, pool: ThreadPoolExecutor) -> Known:
         """What the whole model's statistics come to; each stage is remembered in the journal."""
         measured = self.writer.journal.get("measured", _NOTHING_MEASURED)
         known: Known = dict(measured["known"])
-        stages, steps = self._stages, self.plan.measured
+        stages, steps = self.plan.passes_before, self.plan.measured
         is_checked = False
         for number, stage in enumerate(stages):
             if number < measured["stages"]:
@@ -282,7 +274,7 @@ class Execution:
                 is_checked = is_checked or stage.reads == 1
             self.writer.remember("measured", {"stages": number + 1, "known": known})
             remove_folder(self.writer.folder / FOLDER)
-        for warning in steps[0].method.warnings(known) if stages and steps[0].method else ():
+        for warning in self.plan.warnings_of(known):
             self.warn(warning)
         return known
 
@@ -297,7 +289,7 @@ class Execution:
         check: bool,
     ) -> Iterator[None]:
         """Make a stage's pass over units of tensors; whoever leads adds up all that was `found`."""
-        stage, leads = self._stages[number], not self.writer.assists
+        stage, leads = self.plan.passes_before[number], not self.writer.assists
         phase = self._phase(f"measuring {number}: {stage.name}")
         if len(runs) < 2:
             if leads:
@@ -417,7 +409,7 @@ def share_one_heap() -> None:
 
 
 @contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+def pool_of(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that each compute alone: torch's own threads would only get in one another's way."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -85,7 +85,7 @@ def merge(
     try:
         check_output(out, partial)
         with opened(recipe, roots) as checkpoints, opened_patches(recipe, roots) as patches:
-            plan, models, stages, alignments = _planned(
+            plan, models, stages, alignments = planned(
                 recipe,
                 checkpoints,
                 patches,
@@ -129,7 +129,7 @@ def assist(
     share_one_heap()
     try:
         with opened(recipe, roots) as checkpoints, opened_patches(recipe, roots) as patches:
-            plan, models, stages, alignments = _planned(
+            plan, models, stages, alignments = planned(
                 recipe,
                 checkpoints,
                 patches,
@@ -305,7 +305,7 @@ def plan_only(
 ) -> Plan:
     """The plan alone: headers and configs are read, no weights. Raises `WeightsmithError`."""
     with opened(recipe, roots) as checkpoints, opened_patches(recipe, roots) as patches:
-        return _planned(recipe, checkpoints, patches, roots, memory=memory, threads=threads)[0]
+        return planned(recipe, checkpoints, patches, roots, memory=memory, threads=threads)[0]
 
 
 @contextmanager
@@ -361,14 +361,16 @@ def opened_patches(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Map
         yield found
 
 
-def _planned(
+def planned(
     recipe: Recipe,
     checkpoints: Mapping[ModelRef, Weights],
     patches: Mapping[ModelRef, Delta],
     roots: Sequence[Path] | None,
     **how: Any,
 ) -> tuple[Plan, Mapping[ModelRef, Weights], Sequence[MergedWeights], Sequence[tuple[Alignment, AlignmentPlan]]]:
-    """The plan, its models, its stages and their alignments; errors as the recipe sees the world."""
+    """The plan, its models, its stages and their alignments; errors as the recipe sees the world. `how`: as `make_plan`
+    takes it. Raises `WeightsmithError`.
+    """
     try:
         plan, models, stages, alignments = make_plan_in_stages(recipe, checkpoints, patches, roots, **how)
         if recipe.outputs.kind != "full":

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from merge_core.aligned import FILE_NAME, Alignment, align_models, plan_alignment
-from merge_core.blocks import CPU, Blocks
+from merge_core.blocks import CPU, Blocks, Span
 from merge_core.dtypes import DType
 from merge_core.errors import IncompatibleModels, Problem, RecipeError
 from merge_core.gathered import Gathered
 from merge_core.headers import TensorInfo
 from merge_core.keys import ModelEntry
-from merge_core.method import Known, Randomness
+from merge_core.method import Known, Randomness, Stage
 from merge_core.patches.delta import Delta
 from merge_core.patches.patched import Patched, ScaledDelta
 from merge_core.plan import AlignmentPlan, MemoryPlan, Plan, PlannedPatch, Step
@@ -38,6 +38,8 @@ from merge_core.runs import digest_of
 from merge_core.vocabularies import in_equal_rows, in_one_vocabulary
 from merge_core.weights import Companions, Derived, Weights
 
+Measured = Mapping[str, Any]
+"""What the passes over a whole model came to so far, as plain data: how many `stages` are done, and what is `known`."""
 _NO_LIMIT = 2**62
 """A stage's memory is part of the plan of the merge that reads it."""
 _MAX_LAYERS = 4096
@@ -210,7 +212,7 @@ class MergedWeights(Weights):
     """
 
     def __init__(self, name: str, plan: Plan, inputs: Sequence[Weights]) -> None:
-        self.path, self.plan, self.inputs = Path(name), plan, tuple(inputs)
+        self.path, self.name, self.plan, self.inputs = Path(name), name, plan, tuple(inputs)
         self.tensors = {
             slot.name: TensorInfo(slot.name, slot.dtype, slot.shape, shard.file, 0)
             for shard in plan.shards
@@ -237,7 +239,7 @@ class MergedWeights(Weights):
         warn: Callable[[str], None] = lambda warning: None,
     ) -> None:
         """Work under the plan of the merge that reads this stage."""
-        name = str(self.path)
+        named = f"{self.name}: " if self.name else ""
         self.plan = replace(self.plan, memory=memory)
         self._blocks = Blocks(
             self.plan,
@@ -246,8 +248,8 @@ class MergedWeights(Weights):
             progress or Progress(),
             stop,
             device,
-            lambda warning: warn(f"{name}: {warning}"),
-            name,
+            lambda warning: warn(f"{named}{warning}"),
+            self.name,
         )
 
     def check_tied(self, pool: Executor) -> None:
@@ -270,6 +272,14 @@ class MergedWeights(Weights):
         made = torch.empty(self.row_bytes(info) * (end - begin), dtype=torch.uint8)
         rows.copy_(self._blocks.make(step, known, (first, last), made, reads=0)[start - begin : stop - begin])
         return rows
+
+    def make(self, step: Step, span: Span, out: Tensor) -> Tensor:
+        """One block of a tensor, as `Blocks.make` makes it."""
+        return self._blocks.make(step, self._known(step), span, out)
+
+    def spans(self, step: Step) -> Iterator[Span]:
+        """The blocks of a tensor, as long as the plan's."""
+        return self._blocks.spans(step)
 
     def prepare(self, info: TensorInfo, pool: Executor | None) -> None:
         step = self._step(info)
@@ -343,8 +353,9 @@ class MergedWeights(Weights):
     def _measure(self, pool: Executor | None, step: Step) -> Known:
         """Measure a tensor, and remember what it comes to as long as there is room: sums per column add up."""
         if self.plan.scope == "model":
-            self._of_model = self._measure_model(pool)
-            return self._of_model
+            for _ in self.measure_model(pool):
+                pass
+            return self._of_model or {}
         known = self._blocks.measure_tensor(pool, step)
         with self._remembering:
             self._room += _numbers(self._of_tensors.pop(step.name, {})) - _numbers(known)
@@ -353,13 +364,27 @@ class MergedWeights(Weights):
                 self._room += _numbers(self._of_tensors.pop(next(iter(self._of_tensors))))
         return known
 
-    def _measure_model(self, pool: Executor | None) -> Known:
-        known: Known = {}
-        steps = self.plan.measured
-        if steps and steps[0].method is not None:
-            for _ in self._blocks.measure_all(pool, steps, steps[0].method.stages("model"), known):
-                pass
-        return known
+    def measure_model(
+        self,
+        pool: Executor | None,
+        measured: Measured | None = None,
+        remember: Callable[[Measured], None] = lambda measured: None,
+    ) -> Iterator[Stage]:
+        """Make those passes but for the ones that are `measured` already; yields after each block, and what is to be
+        known after each pass is told to `remember`.
+        """
+        measured = measured or {"stages": 0, "known": {}}
+        known, done = dict(measured["known"]), measured["stages"]
+
+        def finished() -> None:
+            nonlocal done
+            done += 1
+            remember({"stages": done, "known": known})
+
+        yield from self._blocks.measure_all(pool, self.plan.measured, self.plan.passes_before[done:], known, finished)
+        for warning in self.plan.warnings_of(known):
+            self._blocks.warn(warning)
+        self._of_model = known
 
 
 class Unrounded(MergedWeights):

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.headers import TensorInfo
 from merge_core.kernels.vectors import RUN_ELEMENTS
 from merge_core.layout import ShardLayout
-from merge_core.method import ExactOn, MergeMethod, Scope
+from merge_core.method import ExactOn, Known, MergeMethod, Scope, Stage
 from merge_core.recipe import Recipe
 from merge_core.references import ModelRef
 from merge_core.statistics import Grains
@@ -293,6 +293,17 @@ class Plan:
         """The steps that need measuring, in name order: what the scope `model` sums over."""
         found = [step for step in self.steps if step.method and step.method.stages(self.scope)]
         return tuple(sorted(found, key=lambda step: step.name))
+
+    @property
+    def passes_before(self) -> Sequence[Stage]:
+        """The passes over the whole model that come before any tensor can be made."""
+        first = self.measured[0].method if self.scope == "model" and self.measured else None
+        return () if first is None else first.stages("model")
+
+    def warnings_of(self, known: Known) -> Sequence[str]:
+        """What the user should know of what those passes came to."""
+        first = self.measured[0].method if self.passes_before else None
+        return () if first is None else first.warnings(known)
 
     @property
     def exact_on(self) -> ExactOn:
