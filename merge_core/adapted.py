@@ -64,6 +64,7 @@ class Adapted(Weights):
     def __init__(self, base: Weights, adapter: Adapter, name: str) -> None:
         """`name` is the adapter's in messages. Raises `IncompatibleModels` naming every tensor that does not fit."""
         self.base, self.adapter, self.path, self.config = base, adapter, base.path, base.config
+        self.origins = (*base.origins, *adapter.weights.origins)
         self._changes = _Fitting(base, adapter, name).changes()
         self.tensors = {info.name: self._changed(info) for info in base.tensors.values()}
         theirs = adapter.weights.shards.items()

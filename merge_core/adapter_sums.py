@@ -62,6 +62,7 @@ class Placed(Weights):
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter, self.path, self.shards, self.config = adapter, adapter.path, adapter.weights.shards, {}
+        self.origins = adapter.weights.origins
         self.tensors: dict[str, TensorInfo] = {}
         self._parts: dict[str, _Part] = {}
 
@@ -118,9 +119,10 @@ def plan_sum(
     block_elements: int,
     *,
     on_gpu: bool,
+    window: int = 0,
 ) -> Plan:
     """Plan the sum of adapters. Raises `RecipeError` or `IncompatibleModels` naming all that is wrong."""
-    return _SumPlanner(recipe, adapters).plan(memory, threads, block_elements, on_gpu)
+    return _SumPlanner(recipe, adapters).plan(memory, threads, block_elements, on_gpu, window)
 
 
 class _SumPlanner:
@@ -134,7 +136,7 @@ class _SumPlanner:
         self.ranks: dict[str, int] = {}
         self.scales: dict[str, float] = {}
 
-    def plan(self, memory: int | None, threads: int | None, block_elements: int, on_gpu: bool) -> Plan:
+    def plan(self, memory: int | None, threads: int | None, block_elements: int, on_gpu: bool, window: int) -> Plan:
         self._check_recipe()
         self._check_adapters()
         self.findings.raise_any()
@@ -155,7 +157,7 @@ class _SumPlanner:
             scope="tensor",
             steps=tuple(steps),
             shards=lay_out(slots, _ONE_FILE, metadata, stem=Path(WEIGHTS_NAME).stem),
-            memory=plan_memory(steps, "tensor", memory, threads, block_elements, on_gpu=on_gpu),
+            memory=plan_memory(steps, "tensor", memory, threads, block_elements, on_gpu=on_gpu, window=window),
             sources_digest=digest_of([taken.ref for taken in self.inputs], self.adapters),
             adapter_config=self._config(modules),
             warnings=(*self.recipe.warnings, *self.findings.warnings),

@@ -39,6 +39,7 @@ from merge_core.recipe import Recipe, alignment_structure
 from merge_core.references import ModelRef
 from merge_core.runs import digest_of
 from merge_core.shards import unfinished
+from merge_core.snapshots import Supply, supplied, window_of
 from merge_core.sources import Sources
 from merge_core.weights import Weights
 
@@ -183,8 +184,9 @@ def align(
         check_output(out, partial)
         with _opened(document, roots) as models:
             plan = _planned(document, models, roots, memory, threads)
-            with unfinished(partial):
-                files = _carry_out(plan, models, partial, cache, report, stop)
+            progress = Progress("aligning")
+            with unfinished(partial), supplied(roots, plan.plan.window, stop, progress.receive) as supply:
+                files = _carry_out(plan, models, partial, cache, progress, report, stop, supply)
                 appear(partial, out)
     except OSError as error:
         raise disk_error(error, Path(error.filename or out), 0) from error
@@ -214,6 +216,8 @@ def _planned(
     threads: int | None,
 ) -> DocumentPlan:
     limit = memory or document.limits.memory
+    window = window_of(roots, limit)
+    limit -= window
     alignment = align_models(document.alignment, document.aligned_models(), models, document.base_model, roots)
     plan = plan_alignment(alignment, FILE_NAME, limit, threads or document.limits.threads)
     if document.report == "full":
@@ -228,6 +232,7 @@ def _planned(
             )
             raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=worst.name)])
         plan = replace(plan, peak=max(plan.peak, needed))
+    plan = replace(plan, peak=plan.peak + window, window=window)
     return DocumentPlan(document, alignment, plan, digest_of(list(models), models))
 
 
@@ -236,11 +241,12 @@ def _carry_out(
     models: Mapping[ModelRef, Weights],
     folder: Path,
     cache: Path | None,
+    progress: Progress,
     report: Report,
     stop: Callable[[], bool],
+    supply: Supply | None,
 ) -> list[WrittenFile]:
     """Fill the folder; the lock, which names all other files, comes last."""
-    progress = Progress("aligning")
     inputs = list(models.values())
     everything = [(number, file) for number, weights in enumerate(inputs) for file in weights.shards]
     with ExitStack() as stack:
@@ -248,7 +254,13 @@ def _carry_out(
         journal.open()
         journal.clear_folder()
         sources = Sources(
-            inputs, everything, threads=plan.plan.threads, output_bytes=plan.output_bytes, cache=cache, stop=stop
+            inputs,
+            everything,
+            threads=plan.plan.threads,
+            output_bytes=plan.output_bytes,
+            cache=cache,
+            stop=stop,
+            supply=supply,
         )
         stack.callback(sources.close)
         report(progress)

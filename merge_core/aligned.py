@@ -188,7 +188,7 @@ class _Counting:
             self.report(self.progress)
 
         models = len(self.plan.moved) + (self.plan.reference is not None)
-        memory = self.plan.peak - FLOOR_BYTES - _index_bytes(models, self.plan.sizes)
+        memory = self.plan.peak - self.plan.window - FLOOR_BYTES - _index_bytes(models, self.plan.sizes)
         return Work(self.plan.threads, memory, Progress(), tell, self.stop)
 
 

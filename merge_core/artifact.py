@@ -26,6 +26,7 @@ from merge_core.files import WrittenFile, write_text
 from merge_core.merged import leaves
 from merge_core.plan import Plan
 from merge_core.references import ModelRef
+from merge_core.snapshots import Snapshot
 from merge_core.weights import Companions, Weights
 
 LOCK_NAME = "merge.lock.json"
@@ -174,7 +175,15 @@ def source_entry(
     for name, path in small.items():
         data = path.read_bytes()
         files.append({"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-    return {"model": str(model), "commit": None, "files": files}
+    commits = {"commit": _commit(model.path, model.revision, weights.origins)}
+    if model.adapter is not None:
+        commits["adapter_commit"] = _commit(model.adapter, model.adapter_revision, weights.origins)
+    return {"model": str(model), **commits, "files": files}
+
+
+def _commit(path: str, revision: str | None, origins: Sequence[Snapshot]) -> str | None:
+    """The commit of the repository that a name means; None where it means a local folder."""
+    return next((origin.commit for origin in origins if origin.answers(path, revision)), None)
 
 
 def _place(source: Path | bytes, target: Path) -> WrittenFile:

@@ -29,6 +29,7 @@ from merge_core.headers import (
     read_header,
     read_json,
 )
+from merge_core.snapshots import Supply, folders_of, library_of, snapshot_of, supply_of
 from merge_core.tokenizers import TOKENIZER_FILES
 from merge_core.weights import Companions, Weights
 
@@ -41,6 +42,8 @@ COMPANIONS = (
 )
 """Files beside the weights that belong to a model whatever its weights are; never code."""
 MAX_COMPANION_BYTES = 256 * 2**20
+_IN_MEMORY = 1e-6
+"""Bytes per element, as good as none, that rows take besides themselves which no kernel can read from a file."""
 
 
 class Checkpoint(Weights):
@@ -55,6 +58,7 @@ class Checkpoint(Weights):
         roots: Sequence[Path] | None,
     ) -> None:
         self.path, self.shards, self.tensors, self.config, self.roots = path, shards, tensors, config, roots
+        self.origins = tuple(snapshot for snapshot in [snapshot_of(path, roots)] if snapshot is not None)
         self._descriptors: dict[str, int] = {}
 
     @classmethod
@@ -127,29 +131,45 @@ class Checkpoint(Weights):
         buffer = torch.empty(size, dtype=torch.uint8) if space is None else space[:size]
         offset = info.begin + start * self.row_bytes(info)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-        done = 0
-        while done < size:
-            count = os.preadv(self.descriptor(info.file), [view[done:]], offset + done)
-            if count == 0:
-                raise self.ends_inside(info)
-            done += count
+        if (supply := self._supply(info.file)) is not None and not supply.in_files:
+            supply.read(self.shards[info.file].path, offset, view)
+        else:
+            self._read(info, offset, view)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         return buffer.view(info.dtype.torch).reshape(shape)
 
-    def place(self, info: TensorInfo) -> tuple[int, int]:
+    def _read(self, info: TensorInfo, offset: int, space: memoryview) -> None:
+        descriptor = self.descriptor(info.file)
+        done = 0
+        while done < len(space):
+            count = os.preadv(descriptor, [space[done:]], offset + done)
+            if count == 0:
+                raise self.ends_inside(info)
+            done += count
+
+    def _supply(self, file: str) -> Supply | None:
+        """Where the bytes of a file come from that is here by a stand-in only."""
+        return supply_of(self.roots) if self.shards[file].is_stand_in else None
+
+    def place(self, info: TensorInfo) -> tuple[int, int] | None:
+        if (supply := self._supply(info.file)) is not None and not supply.in_files:
+            return None
         return self.descriptor(info.file), info.begin
 
     def ranges(self, info: TensorInfo) -> Iterator[tuple[str, int, int]]:
         yield info.file, info.begin, info.begin + info.nbytes
 
     def temporary(self, info: TensorInfo) -> float:
-        return 0
+        supply = self._supply(info.file)
+        return 0 if supply is None or supply.in_files else _IN_MEMORY
 
     def close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
     def descriptor(self, file: str) -> int:
+        if (supply := self._supply(file)) is not None:
+            return supply.open(self.shards[file].path)
         if file not in self._descriptors:
             shard = self.shards[file]
             opened, now = open_regular(shard.path)
@@ -161,27 +181,44 @@ class Checkpoint(Weights):
         return self._descriptors[file]
 
 
-def locate(path: str, roots: Sequence[Path] | None) -> Path:
-    """The path that a recipe means: as it stands, or below the first root that has it."""
-    written = Path(path)
-    if roots is None or written.is_absolute():
-        return written.expanduser() if roots is None else written
-    for root in roots:
-        check_below(root / written, [root])
-        if os.path.lexists(root / written):
-            return root / written
-    raise CheckpointNotFound(clip(path), "is in none of this service's model folders; Hub models are not supported yet")
+def locate(path: str, roots: Sequence[Path] | None, revision: str | None = None) -> Path:
+    """The path that a recipe means: as it stands, below the first root that has it, or in a snapshot.
+
+    Only a repository has revisions: a name with one is looked for among snapshots alone. Raises `CheckpointError`.
+    """
+    library, written = library_of(roots), Path(path)
+    if library is not None and (known := library.known(path, revision)) is not None:
+        return known[1]
+    is_anywhere = folders_of(roots) is None
+    if revision is None:
+        if is_anywhere and (library is None or os.path.lexists(written.expanduser())):
+            return written.expanduser()
+        if written.is_absolute():
+            return written
+        for root in roots or ():
+            check_below(root / written, [root])
+            if os.path.lexists(root / written):
+                return root / written
+    if library is not None and (found := library.find(path, revision)) is not None:
+        return found[1]
+    if revision is not None:
+        raise CheckpointNotFound(clip(f"{path}@{revision}"), "is no repository of a Hub, which alone has revisions")
+    if is_anywhere:
+        return written.expanduser()
+    detail = "is in none of this service's model folders"
+    raise CheckpointNotFound(clip(path), detail + (", and no Hub id (org/name)" if library is not None else ""))
 
 
 def check_below(path: Path, roots: Sequence[Path] | None) -> None:
     """Raise `PathNotAllowed` unless a path, links resolved, lies in one of the roots (None: anywhere)."""
-    if roots is None:
+    folders = folders_of(roots)
+    if folders is None:
         return
     try:
         real = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(clip(str(path)), f"cannot be read: {clip(str(error))}") from None
-    if not any(real.is_relative_to(root.resolve()) for root in roots):
+    if not any(real.is_relative_to(root.resolve()) for root in folders):
         raise PathNotAllowed(clip(str(path)), OUTSIDE)
 
 

@@ -49,17 +49,18 @@ def plan_difference(
     extraction = _extraction(plan, base, MergedWeights(_MERGED, plan, inputs), opened)
     wanted = recipe.outputs.made_encoding()
     limit, threads, peak = memory or recipe.limits.memory, plan.memory.threads, plan.memory.peak
-    merging = (peak - FLOOR_BYTES) // threads
+    floor = FLOOR_BYTES + plan.memory.window
+    merging = (peak - floor) // threads
     if (worst := extraction.worst()) is not None:
         needed, difference = worst
-        if needed > limit - FLOOR_BYTES:
+        if needed > limit - floor:
             takes = f"to encode {difference.name} {list(difference.info.shape)} takes {needed / 2**20:,.0f} MiB"
-            besides = f"{FLOOR_BYTES / 2**20:,.0f} MiB besides, but the limit is {limit / 2**20:,.0f} MiB"
+            besides = f"{floor / 2**20:,.0f} MiB besides, but the limit is {limit / 2**20:,.0f} MiB"
             detail = f"{takes} and {besides}; raise limits.memory"
             raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=difference.name)])
         each = max(needed, merging)
-        threads = max(1, min(threads, (limit - FLOOR_BYTES) // max(1, each)))
-        peak = max(peak, FLOOR_BYTES + threads * each)
+        threads = max(1, min(threads, (limit - floor) // max(1, each)))
+        peak = max(peak, floor + threads * each)
     assert recipe.outputs.kind != "full"
     return replace(
         plan,

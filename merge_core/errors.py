@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_core.snapshots import snapshots_of
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -74,6 +76,10 @@ class CheckpointError(WeightsmithError):
     def as_written(self, roots: Sequence[Path], pointer: str) -> CheckpointError:
         """The same error as the recipe sees the world: paths as seen from the roots, and where it names them."""
         file, reason = self.file, self.reason
+        for snapshot in snapshots_of(roots):
+            place = str(snapshot.folder)
+            file, reason = (text.replace(f"{place}/", f"{snapshot.name}/") for text in (file, reason))
+            file, reason = (snapshot.name if text == place else text for text in (file, reason))
         for root in sorted(map(str, roots), key=len, reverse=True):
             file, reason = ("." if text == root else text.replace(f"{root}/", "") for text in (file, reason))
         error = type(self)(file, reason, tensor=self.tensor)

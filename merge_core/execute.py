@@ -33,6 +33,7 @@ from merge_core.method import Known, Randomness
 from merge_core.plan import AlignmentPlan, Plan, Step
 from merge_core.progress import Progress, Report
 from merge_core.shards import ShardWriter
+from merge_core.snapshots import Range, Supply
 from merge_core.statistics import Statistic, add_up
 from merge_core.units import (
     FOLDER,
@@ -58,7 +59,8 @@ class Execution:
     """Carries out a plan on a device; `permutations` are the files of those that were found on the way.
 
     `merged` is told of each tensor whose inputs are done with; `stop` is asked between blocks, a true answer raises
-    `Canceled`. `share` says who does which unit: whoever leads calls `run`, others `assist`.
+    `Canceled`. `share` says who does which unit: whoever leads calls `run`, others `assist`. `supply` is told what will
+    be read.
     """
 
     plan: Plan
@@ -75,6 +77,7 @@ class Execution:
     alignments: Sequence[tuple[Alignment, AlignmentPlan]] = ()
     permutations: list[WrittenFile] = field(default_factory=list)
     share: Share = field(default_factory=Alone)
+    supply: Supply | None = None
 
     def run(self) -> None:
         """Measure and merge every tensor that is not in the output yet."""
@@ -224,6 +227,7 @@ class Execution:
             if not writer.assists:
                 self._prove_others(phase, only_first=True)
             if (number := share.take(phase)) is not None:
+                self._expect_units(number)
                 read = self.progress.bytes_read
                 yield from writer.enter(units[number])
                 if self._is_shared:
@@ -293,6 +297,7 @@ class Execution:
         phase = self._phase(f"measuring {number}: {stage.name}")
         if len(runs) < 2:
             if leads:
+                self._expect(runs[0])
                 yield from self.blocks.observe(pool, runs[0], stage, known, found, check=check)
             return
         if leads:
@@ -301,6 +306,7 @@ class Execution:
         added: set[int] = set()
         while len(added) < len(runs):
             if (unit := self.share.take(phase)) is not None:
+                self._expect([*runs[unit], *(runs[unit + 1] if leads and unit + 1 < len(runs) else ())])
                 read, part = self.progress.bytes_read, dict[str, Statistic]()
                 yield from self.blocks.observe(pool, runs[unit], stage, known, part, check=check)
                 digest = keep_measured(measured_file(self.writer.folder, number, unit), part)
@@ -329,6 +335,40 @@ class Execution:
         """What is known of one tensor: of the whole model, or what its own statistics come to."""
         self.blocks.prepare(pool, step)
         return known if self.plan.scope == "model" else self.blocks.measure_tensor(pool, step)
+
+    # What lies elsewhere.
+
+    def _expect_units(self, number: int) -> None:
+        """Tell the supply what merging a unit reads, and what will most likely come after it."""
+        units = self.writer.units
+        if self.supply is not None and (self._is_shared or number == 0):
+            following = (
+                units[number : number + 2] if not self.writer.assists else units[number : max(0, number - 2) : -1]
+            )
+            slots = [slot for unit in (following if self._is_shared else units) for slot in unit.slots]
+            self._expect([self.plan.by_name[slot.name] for slot in slots], with_measuring=self.plan.scope == "tensor")
+
+    def _expect(self, steps: Sequence[Step], *, with_measuring: bool = False) -> None:
+        """Tell the supply which tensors will be read, in this order."""
+        if self.supply is not None:
+            self.supply.expect(
+                (step.name, self._stand_in_ranges(step))
+                for step in steps
+                for _ in range(1 + (self._passes(step) if with_measuring else 0))
+            )
+
+    @staticmethod
+    def _passes(step: Step) -> int:
+        stages = step.method.stages("tensor") if step.method is not None else ()
+        return sum(stage.expected and stage.reads > 0 for stage in stages)
+
+    def _stand_in_ranges(self, step: Step) -> list[Range]:
+        found: list[Range] = []
+        for source in step.reads:
+            weights = self.checkpoints[source.model]
+            ranges = ((weights.shards[name], begin, end) for name, begin, end in weights.ranges(source.info))
+            found += [(shard.path, begin, end) for shard, begin, end in ranges if shard.is_stand_in]
+        return found
 
     # Sharing.
 

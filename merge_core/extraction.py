@@ -29,6 +29,7 @@ from merge_core.progress import Progress, Report
 from merge_core.references import ModelRef
 from merge_core.runs import digest_of
 from merge_core.shards import check_space, unfinished
+from merge_core.snapshots import Supply, supplied, window_of
 from merge_core.sources import Sources
 from merge_core.weights import Weights
 
@@ -119,7 +120,7 @@ def plan_signature(
 ) -> SignaturePlan:
     """The plan alone: headers are read, no weights. `limit`: bytes of memory. Raises `WeightsmithError`."""
     with _opened(wanted, roots) as trio:
-        return _planned(wanted, trio, limit, threads)[0]
+        return _planned(wanted, trio, limit, threads, window_of(roots, limit))[0]
 
 
 def extract_signature(
@@ -144,14 +145,15 @@ def extract_signature(
         check_output(out, partial)
         with _opened(wanted, roots) as trio:
             work = _Work(Progress(), report, stop)
-            plan, extraction = _planned(wanted, trio, limit, threads, work.read)
-            with unfinished(partial):
+            window = window_of(roots, limit)
+            plan, extraction = _planned(wanted, trio, limit, threads, window, work.read)
+            with unfinished(partial), supplied(roots, window, stop, work.progress.receive) as supply:
                 check_space(plan.output_bytes, partial)
                 journal = Journal(partial / JOURNAL, plan.digest)
                 journal.open()
                 try:
                     journal.clear_folder()
-                    artifact = work.write(plan, trio, extraction, partial, out, journal, document, cache)
+                    artifact = work.write(plan, trio, extraction, partial, out, journal, document, cache, supply)
                 finally:
                     journal.close()
                 for weights in trio.all:
@@ -176,7 +178,12 @@ def _opened(wanted: Wanted, roots: Sequence[Path] | None) -> Iterator[Trio]:
 
 
 def _planned(
-    wanted: Wanted, trio: Trio, limit: int, threads: int | None, tick: Callable[[int], None] = lambda count: None
+    wanted: Wanted,
+    trio: Trio,
+    limit: int,
+    threads: int | None,
+    window: int,
+    tick: Callable[[int], None] = lambda count: None,
 ) -> tuple[SignaturePlan, Extraction]:
     orthogonal, replaced = select(trio, wanted.layers, wanted.batch_norm, wanted.replace)
     if not orthogonal and not replaced:
@@ -186,13 +193,14 @@ def _planned(
     extraction = Extraction(tuple(pairs), ())
     needs = [(encoding.work_bytes(difference), difference.name) for difference, encoding in pairs]
     most, worst = max(needs)
-    if most > limit - FLOOR_BYTES:
+    floor = FLOOR_BYTES + window
+    if most > limit - floor:
         detail = (
-            f"{worst} needs {most / 2**20:,.0f} MiB and {FLOOR_BYTES / 2**20:,.0f} MiB besides, but the limit is "
+            f"{worst} needs {most / 2**20:,.0f} MiB and {floor / 2**20:,.0f} MiB besides, but the limit is "
             f"{limit / 2**20:,.0f} MiB; raise limits.memory"
         )
         raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=worst)])
-    threads = min(threads or len(os.sched_getaffinity(0)), (limit - FLOOR_BYTES) // most, len(pairs))
+    threads = min(threads or len(os.sched_getaffinity(0)), (limit - floor) // most, len(pairs))
     opened = dict(zip(wanted.roles, trio.all, strict=True))
     files = [shard for weights in trio.all for shard in weights.shards]
     made = [__version__, wanted.to_dict(), digest_of(list(opened), opened)]
@@ -204,7 +212,7 @@ def _planned(
         input_bytes=sum(_PASSES * difference.info.nbytes * len(difference.read) for difference, _ in pairs),
         output_bytes=extraction.most_bytes(wanted.to_dict()) + _TOLD_BYTES * (len(pairs) + len(files)),
         threads=threads,
-        peak=FLOOR_BYTES + threads * most,
+        peak=floor + threads * most,
         digest=hashlib.sha256(canonical_json(made).encode()).hexdigest(),
         warnings=tuple(dict.fromkeys(note for weights in trio.all for note in weights.notes)),
     )
@@ -243,6 +251,7 @@ class _Work:
         journal: Journal,
         document: Mapping[str, Any],
         cache: Path | None,
+        supply: Supply | None,
     ) -> Artifact:
         progress = self.progress
         progress.tensors_total, progress.bytes_read_total = len(extraction.pairs), plan.input_bytes
@@ -256,7 +265,9 @@ class _Work:
         encoded, resumed = encode_all(extraction, folder, journal, threads=plan.threads, done=done, watch=self._watch)
         progress.phase = "hashing"
         self._watch()
-        with closing(Sources.whole(trio.all, threads=plan.threads, cache=cache, stop=self.stop)) as files:
+        with closing(
+            Sources.whole(trio.all, threads=plan.threads, cache=cache, stop=self.stop, supply=supply)
+        ) as files:
             hashes = files.result()
         opened = dict(zip(plan.wanted.roles, trio.all, strict=True))
         sources = [source_entry(model, weights, hashes) for model, weights in opened.items()]

@@ -44,7 +44,7 @@ class Gathered(Weights):
     planning_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self.path = self.inner.path
+        self.path, self.origins = self.inner.path, self.inner.origins
         self.tensors = {
             name: self.row_maps[name].made if name in self.row_maps else info
             for name, info in self.inner.tensors.items()

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from merge_core.dtypes import STORED, DType
 from merge_core.errors import CheckpointError, PathNotAllowed, UnsafeFormat
+from merge_core.snapshots import Snapshot, folders_of, snapshot_of
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_JSON_BYTES = 64_000_000
@@ -60,7 +61,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file as it was when its header was read."""
+    """A safetensors file as it was when its header was read; `snapshot`: the one it is in, if it lies elsewhere."""
 
     path: Path
     size: int
@@ -69,6 +70,12 @@ class Shard:
     mtime_ns: int
     ctime_ns: int
     header_sha256: str
+    snapshot: Snapshot | None = None
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether there is no more of it here than its header."""
+        return self.snapshot is not None and self.path.name in self.snapshot.stand_ins
 
     def is_still(self, now: os.stat_result) -> bool:
         """Whether a file is this one, unchanged."""
@@ -101,7 +108,8 @@ def open_regular(path: Path, roots: Sequence[Path] | None = None) -> tuple[int, 
 
 def _check_opened(path: Path, descriptor: int, roots: Sequence[Path]) -> None:
     opened = Path(f"/proc/self/fd/{descriptor}").readlink()
-    if not any(opened.is_relative_to(root.resolve()) for root in roots):
+    folders = folders_of(roots)
+    if folders is not None and not any(opened.is_relative_to(root.resolve()) for root in folders):
         raise PathNotAllowed(clip(str(path)), OUTSIDE)
 
 
@@ -141,7 +149,8 @@ def read_header(path: Path, roots: Sequence[Path] | None = None) -> tuple[Shard,
         wrong = f"is cut short: {said}" if at > found.st_size else f"has bytes that no tensor owns: {said}"
         raise CheckpointError(path, wrong, tensor=infos[-1].name if infos else None)
     digest = hashlib.sha256(raw).hexdigest()
-    return Shard(path, found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, digest), infos
+    stamps = (found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    return Shard(path, *stamps, digest, snapshot_of(path, roots)), infos
 
 
 def read_metadata(path: Path, roots: Sequence[Path] | None = None) -> dict[str, str]:

@@ -128,7 +128,7 @@ class PatchEntry(Keys):
 
     @model_validator(mode="after")
     def _is_one_file(self) -> Self:
-        if self.patch.revision or self.patch.adapter:
+        if self.patch.adapter:
             raise ValueError(f"{self.patch} is not one file, or one folder with a delta in it")
         return self
 

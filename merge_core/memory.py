@@ -27,16 +27,19 @@ def plan_memory(
     on_gpu: bool,
     stages: Sequence[Plan] = (),
     planning: int = 0,
+    window: int = 0,
 ) -> MemoryPlan:
     """As many threads and as large blocks as fit under the limit, with what the stages that are read need for theirs;
     raises `MemoryLimitExceeded` where not even one grain does. Where blocks are whole tensors, fewer merged ones wait
-    for the disk before blocks of others shrink. `planning`: bytes that the plan itself took, which blocks use again.
+    for the disk before blocks of others shrink. `planning`: bytes that the plan itself took, which blocks use again;
+    `window`: what is held of files that lie elsewhere.
     """
     workers = threads or len(os.sched_getaffinity(0))
     outputs = workers + WRITING_BLOCKS
-    available = limit - FLOOR_BYTES
+    floor = FLOOR_BYTES + window
+    available = limit - floor
     if planning > available:
-        wanted = (FLOOR_BYTES + planning) / 2**20
+        wanted = (floor + planning) / 2**20
         detail = f"to read the tokenizers takes {wanted:,.0f} MiB in all, but the limit is {limit / 2**20:,.0f} MiB"
         raise MemoryLimitExceeded(f"{detail}; raise limits.memory", [Problem(detail, "#/limits/memory")])
     of_stages = [(step, stage.scope) for stage in stages for step in stage.steps]
@@ -55,7 +58,7 @@ def plan_memory(
     if worst is not None and needed > available:
         detail = (
             f"{worst.name} {list(worst.shape)} needs {needed / 2**20:,.0f} MiB for its smallest block and "
-            f"{FLOOR_BYTES / 2**20:,.0f} MiB besides, but the limit is {limit / 2**20:,.0f} MiB; raise limits.memory"
+            f"{floor / 2**20:,.0f} MiB besides, but the limit is {limit / 2**20:,.0f} MiB; raise limits.memory"
         )
         raise MemoryLimitExceeded(detail, [Problem(detail, "#/limits/memory", tensor=worst.name)])
     has_whole = any(step.least_rows == step.grains.rows > step.grains.size for step in steps)
@@ -67,7 +70,7 @@ def plan_memory(
         block_elements //= 2
     while outputs > 1 and needs(block_elements) > available:
         outputs -= 1
-    return MemoryPlan(workers, block_elements, outputs, FLOOR_BYTES + max(planning, needs(block_elements)))
+    return MemoryPlan(workers, block_elements, outputs, floor + max(planning, needs(block_elements)), window)
 
 
 def _block_bytes(step: Step, scope: Scope, block_elements: int, on_gpu: bool) -> tuple[int, int]:

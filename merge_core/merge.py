@@ -44,6 +44,7 @@ from merge_core.recipe import Recipe, referenced_models
 from merge_core.references import ModelRef
 from merge_core.reversal import write_reversal
 from merge_core.shards import ShardWriter, unfinished
+from merge_core.snapshots import Supply, library_of, supplied
 from merge_core.sources import Sources
 from merge_core.units import Alone, Share
 from merge_core.weights import Weights
@@ -68,7 +69,8 @@ def merge(
 ) -> Artifact:
     """Merge models as the recipe says into the folder `out`, which appears whole or not at all.
 
-    `roots`: folders that models may lie in, relative paths starting there (None: anywhere, from the working directory).
+    `roots`: folders that models may lie in, relative paths starting there (None: anywhere, from the working directory);
+    a `Roots` may have snapshots of what lies elsewhere too.
     `partial`: where the unfinished output grows (beside `out` by default). After a kill, the same call goes on from
     there; after any `WeightsmithError` it is removed. `memory` (bytes), `threads` and `max_shard_size` (bytes) go
     before the recipe's. `device` is `cpu`, `cuda`, `cuda:1` … or `auto`; it changes no byte. `cache`: a folder for what
@@ -97,11 +99,13 @@ def merge(
                 max_shard_size=max_shard_size,
             )
             inputs = [models[model] for model in plan.models]
-            with unfinished(partial):
-                draws = randomness or Randomness(recipe.seed)
-                can_be_cut = randomness is None and _can_be_cut(plan)
-                shared = share if share is not None and can_be_cut else Alone()
-                work = _Work(plan, inputs, checkpoints, stages, alignments, draws, where, report, stop, shared)
+            draws, progress = randomness or Randomness(recipe.seed), Progress()
+            can_be_cut = randomness is None and _can_be_cut(plan)
+            shared = share if share is not None and can_be_cut else Alone()
+            with unfinished(partial), supplied(roots, plan.memory.window, stop, progress.receive) as supply:
+                work = _Work(
+                    plan, inputs, checkpoints, stages, alignments, draws, where, report, stop, shared, progress, supply
+                )
                 return work.carry_out(partial, out, cache)
     except OSError as error:
         raise disk_error(error, Path(error.filename or out), 0) from error
@@ -143,8 +147,23 @@ def assist(
             if _can_be_cut(plan):
                 inputs, draws = [models[model] for model in plan.models], Randomness(recipe.seed)
                 nobody: Report = lambda progress: None  # noqa: E731
-                work = _Work(plan, inputs, checkpoints, stages, alignments, draws, where, nobody, stop, share)
-                work.assist(partial)
+                progress = Progress()
+                with supplied(roots, plan.memory.window, stop, progress.receive) as supply:
+                    work = _Work(
+                        plan,
+                        inputs,
+                        checkpoints,
+                        stages,
+                        alignments,
+                        draws,
+                        where,
+                        nobody,
+                        stop,
+                        share,
+                        progress,
+                        supply,
+                    )
+                    work.assist(partial)
     except OSError as error:
         raise disk_error(error, Path(error.filename or partial), 0) from error
 
@@ -194,6 +213,8 @@ class _Work:
     report: Report
     stop: Callable[[], bool]
     share: Share
+    progress: Progress
+    supply: Supply | None
 
     def carry_out(self, partial: Path, out: Path, cache: Path | None) -> Artifact:
         plan = self.plan
@@ -201,14 +222,14 @@ class _Work:
         compared = self._compared()
         beside += compared.values()
         try:
-            with closing(Sources.of(plan, self.inputs, cache, self.stop, beside)) as sources:
+            with closing(Sources.of(plan, self.inputs, cache, self.stop, beside, self.supply)) as sources:
                 self._load_kernels()
                 write = self._write_model if plan.difference is None else self._write_difference
                 written = write(partial, sources.merged)
                 hashes = sources.result()
             for weights in (*self.inputs, *beside):
                 weights.check_unchanged()
-            warnings = (*plan.warnings, *written.warnings)
+            warnings = (*plan.warnings, *written.warnings, *sources.notes)
             files = write_companions(
                 plan,
                 self.inputs,
@@ -251,13 +272,14 @@ class _Work:
             writer,
             self.randomness,
             merged,
-            Progress(),
+            self.progress,
             self.report,
             self.stop,
             self.device,
             stages=self.stages,
             alignments=self.alignments,
             share=self.share,
+            supply=self.supply,
         )
 
     def _write_model(self, partial: Path, merged: Callable[[Step], None]) -> _Written:
@@ -279,7 +301,7 @@ class _Work:
             self.opened,
             partial,
             merged,
-            Progress(),
+            self.progress,
             self.report,
             self.stop,
             self.device,
@@ -354,7 +376,9 @@ def opened_patches(recipe: Recipe, roots: Sequence[Path] | None) -> Iterator[Map
             for i, put in enumerate(document.patches):
                 if put.patch not in found:
                     try:
-                        found[put.patch] = stack.enter_context(Delta.open(locate(put.patch.path, roots), roots=roots))
+                        found[put.patch] = stack.enter_context(
+                            Delta.open(locate(put.patch.path, roots, put.patch.revision), roots=roots)
+                        )
                     except CheckpointError as error:
                         pointer = document.located(Problem("", f"#/patches/{i}/patch")).pointer or "#"
                         raise error.as_written(roots or (), pointer) from None
@@ -383,11 +407,12 @@ def planned(
 
 def open_model(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, weights: bool) -> Weights:
     """A model, with the adapter or delta on it where it names one, or an adapter alone."""
-    for path, revision in ((ref.path, ref.revision), (ref.adapter, ref.adapter_revision)):
-        if revision:
-            detail = f"{path}@{revision}: a local folder has no revisions; leave @{revision} away"
-            raise RecipeError.of([Problem(detail, pointer)])
-    where = locate(ref.path, roots)
+    if library_of(roots) is None:
+        for path, revision in ((ref.path, ref.revision), (ref.adapter, ref.adapter_revision)):
+            if revision:
+                detail = f"{path}@{revision}: a local folder has no revisions; leave @{revision} away"
+                raise RecipeError.of([Problem(detail, pointer)])
+    where = locate(ref.path, roots, ref.revision)
     if is_adapter(where):
         if ref.adapter is not None:
             detail = f"{ref.path} is an adapter, not a model that {ref.adapter} could be put on"
@@ -399,7 +424,7 @@ def open_model(ref: ModelRef, pointer: str, roots: Sequence[Path] | None, *, wei
     base = Checkpoint.open(where, roots=roots, weights=weights)
     if ref.adapter is None:
         return base
-    added = locate(ref.adapter, roots)
+    added = locate(ref.adapter, roots, ref.adapter_revision)
     try:
         if find_delta(added, roots):
             delta = Delta.open(added, roots=roots)

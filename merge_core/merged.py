@@ -35,6 +35,7 @@ from merge_core.progress import Progress
 from merge_core.recipe import Recipe, referenced_models
 from merge_core.references import ModelRef
 from merge_core.runs import digest_of
+from merge_core.snapshots import window_of
 from merge_core.vocabularies import in_equal_rows, in_one_vocabulary
 from merge_core.weights import Companions, Derived, Weights
 
@@ -67,6 +68,7 @@ def make_plan_in_stages(
     alignments: list[tuple[Alignment, AlignmentPlan]] = []
     _check_size(recipe)
     memory, threads = how.get("memory") or recipe.limits.memory, how.get("threads") or recipe.limits.threads
+    window = window_of(roots, memory)
     for number, document in enumerate((*recipe.stages, recipe), 1):
         try:
             models = in_one_vocabulary(document, {model: found[model] for model in referenced_models(document)})
@@ -76,7 +78,7 @@ def make_plan_in_stages(
                 named, base = document.aligned_models(), document.base_model
                 alignment = align_models(document.alignment, named, models, base, roots)
                 file = FILE_NAME if document is recipe else f"alignment-{number}.safetensors"
-                aligning = plan_alignment(alignment, file, memory, threads)
+                aligning = plan_alignment(alignment, file, memory - window, threads)
                 alignments.append((alignment, aligning))
                 models = {**models, **alignment.moved}
             if document.patches:
@@ -84,8 +86,9 @@ def make_plan_in_stages(
                 stages[next(iter(models))] = before.plan
                 made.append(before)
             if document is recipe:
-                plan = _with_alignment(_plan(recipe, models, stages=stages, **how), alignment, aligning)
-                peak = max([plan.memory.peak, *(aligning.peak for _, aligning in alignments)])
+                plan = _plan(recipe, models, stages=stages, window=window, **how)
+                plan = _with_alignment(plan, alignment, aligning)
+                peak = max([plan.memory.peak, *(aligning.peak + window for _, aligning in alignments)])
                 return replace(plan, memory=replace(plan.memory, peak=peak)), models, made, alignments
             plan = _with_alignment(_plan(document, models, memory=_NO_LIMIT, threads=1), alignment, aligning)
         except (RecipeError, IncompatibleModels) as error:
@@ -158,14 +161,14 @@ def _plan(document: Recipe, models: Mapping[ModelRef, Weights], **how: Any) -> P
     ((ref, patched),) = models.items()
     assert isinstance(patched, Patched) and isinstance(patched.base, Unrounded)
     plan, before = make_plan(_copying(document, ref), models, written=document, **how), patched.base.plan
-    of_patches = {ModelRef(path=put.name): put for put in patched.patches}
+    of_patches = {put.name: put for put in patched.patches}
     return replace(
         plan,
         sources_digest=hashlib.sha256(f"{before.sources_digest} {plan.sources_digest}".encode()).hexdigest(),
         left_out=(*before.left_out, *plan.left_out),
         warnings=tuple(dict.fromkeys((*before.warnings, *plan.warnings))),
         patches=tuple(
-            PlannedPatch(put.patch, put.strength, tuple(of_patches[put.patch].delta.tensors))
+            PlannedPatch(put.patch, put.strength, tuple(of_patches[str(put.patch)].delta.tensors))
             for put in document.patches
         ),
     )
@@ -193,9 +196,14 @@ def leaves(models: Sequence[ModelRef], inputs: Sequence[Weights]) -> dict[ModelR
         put = stage.patches if isinstance(stage, Patched) and isinstance(stage.base, MergedWeights) else ()
         stage = stage.base if isinstance(stage, Patched) and put else stage
         below = leaves(stage.plan.models, stage.inputs) if isinstance(stage, MergedWeights) else {model: weights}
-        below |= {ModelRef(path=each.name): each.delta.file for each in put}
+        below |= {_patch_of(each.name): each.delta.file for each in put}
         found |= {ref: below[ref] for ref in below if ref not in found}
     return found
+
+
+def _patch_of(name: str) -> ModelRef:
+    path, _, revision = name.partition("@")
+    return ModelRef(path=path, revision=revision) if revision else ModelRef(path=name)
 
 
 def _numbers(known: Any) -> int:

@@ -34,6 +34,7 @@ from merge_core.recipe import Recipe
 from merge_core.references import ModelRef
 from merge_core.reversal import KIND, REVERSAL_NAME
 from merge_core.sizes import Bytes
+from merge_core.snapshots import supply_of
 from merge_core.sources import Sources
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
@@ -270,7 +271,7 @@ class _Removal:
         assert document.model is not None
         self.document, self.roots, self.model = document, roots, document.model
         self.lock: Mapping[str, Any] | None = None
-        if self.model.revision or self.model.adapter:
+        if self.model.adapter:
             raise RecipeError.of([Problem(f"{self.model} is not the folder of a patched model", "#/model")])
         pointer = "#/model" if document.reversal is None else "#/reversal"
         try:
@@ -284,21 +285,25 @@ class _Removal:
         reversal = self.document.reversal
         if reversal is not None:
             return self._by_reversal(reversal)
-        folder = locate(self.model.path, self.roots)
+        folder = locate(self.model.path, self.roots, self.model.revision)
         check_below(folder, self.roots)
         if not self.document.sources and (folder / REVERSAL_NAME).is_file():
-            return self._by_reversal(ModelRef(path=f"{self.model.path.rstrip('/')}/{REVERSAL_NAME}"))
+            path = f"{self.model.path.rstrip('/')}/{REVERSAL_NAME}"
+            return self._by_reversal(ModelRef(path=path, revision=self.model.revision))
         return self._by_lock(folder)
 
     def _by_reversal(self, reversal: ModelRef) -> Recipe:
-        with Delta.open(locate(reversal.path, self.roots), roots=self.roots) as delta:
+        with Delta.open(locate(reversal.path, self.roots, reversal.revision), roots=self.roots) as delta:
             if delta.provenance.get("kind") != KIND:
                 detail = f"{reversal} is a patch but no reversal, which a model gets when patches are applied"
                 raise RecipeError.of([Problem(detail, "#/reversal")])
             if lossy := [name for name, tensor in delta.tensors.items() if not tensor.replaces]:
                 detail = f"{reversal} holds no bits of {clip(lossy[0])}, only a difference; a reversal holds what was"
                 raise RecipeError.of([Problem(detail, "#/reversal", tensor=lossy[0])])
-        both = {"model": {"path": self.model.path}, "lora": {"path": reversal.path}}
+        both = {
+            "model": {"path": self.model.path, "revision": self.model.revision},
+            "lora": {"path": reversal.path, "revision": reversal.revision},
+        }
         return _recipe([{"model": both}], self._keys)
 
     def _by_lock(self, folder: Path) -> Recipe:
@@ -339,7 +344,8 @@ class _Removal:
             return
         hashes = self._hashes(self.lock.get("sources"))
         with opened(self.recipe, self.roots) as models:
-            with closing(Sources.whole(list(models.values()), threads=threads, cache=cache, stop=stop)) as reading:
+            inputs, supply = list(models.values()), supply_of(self.roots)
+            with closing(Sources.whole(inputs, threads=threads, cache=cache, stop=stop, supply=supply)) as reading:
                 found = reading.result()
             for ref, weights in models.items():
                 named = [name for name, place in self.document.sources.items() if place == ref] or [str(ref)]

@@ -180,13 +180,14 @@ class PlannedPatch:
 @dataclass(frozen=True)
 class MemoryPlan:
     """Threads, elements per block, merged blocks that may wait or be made at once, and the peak they lead to (bytes,
-    the whole process).
+    the whole process), of which `window` for what is held of files that lie elsewhere.
     """
 
     threads: int
     block_elements: int
     outputs: int
     peak: int
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ class AlignmentPlan:
     `file`: where the permutations are found, or put, and whether they `are_stored` already. `moved`: the models that
     are permuted, matched with the `reference`, or with the mean of the others in turn where there is none. `sizes`: of
     the permutations. `peak`: memory of the whole process meanwhile (bytes), of which `assignment` for the largest
-    linear assignment problem may go beyond the limit. `read`: bytes read in one sweep over all permutations.
+    linear assignment problem may go beyond the limit, and `window` is for what is held of files that lie elsewhere.
+    `read`: bytes read in one sweep over all permutations.
     """
 
     file: str
@@ -208,6 +210,7 @@ class AlignmentPlan:
     peak: int = 0
     assignment: int = 0
     read: int = 0
+    window: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The plan for people and for JSON."""

@@ -44,21 +44,23 @@ def make_plan(
     block_elements: int = BLOCK_ELEMENTS,
     max_shard_size: int | None = None,
     on_gpu: bool = False,
+    window: int = 0,
     stages: Mapping[ModelRef, Plan] | None = None,
     written: Recipe | None = None,
 ) -> Plan:
     """Plan a merge from headers.
 
     `checkpoints` must hold every model that `referenced_models` names. `memory` (bytes) and `threads` go before the
-    recipe's limits; `block_elements` bounds a block from above. `stages` are the plans of those models that are merges
-    themselves, with all they read; `written` is what was asked for, where `recipe` is only the last part of it. Raises
-    `RecipeError`, `IncompatibleModels` or `MemoryLimitExceeded`, each naming all that is wrong.
+    recipe's limits; `block_elements` bounds a block from above; `window` bytes are for what lies elsewhere. `stages`
+    are the plans of those models that are merges themselves, with all they read; `written` is what was asked for, where
+    `recipe` is only the last part of it. Raises `RecipeError`, `IncompatibleModels` or `MemoryLimitExceeded`, each
+    naming all that is wrong.
     """
     alone = {model: weights for model, weights in checkpoints.items() if isinstance(weights, Placed)}
     if alone:
-        return plan_sum(recipe, alone, memory, threads, block_elements, on_gpu=on_gpu)
+        return plan_sum(recipe, alone, memory, threads, block_elements, on_gpu=on_gpu, window=window)
     planner = _Planner(recipe, checkpoints, on_gpu, stages or {}, written or recipe)
-    return planner.plan(memory, threads, block_elements, max_shard_size)
+    return planner.plan(memory, threads, block_elements, max_shard_size, window)
 
 
 class _Planner:
@@ -81,7 +83,9 @@ class _Planner:
         self.index = {model: i for i, model in enumerate(self.models)}
         self.given = GivenFinder(recipe, checkpoints, self._source, self.findings)
 
-    def plan(self, memory: int | None, threads: int | None, block_elements: int, max_shard_size: int | None) -> Plan:
+    def plan(
+        self, memory: int | None, threads: int | None, block_elements: int, max_shard_size: int | None, window: int
+    ) -> Plan:
         self._check_inputs(self.structure.runs)
         self.findings.raise_any()
         donor = self.index[self.structure.donor]
@@ -110,6 +114,7 @@ class _Planner:
                 on_gpu=self.on_gpu,
                 stages=tuple(self.stages.values()),
                 planning=max(self.checkpoints[model].planning_bytes for model in self.models),
+                window=window,
             ),
             sources_digest=digest_of(self.models, self.checkpoints),
             config_edits=tuple(self.structure.config_edits),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """How far a merge is: `phase`, the tensor at work, bytes read and written of how many."""
+    """How far a merge is: `phase`, the tensor at work, bytes read and written of how many, and bytes received over a
+    network.
+    """
 
     phase: str = "planning"
     tensor: str = ""
@@ -19,7 +22,16 @@ class Progress:
     bytes_read_total: int = 0
     bytes_written: int = 0
     bytes_written_total: int = 0
+    bytes_received: int = 0
     started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._receiving = threading.Lock()
+
+    def receive(self, count: int) -> None:
+        """So many bytes came over the network, to whichever thread."""
+        with self._receiving:
+            self.bytes_received += count
 
     def complete(self) -> None:
         """All is done, also what an earlier attempt had done already and what proved needless to read."""

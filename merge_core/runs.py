@@ -33,8 +33,10 @@ def digest_of(models: Sequence[ModelRef], checkpoints: Mapping[ModelRef, Weights
     files: list[list[Any]] = []
     for model in models:
         for shard in checkpoints[model].shards.values():
-            stamps = [shard.size, shard.inode, shard.mtime_ns, shard.ctime_ns]
-            files.append([str(model), str(shard.path), *stamps, shard.header_sha256])
+            place, stamps = str(shard.path), [shard.size, shard.inode, shard.mtime_ns, shard.ctime_ns]
+            if (origin := shard.snapshot) is not None:
+                place, stamps = f"{origin.repo}@{origin.commit}/{shard.path.name}", [shard.size]
+            files.append([str(model), place, *stamps, shard.header_sha256])
     for model in models:
         for name, path in checkpoints[model].settings.items():
             files.append([str(model), name, hashlib.sha256(path.read_bytes()).hexdigest()])

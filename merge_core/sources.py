@@ -15,6 +15,7 @@ import re
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from merge_core.errors import Canceled
 from merge_core.files import PAGE
 from merge_core.headers import Shard
 from merge_core.plan import Plan, Source, Step
+from merge_core.snapshots import Supply
 from merge_core.weights import Weights
 
 _READ = 2**20
@@ -58,15 +60,24 @@ class Sources:
         output_bytes: int,
         cache: Path | None,
         stop: Callable[[], bool],
+        supply: Supply | None = None,
     ) -> None:
-        """`read`: which files of which checkpoints; `output_bytes`: what is written meanwhile."""
+        """`read`: which files of which checkpoints; `output_bytes`: what is written meanwhile; `supply`: of the files
+        that are here by stand-ins.
+        """
+        self._supply = supply
+        self._elsewhere: dict[Path, Shard] = {}
+        self.notes: list[str] = []
+        """What the user should know of the hashes, once there are `result`s."""
         self._cache, self._stop, self._closed, self._opened_ns = cache, stop, False, time.time_ns()
         self._hashing = ThreadPoolExecutor(threads, thread_name_prefix="sources")
         self._checkpoints = checkpoints
         self._files: dict[Path, _File] = {}
         for model, name in sorted(set(read)):
             shard = checkpoints[model].shards[name]
-            if shard.path not in self._files:
+            if shard.is_stand_in:
+                self._elsewhere[shard.path] = shard
+            elif shard.path not in self._files:
                 self._files[shard.path] = _File(shard, checkpoints[model].descriptor(name), self._kept(shard))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._most_behind = memory // 4
@@ -80,6 +91,7 @@ class Sources:
         cache: Path | None,
         stop: Callable[[], bool],
         beside: Sequence[Weights] = (),
+        supply: Supply | None = None,
     ) -> Self:
         """The files that a plan's steps read, and all those of what is read `beside`."""
         tied = [Source(pair.model, info) for pair in plan.tied for info in (pair.tensor, pair.partner)]
@@ -96,22 +108,32 @@ class Sources:
             output_bytes=plan.output_bytes,
             cache=cache,
             stop=stop,
+            supply=supply,
         )
 
     @classmethod
     def whole(
-        cls, checkpoints: Sequence[Weights], *, threads: int, cache: Path | None, stop: Callable[[], bool]
+        cls,
+        checkpoints: Sequence[Weights],
+        *,
+        threads: int,
+        cache: Path | None,
+        stop: Callable[[], bool],
+        supply: Supply | None = None,
     ) -> Self:
         """All files of some models, only to be hashed."""
         read = [(model, name) for model, weights in enumerate(checkpoints) for name in weights.shards]
-        return cls(checkpoints, read, threads=threads, output_bytes=0, cache=cache, stop=stop)
+        return cls(checkpoints, read, threads=threads, output_bytes=0, cache=cache, stop=stop, supply=supply)
 
     def merged(self, step: Step) -> None:
         """A tensor's inputs are done with; waits if hashing is too far behind for the page cache to hold."""
         for source in step.reads:
             weights = self._checkpoints[source.model]
             for name, begin, end in weights.ranges(source.info):
-                self._merged(self._files[weights.shards[name].path], begin, end)
+                if (file := self._files.get(weights.shards[name].path)) is not None:
+                    self._merged(file, begin, end)
+        if self._supply is not None:
+            self._supply.done(step.name)
         if self._behind() > self._most_behind:
             for file in self._files.values():
                 if file.task is not None:
@@ -126,7 +148,7 @@ class Sources:
             self._drop(file, begin, end)
 
     def result(self) -> dict[Path, str]:
-        """File → sha256; waits for the last one."""
+        """File → sha256; waits for the last one. Raises `CheckpointError` for one that is not what its origin has."""
         unknown = [file for file in self._files.values() if file.known is None]
         for file in unknown:
             if file.task is not None:
@@ -136,7 +158,23 @@ class Sources:
         for file in unknown:
             file.known = file.sha256.hexdigest()
             self._keep(file)
-        return {path: file.known or "" for path, file in self._files.items()}
+        return {path: file.known or "" for path, file in self._files.items()} | self._of_stand_ins()
+
+    def _of_stand_ins(self) -> dict[Path, str]:
+        """What the origins of stand-ins say, which all who read a file whole have proved."""
+        found: dict[Path, str] = {}
+        unproved: Counter[str] = Counter()
+        for path, shard in self._elsewhere.items():
+            assert self._supply is not None and shard.snapshot is not None
+            found[path], is_proved = self._supply.sha256(path)
+            unproved[shard.snapshot.name] += not is_proved
+        self.notes = [
+            f"{name}: the sha256 of {count} {'file' if count == 1 else 'files'} is as the Hub says, since no worker "
+            "read every byte"
+            for name, count in unproved.items()
+            if count
+        ]
+        return found
 
     def close(self) -> None:
         self._closed = True

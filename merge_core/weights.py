@@ -20,6 +20,7 @@ from torch import Tensor
 from merge_core.dtypes import DType
 from merge_core.errors import CheckpointError
 from merge_core.headers import Shard, TensorInfo
+from merge_core.snapshots import Snapshot
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
@@ -40,7 +41,7 @@ class Weights(ABC):
 
     Attributes: `path`, what was opened; `tensors`, name → `TensorInfo` in storage order; `shards`, every file that rows
     come from, name → `Shard`; `config`, the parsed `config.json` or an empty dict; `notes`, what the user should know
-    about how they came to be.
+    about how they came to be; `origins`, the snapshots that files of theirs are in.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Weights(ABC):
     shards: Mapping[str, Shard]
     config: Mapping[str, Any]
     notes: Sequence[str] = ()
+    origins: Sequence[Snapshot] = ()
     planning_bytes: int = 0
     """Memory that it took to make them of other weights."""
 
@@ -160,7 +162,7 @@ class Weights(ABC):
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if a shard is no longer the file whose header was read."""
         for shard in self.shards.values():
-            if not shard.path.exists() or not shard.is_still(shard.path.stat()):
+            if shard.snapshot is None and not (shard.path.exists() and shard.is_still(shard.path.stat())):
                 raise CheckpointError(shard.path, "changed while it was being merged; start the merge again")
 
     def __enter__(self) -> Self:
@@ -177,6 +179,7 @@ class Derived(Weights):
         self.inner = inner
         self.path, self.tensors, self.shards = inner.path, inner.tensors, inner.shards
         self.config, self.notes, self.planning_bytes = inner.config, inner.notes, inner.planning_bytes
+        self.origins = inner.origins
 
     def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
         return self.inner.rows(info, start, stop, space)

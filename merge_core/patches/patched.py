@@ -58,6 +58,7 @@ class Patched(Weights):
         Raises `IncompatibleModels` naming every tensor that does not fit.
         """
         self.base, self.patches, self.path = base, tuple(patches), base.path
+        self.origins = (*base.origins, *(origin for patch in patches for origin in patch.delta.file.origins))
         self._problems: list[Problem] = []
         self._notes: list[str] = list(base.notes)
         self._parts: dict[str, list[_Part]] = {}

@@ -338,7 +338,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (method_recipe("ties", exclude=["lm_haed"]), "no tensor's name contains 'lm_haed'"),
     (method_recipe("ties-model", parameters={"weight": 1, "density": [0.1, 0.2]}), "density must be one value"),
     (method_recipe("ties", models=[{"model": "nowhere"}]), "nowhere: is in none of this service's model folders"),
-    (method_recipe("ties", models=[{"model": "m0+adapter"}]), "not supported yet"),
+    (method_recipe("ties", models=[{"model": "m0+adapter"}]), "is in none of this service's model folders"),
     (
         {"merge_method": "passthrough", "slices": [{"sources": [{"model": "m0", "layer_range": [2, 5]}]}]},
         "m0 has 3 layers, so layer_range [2, 5] is not in it",
