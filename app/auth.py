@@ -37,6 +37,9 @@ _RULES: tuple[tuple[re.Pattern[str], Scope | str | None, Scope | str | None], ..
         (r"/|/docs(/.*)?|/redoc|/openapi\.json|/healthz|/readyz|/v1/(methods|problems)(/.*)?", None, None),
         (rf"/v1/({_JOBS})/[^/]+/files(/.*)?", Scope.FILES_READ, Scope.FILES_READ),
         (rf"/v1/({_JOBS}|credentials)(/.*)?", Scope.MERGES_READ, Scope.MERGES_WRITE),
+        (r"/hub/api/whoami-v2", _ANY, _ANY),
+        # A POST there asks for paths; nothing can be written.
+        (r"/hub/.*", Scope.FILES_READ, Scope.FILES_READ),
         (r"/v1/recipes:[a-z]+", Scope.MERGES_READ, Scope.MERGES_READ),
         # Who reads it can speak to the owner's webhooks as if they were us.
         (r"/v1/webhook-secret", Scope.MERGES_WRITE, Scope.MERGES_WRITE),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
 import yaml
@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from app.auth import CallerDep
 from app.errors import HttpProblem
+from app.repos import Shelf
 from app.watching import Watch
 from merge_core.documents import MAX_DOCUMENT_BYTES
 from merge_core.published import MAX_CARD_BYTES
@@ -45,13 +46,20 @@ def _watch(request: Request) -> Watch:
     return found
 
 
+def _shelves(request: Request) -> Mapping[str, Shelf]:
+    found = request.app.state.shelves
+    assert isinstance(found, Mapping)
+    return found
+
+
 SettingsDep = Annotated[Settings, Depends(_settings)]
 QueueDep = Annotated[Queue, Depends(_queue)]
 WatchDep = Annotated[Watch, Depends(_watch)]
+ShelvesDep = Annotated[Mapping[str, Shelf], Depends(_shelves)]
 
 
 async def _document_body(request: Request) -> bytes:
-    return await _body(request, MAX_DOCUMENT_BYTES)
+    return await read_body(request, MAX_DOCUMENT_BYTES)
 
 
 def _media_type(request: Request) -> str:
@@ -102,10 +110,11 @@ RequestKeyDep = Annotated[RequestKey | None, Depends(_request_key)]
 
 async def _card(request: Request) -> bytes:
     """The body as it is: a recipe or a model card, whatever it calls itself."""
-    return await _body(request, MAX_CARD_BYTES)
+    return await read_body(request, MAX_CARD_BYTES)
 
 
-async def _body(request: Request, most: int) -> bytes:
+async def read_body(request: Request, most: int) -> bytes:
+    """The body of a request, of at most so many bytes."""
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         raise HttpProblem("unsupported-media-type", f"send the body as it is, without Content-Encoding: {coding[:60]}")

@@ -10,8 +10,10 @@ from fastapi import FastAPI
 
 from app import auth, errors
 from app.head import HeadAsGet
+from app.hub import InHubWords
+from app.repos import open_shelves
 from app.requests import Requests
-from app.routes import api_keys, credentials, health, methods, metrics, problems, quota, recipes, system, webhooks
+from app.routes import api_keys, credentials, health, hub, methods, metrics, problems, quota, recipes, system, webhooks
 from app.routes.files import files_router
 from app.routes.jobs import jobs_router
 from app.routes.records import records_router
@@ -47,6 +49,7 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         store = JobStore(settings, patience=DATABASE_PATIENCE)
         app.state.queue, app.state.watch = Queue(store, make_celery(settings)), Watch(store)
+        app.state.shelves = open_shelves(app.state.queue)
         yield
         await app.state.watch.close()
         store.close()
@@ -60,6 +63,7 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
     )
     app.state.settings = settings
     app.add_middleware(auth.Gate, doors=auth.doors_for(settings, host))
+    app.add_middleware(InHubWords)
     app.add_middleware(HeadAsGet)
     app.add_middleware(Requests)
     app.state.guard = Guard(settings.webhook_allow)
@@ -69,7 +73,7 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
         app.include_router(records_router(kind))
         app.include_router(files_router(kind))
         app.include_router(webhooks.deliveries_router(kind))
-    for module in (recipes, methods, webhooks, problems, api_keys, system, health, metrics, credentials, quota):
+    for module in (recipes, methods, webhooks, problems, api_keys, system, health, metrics, credentials, quota, hub):
         app.include_router(module.router)
     return app
 

@@ -33,7 +33,7 @@ _HEADERS = {
     }.items()
 }
 ANSWERS: dict[int | str, dict[str, Any]] = {
-    **answers("not-found", "invalid-state", "gone", "precondition-failed", "range-not-satisfiable"),
+    **answers("not-found", "gone", "storage-failed", "precondition-failed", "range-not-satisfiable"),
     200: {"content": {MEDIA_TYPE: _BINARY}, "headers": _HEADERS},
     206: {"content": {MEDIA_TYPE: _BINARY, "multipart/byteranges": _BINARY}, "headers": _HEADERS},
     304: {"description": "The caller has it, as `If-None-Match` says.", "headers": _HEADERS},

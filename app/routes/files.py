@@ -31,7 +31,7 @@ def files_router(kind: JobKind) -> APIRouter:
         "/{path:path}",
         name=f"download_{kind}_file",
         response_class=FileResponse,
-        responses=ANSWERS,
+        responses={**ANSWERS, **answers("invalid-state")},
     )
     def download_file(
         path: str,

@@ -79,6 +79,12 @@ class World:
 
     def aim(self, case: schemathesis.Case, draw: st.DataObject) -> None:
         """Let a request meet something: a job that is there, a file of it, a document that can be meant."""
+        if "repo" in case.path_parameters and draw.draw(st.integers(0, 4), "a repo that is there"):
+            case.path_parameters |= {"shelf": "merges", "repo": self.job(JobKind.MERGE, JobState.SUCCEEDED).id}
+            if draw.draw(st.integers(0, 4), "a revision that is there"):
+                case.path_parameters |= {"revision": "main"}
+            if "path" in case.path_parameters and draw.draw(st.booleans(), "a file that is there"):
+                case.path_parameters["path"] = draw.draw(st.sampled_from(self.made.files), "which").path
         kind = next((kind for kind in JobKind if f"/{kind.plural}" in case.path), None)
         if kind is None:
             return
@@ -101,7 +107,7 @@ def test_no_request_is_an_internal_error(models: Path, tmp_path: Path) -> None:
     world = World(models, tmp_path / "data")
     schema = schemathesis.openapi.from_asgi("/openapi.json", world.app)
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) >= 48
+    assert len(operations) >= 58
     with TestClient(world.app) as client:
         for operation in operations:
             phases = [Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate]

@@ -30,7 +30,7 @@ from workers.keys import USUAL, KeyRing
 from workers.queue import artifact_folder
 from workers.settings import Settings
 
-PARAMETERS = {"job_id", "path", "key_id", "name", "delivery_id", "code", "owner"}
+PARAMETERS = {"job_id", "path", "key_id", "name", "delivery_id", "code", "owner", "shelf", "repo", "revision"}
 """What may stand in a path; see `World.values`."""
 REQUEST_ID = {"X-Request-ID": "the-same"}
 
@@ -164,6 +164,7 @@ class World:
             for job in jobs:
                 for path in ("model.safetensors", "config.json"):
                     yield {"job_id": job, "path": path, "kind": kind, "delivery_id": job}
+                    yield {"shelf": kind.plural, "repo": job, "path": path, "revision": "main"}
         for key in other.keys:
             yield {"key_id": key, "code": key}
         for name in other.credentials:
@@ -208,7 +209,9 @@ class World:
             for name in names:
                 expected = expected.replace(_no_such(thing[name]), "…").replace(thing[name], "…")
             assert (answer.status_code, told) == (again.status_code, expected), f"{verb} {path} tells them apart"
-            assert not answer.is_success or not set(names) & {"job_id", "key_id"}, f"{verb} {path}: {answer.text[:300]}"
+            assert not answer.is_success or not set(names) & {"job_id", "key_id", "repo"}, (
+                f"{verb} {path}: {answer.text[:300]}"
+            )
         for trace in other.traces():
             assert trace not in told, f"{verb} {path} shows {trace} of {other.name}'s"
 
@@ -217,9 +220,12 @@ class World:
         more: dict[str, Any] = {"headers": {}}
         found = self.document["paths"][path][verb.lower()]
         for parameter in found.get("parameters", []):
-            value = {"owner": other.name, "after": thing.get("job_id", "x"), "label": f"owner:{other.mark}-1"}.get(
-                parameter["name"]
-            )
+            value = {
+                "owner": other.name,
+                "after": thing.get("job_id", "x"),
+                "cursor": thing.get("repo", "x"),
+                "label": f"owner:{other.mark}-1",
+            }.get(parameter["name"])
             if parameter["in"] == "query" and value is not None and verb == "GET":
                 more.setdefault("params", {})[parameter["name"]] = value
         more["headers"] |= {"If-Match": "*", "Last-Event-ID": "0"}
@@ -252,6 +258,7 @@ class World:
 
 
 BODIES: dict[str, Any] = {
+    "/hub/api/models/{shelf}/{repo}/paths-info/{revision}": {"paths": ["config.json"]},
     "/v1/api-keys": {},
     "/v1/credentials/{name}": {"kind": "hub-token", "token": "hf_of_the_pryer"},
     "/v1/patches": {"operation": "extract", "base_model": "base", "clean": "m0", "corrupted": ["m1"], "layers": 1},
