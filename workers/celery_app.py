@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -10,14 +9,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from celery import Celery
 from celery.signals import setup_logging, worker_init, worker_ready
-from kombu.transport import redis, virtual
 
+from workers import broker
 from workers.logs import bind_process, configure_logs
 from workers.settings import SUPERVISOR_VARIABLE, WORKER_VARIABLE, Settings
 
@@ -29,44 +27,20 @@ CHILD_BYTES = 400 * 2**20
 REPLACE_SECONDS = 0.2
 
 
-class _Unacked(redis.QoS):
-    """Forgets a message that Redis could not be told is done. Kombu's would count it as unfinished for ever, and a
-    worker that may have one message at a time would take no other, nor notice that its connection has ended.
-    """
-
-    def ack(self, delivery_tag: str) -> None:
-        with self._done(delivery_tag):
-            super().ack(delivery_tag)
-
-    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        with self._done(delivery_tag):
-            super().reject(delivery_tag, requeue)
-
-    @contextlib.contextmanager
-    def _done(self, delivery_tag: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception:
-            virtual.QoS.ack(self, delivery_tag)
-            raise
-
-
-redis.Channel.QoS = _Unacked
-
-
 def make_celery(settings: Settings) -> Celery:
     """A Celery app on Redis where `REDIS_URL` is set, else on kombu's filesystem broker in the data folder.
 
     No result backend: the job's row in the database is the truth, a message only says that it is worth a look.
     """
+    broker.mend()
     if settings.redis_url:
-        broker, options = (
+        url, options = (
             _redis_broker(settings.redis_url),
             {"visibility_timeout": 86_400, "socket_connect_timeout": 3, "socket_timeout": 5},
         )
     else:
-        broker, options = "filesystem://localhost", _filesystem_options(settings)
-    app = Celery("weightsmith", broker=broker, include=["workers.tasks"])
+        url, options = "filesystem://localhost", _filesystem_options(settings)
+    app = Celery("weightsmith", broker=url, include=["workers.tasks"])
     app.conf.update(
         broker_transport_options=options,
         broker_connection_retry_on_startup=True,

@@ -72,6 +72,7 @@ class Janitor:
             if mine:
                 self.sweep_folders()
                 self._sweep_cache()
+                self._sweep_messages()
         if turn:
             self.sweep_artifacts()
 
@@ -157,6 +158,13 @@ class Janitor:
             with contextlib.suppress(OSError):
                 if time.time() - max(kept.stat().st_atime, kept.stat().st_mtime) > CACHED_SECONDS:
                     kept.unlink()
+
+    def _sweep_messages(self) -> None:
+        """Remove the messages that were never whole (`workers.broker`), because who wrote them was killed."""
+        for growing in (self._settings.broker / "queue").glob(".*"):
+            with contextlib.suppress(OSError):
+                if time.time() - growing.stat().st_mtime > YOUNG:
+                    growing.unlink()
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:

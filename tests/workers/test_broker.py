@@ -1,15 +1,17 @@
-"""Redis is reached by every way that REDIS_URL can say, and by none that it should not."""
+"""Redis is reached by every way REDIS_URL can say, and by none that it should not; messages are whole or absent."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import logging
+import resource
 import ssl
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import kombu
+import kombu.exceptions
 import pytest
 from click.testing import CliRunner
 from cryptography import x509
@@ -89,6 +91,25 @@ def test_a_message_that_redis_is_not_told_of_keeps_no_other_from_its_worker(tmp_
             assert got and not channel.qos.can_consume()
         getattr(got[0], end)(logging.getLogger("quiet"), connection.connection_errors)
         assert channel.qos.can_consume()
+
+
+def test_a_message_that_the_disk_has_no_room_for_is_not_there_at_all(tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path)
+    settings.prepare()
+    app = make_celery(settings)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with app.connection_for_read() as connection:
+        queue = connection.SimpleQueue("work")
+        queue.put({"a": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            with pytest.raises(kombu.exceptions.ChannelError):
+                queue.put({"a": 2})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        queue.put({"a": 3})
+        got = [queue.get(timeout=1).payload for _ in range(2)]
+        assert got == [{"a": 1}, {"a": 3}] and not list((tmp_path / "broker" / "queue").iterdir())
 
 
 @pytest.mark.parametrize("command", ["serve", "worker"])
