@@ -298,11 +298,11 @@ class JobStore:
                 expires_at=None,
             )
             job = session.get(Job, job_id)
-            session.execute(update(Unit).where(Unit.job_id == job_id).values(runs=0))
             if moved and job is not None:
+                session.execute(update(Unit).where(Unit.job_id == job_id).values(runs=0))
                 admit_again(session, self.settings, job.owner)
-            if moved and job is not None and job.reserved_bytes:
-                reserve(session, self.settings, job.reserved_bytes, job_id=job_id)
+                if job.reserved_bytes:
+                    reserve(session, self.settings, job.reserved_bytes, job_id=job_id)
         if job is None or job.deleted_at is not None:
             return None
         if not moved:

@@ -98,7 +98,7 @@ def violations(found: Sequence[Move], takeovers: Mapping[str, int], retries: Map
             if unit in done:
                 yield f"{move.job_id}: unit {move.phase}/{move.number} was done twice"
             done.add(unit)
-        elif move.before == DONE:
+        elif move.before == DONE and (move.after != DONE or move.changed):
             yield f"{move.job_id}: unit {move.phase}/{move.number} was done and became {move.after}"
     for job_id, count in retried.items():
         if count > retries.get(job_id, 0):

@@ -11,7 +11,7 @@ import pytest
 
 from workers import alive
 from workers.celery_app import make_celery
-from workers.jobs import JobStore, Lease, LeaseLost
+from workers.jobs import IllegalMove, JobStore, Lease, LeaseLost
 from workers.queue import Queue
 from workers.settings import Settings
 from workers.supervisor import shared_out, visible_gpus
@@ -64,6 +64,14 @@ def test_who_leads_takes_from_the_front_and_others_from_the_back(store: JobStore
     assert [unit.number for unit in (first, last, second)] == [0, 3, 2]
     assert all(units.done(unit, {"n": unit.number}) for unit in (first, last, second))
     assert units.results(lease.job_id, PHASE, {}) == {0: {"n": 0}, 2: {"n": 2}, 3: {"n": 3}}
+
+
+def test_a_retry_that_is_refused_takes_no_unit_from_its_worker(store: JobStore, units: UnitStore) -> None:
+    lease = begun(store)
+    unit = taken(units, lease, "leader/1", leads=True)
+    with pytest.raises(IllegalMove):
+        store.retry(lease.job_id)
+    assert units.done(unit, {})
 
 
 def test_many_workers_take_every_unit_once(store: JobStore, units: UnitStore) -> None:
