@@ -41,11 +41,11 @@ class _Whole(filesystem.Channel):
     half of one ends.
     """
 
-    def _put(self, queue: str, message: Any, **_: Any) -> None:
+    def _put(self, queue: str, payload: dict[str, Any], **_: Any) -> None:
         folder = Path(self.data_folder_out)
         growing = folder / f".{uuid.uuid4()}"
         try:
-            growing.write_text(dumps(message))
+            growing.write_text(dumps(payload))
             # Messages are read in the order of their names.
             growing.rename(folder / f"{round(time.monotonic() * 1000)}_{uuid.uuid4()}.{queue}.msg")
         except OSError as error:
