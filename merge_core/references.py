@@ -10,9 +10,10 @@ from pydantic_core import CoreSchema
 
 
 class ModelRef(BaseModel):
-    """Which model: `path[@revision][+adapter[@revision]]`, local folders or files, later Hub ids.
+    """Which model: `path[@revision][+adapter[@revision]]`, local folders or files, or Hub ids: `org/name[/sub/folder]`.
 
-    mergekit's dict form, `{model: {path, revision}, lora: …}`, is read too; it alone can name a path with `@` or `+`.
+    mergekit's dict form, `{model: {path, revision}, lora: …}`, is read too, with a `subfolder` beside the path; it
+    alone can name a path with `@` or `+`.
 
     >>> str(ModelRef.model_validate("org/model@main+org/adapter"))
     'org/model@main+org/adapter'
@@ -36,6 +37,7 @@ class ModelRef(BaseModel):
             "override_architecture",
             "path",
             "revision",
+            "subfolder",
         }:
             raise ValueError("a model is a text, or {model: {path, revision}, lora: …}")
         if "path" in written:
@@ -70,9 +72,13 @@ class ModelRef(BaseModel):
     def _part(cls, part: Any) -> dict[str, str | None]:
         if isinstance(part, str):
             return cls._split(part)
-        if not isinstance(part, Mapping) or not set(part) <= {"path", "revision"}:
-            raise ValueError("a model part is a text or {path, revision}")
-        path, revision = part.get("path"), part.get("revision")
+        if not isinstance(part, Mapping) or not set(part) <= {"path", "revision", "subfolder"}:
+            raise ValueError("a model part is a text or {path, revision, subfolder}")
+        path, revision, inside = part.get("path"), part.get("revision"), part.get("subfolder")
+        if isinstance(path, str) and isinstance(inside, str) and inside.strip("/"):
+            path = f"{path.rstrip('/')}/{inside.strip('/')}"
+        elif inside is not None:
+            raise ValueError("a subfolder is a path such as sub/folder")
         if not isinstance(path, str) or not path or "\0" in path or not isinstance(revision, str | None):
             raise ValueError(f"{str(path)[:200]!r} names no model")
         return {"path": path, "revision": revision}
@@ -80,7 +86,8 @@ class ModelRef(BaseModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         text = {"type": "string", "minLength": 1}
-        path = {"path": text, "revision": {"anyOf": [text, {"type": "null"}]}}
+        optional = {"anyOf": [text, {"type": "null"}]}
+        path = {"path": text, "revision": optional, "subfolder": optional}
         part = {"anyOf": [text, _object(path, "path")]}
         whole = {"model": part, "lora": {"anyOf": [part, {"type": "null"}]}, "override_architecture": {}}
         description = "path[@revision][+adapter[@revision]], or {model: {path, revision}, lora: …}"

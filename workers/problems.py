@@ -12,6 +12,7 @@ from typing import Any
 
 from merge_core import errors
 from merge_core.errors import WeightsmithError
+from workers.hub import errors as hub_errors
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ _TYPES = (
     _of(errors.CheckpointNotFound, 422),
     _of(errors.PathNotAllowed, 403),
     _of(errors.UnsafeFormat, 422),
+    _of(hub_errors.HubGated, 403),
+    _of(hub_errors.HubTokenRefused, 422),
+    _of(hub_errors.HubUnavailable, 503),
+    _of(hub_errors.HubLied, 502),
+    _of(hub_errors.HubNotAllowed, 403),
     _of(errors.MemoryLimitExceeded, 422),
     _of(errors.NonFinite, 422),
     _of(errors.InsufficientStorage, 507),

@@ -37,6 +37,12 @@ def _check_place(written: str) -> str:
     return written
 
 
+def _check_hub(written: str) -> str:
+    if written and not written.startswith(("https://", "http://")):
+        raise ValueError("it is like https://huggingface.co, or empty for no Hub at all")
+    return written.rstrip("/")
+
+
 def _check_redis(written: str) -> str:
     scheme, separator, _ = written.partition("://")
     if scheme not in ("redis", "rediss", "unix") or not separator:
@@ -108,7 +114,22 @@ class Settings(BaseSettings):
     )
     endpoint_allow: Annotated[list[str], NoDecode, BeforeValidator(_split_words)] = Field(
         [],
-        description="hosts, addresses and networks that owners' own S3 stores may be at although they are not public",
+        description="hosts, addresses and networks that owners' own S3 stores, and files of Hubs, may be at although "
+        "they are not public",
+    )
+    hub_endpoint: Annotated[str, AfterValidator(_check_hub)] = Field(
+        "https://huggingface.co", description="the Hub that models named by id are on; empty for none"
+    )
+    hub_endpoint_allow: Annotated[list[str], NoDecode, BeforeValidator(_split_words)] = Field(
+        [], description="further Hubs that a job may name with ?hub_endpoint="
+    )
+    hub_mode: Literal["auto", "cached", "streamed"] = Field(
+        "auto",
+        description="how models come from a Hub: whole files into a cache on the disk, or ranges that no disk sees; "
+        "`auto`: cached where a job's files fit into the cache together",
+    )
+    hub_cache_bytes: Bytes = Field(
+        50 * 10**9, description="the most that files from Hubs take of the disk; the longest unused go first"
     )
     quota_running_jobs: int | None = Field(None, ge=0, description="an owner's jobs that run at once (default: any)")
     quota_queued_jobs: int | None = Field(None, ge=0, description="an owner's jobs that wait (default: any)")
@@ -169,6 +190,11 @@ class Settings(BaseSettings):
     def cache(self) -> Path:
         """What need not be found out twice: the inputs' hashes."""
         return self.data.absolute() / "cache"
+
+    @property
+    def hub_folder(self) -> Path:
+        """What comes from Hubs: snapshots' headers and small files, and the cache of whole files."""
+        return self.data.absolute() / "hub"
 
     @property
     def broker(self) -> Path:
