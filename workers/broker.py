@@ -41,7 +41,7 @@ class _Whole(filesystem.Channel):
     half of one ends.
     """
 
-    def _put(self, queue: str, payload: dict[str, Any], **_: Any) -> None:
+    def _put(self, queue: str, payload: dict[str, Any], **_: Any) -> None:  # type: ignore[override]  # kombu's own name
         folder = Path(self.data_folder_out)
         growing = folder / f".{uuid.uuid4()}"
         try:
