@@ -23,6 +23,9 @@ def plan_for_service(kind: JobKind, document: Document, settings: Settings) -> P
         article = "an" if kind is JobKind.ALIGNMENT else "a"
         detail = f"this service gives {article} {kind} at most {settings.max_memory / 2**20:,.0f} MiB"
         raise RecipeError.of([Problem(detail, "#/limits/memory")])
+    if getattr(getattr(document, "outputs", None), "hub", None) is not None:
+        raise RecipeError.of([Problem("this service publishes to no Hub", "#/outputs/hub")])
     plan = WORK[kind]().plan(document, roots=settings.roots, threads=limits.threads or settings.threads)
-    check_space(plan.output_bytes, settings.artifacts)
+    planned = plan.to_dict()
+    check_space(planned.get("bytes_on_disk", plan.output_bytes), settings.artifacts)
     return plan

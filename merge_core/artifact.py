@@ -66,7 +66,7 @@ def write_companions(
         text = json.dumps(plan.adapter_config, indent=2, ensure_ascii=False) + "\n"
         files.append(write_text(folder / ADAPTER_CONFIG_NAME, text))
     files += [_place(file, folder / name) for name, file in plan.companions.items()]
-    files.append(write_text(folder / RECIPE_NAME, plan.recipe.to_yaml()))
+    files.append(write_text(folder / RECIPE_NAME, plan.recipe.to_yaml(with_place=False)))
     files.append(write_text(folder / CARD_NAME, model_card(plan, warnings)))
     lock = {
         **made_here(),
@@ -134,7 +134,7 @@ def model_card(plan: Plan, warnings: Sequence[str] = ()) -> str:
         made,
         *_usage(plan),
         "## Models\n\n" + "\n".join(f"- `{model}`{role and f' ({role})'}" for model, role in roles.items()),
-        f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```",
+        f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml(with_place=False)}```",
     ]
     if notes := [*plan.left_out, *warnings]:
         paragraphs.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes))

@@ -227,6 +227,9 @@ class Execution:
             if not writer.assists:
                 self._prove_others(phase, only_first=True)
             if (number := share.take(phase)) is not None:
+                if writer.removes:
+                    yield None
+                    self._make_room()
                 self._expect_units(number)
                 read = self.progress.bytes_read
                 yield from writer.enter(units[number])
@@ -241,6 +244,15 @@ class Execution:
                     return
                 self.share.wait()
                 self._tick()
+
+    def _make_room(self) -> None:
+        """Wait until the file that comes next is only the second on the disk; all before it must be handed on."""
+
+        def waiting() -> None:
+            self.enter("uploading")
+
+        self.writer.wait_for_deliveries(1, waiting)
+        self.enter("merging")
 
     def _prove_others(self, phase: str, *, only_first: bool = False) -> bool:
         """Hash what other workers wrote, as far as it goes; whether there was anything."""
@@ -345,7 +357,8 @@ class Execution:
             following = (
                 units[number : number + 2] if not self.writer.assists else units[number : max(0, number - 2) : -1]
             )
-            slots = [slot for unit in (following if self._is_shared else units) for slot in unit.slots]
+            coming = [unit for unit in (following if self._is_shared else units) if not self.writer.is_gone(unit.shard)]
+            slots = [slot for unit in coming for slot in unit.slots]
             self._expect([self.plan.by_name[slot.name] for slot in slots], with_measuring=self.plan.scope == "tensor")
 
     def _expect(self, steps: Sequence[Step], *, with_measuring: bool = False) -> None:

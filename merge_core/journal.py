@@ -60,6 +60,11 @@ class Journal:
         self.notes[name] = value
         self._append({"note": name, "value": value})
 
+    def sync(self) -> None:
+        """Let what was recorded outlive the machine too."""
+        assert self._descriptor is not None
+        os.fsync(self._descriptor)
+
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from merge_core.documents import Keys, suggestion, validated
 from merge_core.patches.encoding import Encoding
@@ -23,6 +24,7 @@ DTypeName = Annotated[
     BeforeValidator(lambda written: written.removeprefix("torch.") if isinstance(written, str) else written),
 ]
 Statistics = Annotated[dict[str, ModelRef], BeforeValidator(lambda written: {} if written is None else written)]
+_NAME_ON_HUB = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 EMPTY_IS_NONE = BeforeValidator(lambda written: None if written in ([], {}) else written)
 
 
@@ -179,6 +181,50 @@ class AlignmentKeys(Keys):
         return self.permutations is not None
 
 
+def _repo(written: Any) -> Any:
+    """`owner/name`, as a Hub would have it."""
+    if not isinstance(written, str):
+        return written
+    parts = written.split("/")
+    good = all(_NAME_ON_HUB.fullmatch(part) and not re.search(r"--|\.\.", part) for part in parts)
+    if len(parts) != 2 or not good or len(written) > 96 or written.endswith(".git"):
+        raise ValueError(
+            f"{written[:120]!r} is no repo of a Hub, which is owner/name: two names of letters, digits, `-`, `_` and "
+            "`.`, neither of them with one of the last three twice in a row or at an end; 96 characters in all"
+        )
+    return written
+
+
+def _branch(written: Any) -> Any:
+    if not isinstance(written, str):
+        return written
+    odd = re.search(r"[^\w./-]|\.\.|//|^[-/.]|[/.]$|^refs/|\.lock$|^[0-9a-f]{40}$", written)
+    if not written or odd or len(written) > 200 or not written.isascii():
+        raise ValueError(f"{written[:120]!r} names no branch; a commit or a pull request cannot be written to")
+    return written
+
+
+class HubKeys(Keys):
+    """Where on a Hub the result is published."""
+
+    repo: Annotated[str, BeforeValidator(_repo)] = Field(description="owner/name; made if it is not there")
+    private: bool = Field(True, description="whether a repo that is made is private; one that is there stays as it is")
+    revision: Annotated[str, BeforeValidator(_branch)] = Field(
+        "main", description="the branch that it is committed to; made from main if it is not there"
+    )
+    create_pr: bool = Field(False, description="ask for it by a pull request on that branch, and change nothing")
+    commit_message: str | None = Field(
+        None, min_length=1, max_length=4000, description="its first line is the title; without it, what was merged"
+    )
+
+    @field_validator("commit_message")
+    @classmethod
+    def _has_a_title(cls, written: str | None) -> str | None:
+        if written is not None and (not written.strip() or "\0" in written):
+            raise ValueError("a commit message has words; leave it away for one of ours")
+        return written
+
+
 def _with_encodings(schema: dict[str, Any]) -> None:
     """Let the schema of outputs show the keys of every encoding, and that a kind may stand alone."""
     for encoding in ENCODINGS.values():
@@ -187,6 +233,10 @@ def _with_encodings(schema: dict[str, Any]) -> None:
     whole = dict(schema)
     schema.clear()
     schema["anyOf"] = [whole, {"type": "string", "enum": whole["properties"]["kind"]["enum"]}]
+
+
+PLACE = frozenset({"hub", "keep"})
+"""The keys of `outputs` that say where the result goes, and nothing of what it is."""
 
 
 class Outputs(Keys):
@@ -208,6 +258,8 @@ class Outputs(Keys):
         None, description="of what enters the columns of matrices, by tensor name: weighs low ranks as EoRA does"
     )
 
+    hub: HubKeys | None = Field(None, description="where on a Hub the result is published")
+    keep: bool = Field(True, description="keep the weights here too; false only with `hub`: they go as they are made")
     reversible: bool = Field(False, description="keep what patches changed as it was before, so that they come off")
 
     @model_validator(mode="before")
@@ -217,6 +269,10 @@ class Outputs(Keys):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if not self.keep and self.hub is None:
+            raise ValueError("without hub, what is not kept here is nowhere; leave keep away, or name a repo of a hub")
+        if not self.keep and self.reversible:
+            raise ValueError("what patches changed is found by reading what was written; leave keep away")
         if self.kind == "full":
             if self.encoding or self.covariance:
                 raise ValueError("a model has no encoding and no covariance; write kind: delta or kind: adapter")
@@ -257,7 +313,14 @@ class Outputs(Keys):
     @property
     def meaning(self) -> dict[str, Any]:
         """What bears on the bytes of the result's tensors: nothing of a model."""
-        return {} if self.kind == "full" else self.model_dump(mode="json", exclude_unset=True)
+        if self.kind == "full":
+            return {}
+        return self.model_dump(mode="json", exclude_unset=True, exclude=set(PLACE))
+
+    @property
+    def goes(self) -> bool:
+        """Whether the weights leave this machine as they are made, one file after the other."""
+        return self.hub is not None and not self.keep
 
 
 class Limits(Keys):

@@ -21,6 +21,7 @@ from merge_core.aligned import Alignment
 from merge_core.artifact import Artifact, read_artifact, write_companions
 from merge_core.blocks import CPU
 from merge_core.checkpoint import Checkpoint, locate
+from merge_core.delivery import Delivery
 from merge_core.differences import DifferenceExecution, plan_difference, read_beside
 from merge_core.errors import (
     CheckpointError,
@@ -66,6 +67,7 @@ def merge(
     report: Report = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
     share: Share | None = None,
+    delivery: Delivery | None = None,
 ) -> Artifact:
     """Merge models as the recipe says into the folder `out`, which appears whole or not at all.
 
@@ -76,7 +78,8 @@ def merge(
     before the recipe's. `device` is `cpu`, `cuda`, `cuda:1` … or `auto`; it changes no byte. `cache`: a folder for what
     need not be found out twice, which is the inputs' hashes. `report` is called with the progress after every block,
     and `stop` is asked whether to give up (`Canceled`). `share`: who else may take a part in it, by `assist`, where it
-    can be cut into parts.
+    can be cut into parts. `delivery` is given each file of a model's weights that is complete; if it removes them they
+    are not in `out`, and nobody else takes a part.
 
     The bytes of every tensor depend on the recipe and the models alone. Raises `WeightsmithError`.
     """
@@ -100,11 +103,24 @@ def merge(
             )
             inputs = [models[model] for model in plan.models]
             draws, progress = randomness or Randomness(recipe.seed), Progress()
-            can_be_cut = randomness is None and _can_be_cut(plan)
+            stays = delivery is None or not delivery.removes
+            can_be_cut = stays and randomness is None and _can_be_cut(plan)
             shared = share if share is not None and can_be_cut else Alone()
             with unfinished(partial), supplied(roots, plan.memory.window, stop, progress.receive) as supply:
                 work = _Work(
-                    plan, inputs, checkpoints, stages, alignments, draws, where, report, stop, shared, progress, supply
+                    plan,
+                    inputs,
+                    checkpoints,
+                    stages,
+                    alignments,
+                    draws,
+                    where,
+                    report,
+                    stop,
+                    shared,
+                    progress,
+                    supply,
+                    delivery,
                 )
                 return work.carry_out(partial, out, cache)
     except OSError as error:
@@ -215,6 +231,7 @@ class _Work:
     share: Share
     progress: Progress
     supply: Supply | None
+    delivery: Delivery | None = None
 
     def carry_out(self, partial: Path, out: Path, cache: Path | None) -> Artifact:
         plan = self.plan
@@ -283,9 +300,11 @@ class _Work:
         )
 
     def _write_model(self, partial: Path, merged: Callable[[Step], None]) -> _Written:
-        with ShardWriter(self.plan, partial, self.stop, unit_bytes=self.share.unit_bytes) as writer:
+        unit_bytes, delivery = self.share.unit_bytes, self.delivery
+        with ShardWriter(self.plan, partial, self.stop, unit_bytes=unit_bytes, delivery=delivery) as writer:
             execution = self._execution(writer, merged)
             execution.run()
+            writer.wait_for_deliveries(0, lambda: execution.enter("uploading"))
             files = [*writer.finish(), *execution.permutations]
             if self.plan.recipe.outputs.reversible:
                 execution.enter("keeping what the patches changed")

@@ -331,6 +331,15 @@ class Plan:
         return sum(shard.size for shard in self.shards) + reversal
 
     @property
+    def disk_bytes(self) -> int:
+        """Of these, what is on the disk at a time: at most two files where each goes when it is complete."""
+        if self.difference is not None or not self.recipe.outputs.goes:
+            return self.output_bytes
+        sizes = [shard.size for shard in self.shards]
+        beside = self.output_bytes - sum(sizes)
+        return max((sum(sizes[i : i + 2]) for i in range(len(sizes))), default=0) + beside
+
+    @property
     def beside_bytes(self) -> int:
         """Bytes of the files that are written beside the weights: the tokenizer's above all."""
         files = self.companions.values()
@@ -402,6 +411,7 @@ class Plan:
             "passes": made.passes,
             "bytes_read": self.input_bytes,
             "bytes_written": self.output_bytes,
+            "bytes_on_disk": self.disk_bytes,
             "bytes_beside": self.beside_bytes,
             "peak_memory": self.memory.peak,
             "threads": self.memory.threads,

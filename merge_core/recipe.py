@@ -20,6 +20,7 @@ from merge_core.documents import MAX_DOCUMENTS, Keys, escaped, load_documents, r
 from merge_core.errors import Problem, RecipeError
 from merge_core.keys import (
     EMPTY_IS_NONE,
+    PLACE,
     AlignmentKeys,
     DTypeName,
     Limits,
@@ -173,10 +174,13 @@ class Recipe(Keys):
         documents = [document.model_dump(mode="json", exclude_unset=True) for document in (*self.stages, self)]
         return documents if self.stages else documents[0]
 
-    def to_yaml(self) -> str:
-        """`to_data` as text, the output's document last."""
+    def to_yaml(self, *, with_place: bool = True) -> str:
+        """`to_data` as text, the output's document last; not `with_place`: without where the result goes."""
         data = self.to_data()
         documents = data if isinstance(data, list) else [data]
+        if not with_place and "outputs" in documents[-1]:
+            outputs = {key: value for key, value in documents[-1].pop("outputs").items() if key not in PLACE}
+            documents[-1] |= {"outputs": outputs} if outputs else {}
         return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
 
     def canonical(self) -> RecipeData:

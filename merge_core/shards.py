@@ -3,6 +3,7 @@
 Bytes arrive in file order and are hashed as they are written: sha256 per file, blake3 per tensor. A journal records
 each tensor that is in its file; a killed merge reopens the folder, proves the recorded tensors by their digests and
 goes on after the last good one. What other workers wrote is read again for the file's sha256, and proved meanwhile.
+Complete files may be delivered elsewhere, and be removed then; the journal knows of those too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from merge_core.delivery import Delivery
 from merge_core.errors import Canceled, InsufficientStorage, OutputExists, WeightsmithError
 from merge_core.files import PagedFile, WrittenFile, nearest_existing, remove_folder, write_text
 from merge_core.journal import JOURNAL, Journal
@@ -33,6 +36,8 @@ from merge_core.units import Unit, cut_output
 
 SPARE_BYTES = 64 * 2**20
 _READ = 2**22
+_TICK_SECONDS = 0.2
+_DELIVERED = "delivered"
 
 
 @contextmanager
@@ -76,11 +81,14 @@ class ShardWriter:
         *,
         unit_bytes: int | None = None,
         assists: bool = False,
+        delivery: Delivery | None = None,
     ) -> None:
         """`stop` is asked while what an earlier attempt left is read again, which may be a whole model. `assists`:
-        another worker made the files, and will finish them.
+        another worker made the files, and will finish them. `delivery` is given each file that is complete.
         """
         self.plan, self.folder, self.stop, self.assists = plan, folder, stop, assists
+        self._delivery, self.removes = delivery, delivery is not None and delivery.removes
+        self._delivering: list[Future[None]] = []
         self.units = cut_output(plan.shards, unit_bytes)
         self.digests: dict[str, str] = {}
         self.resumed = 0
@@ -90,6 +98,7 @@ class ShardWriter:
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._digester = ThreadPoolExecutor(1, thread_name_prefix="blake3")
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._courier = ThreadPoolExecutor(1, thread_name_prefix="courier")
         self._in_work: tuple[Slot, _ShardFile] | None = None
         self._tensor_hash = blake3()
 
@@ -106,10 +115,13 @@ class ShardWriter:
         if self.assists:
             self.records.read()
             return self
-        check_space(self.plan.output_bytes, self.folder)
+        check_space(self.plan.disk_bytes if self.removes else self.plan.output_bytes, self.folder)
         try:
             self.records.open()
             self.records.clear_folder()
+            for shard in self.plan.shards:
+                if self.is_gone(shard):
+                    (self.folder / shard.file).unlink(missing_ok=True)
         except BaseException:
             self.records.close()
             raise
@@ -118,7 +130,9 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for thread in (self._disk, self._hasher, self._digester):
+        if kind is not None and self._delivery is not None:
+            self._delivery.give_up()
+        for thread in (self._disk, self._hasher, self._digester, self._courier):
             thread.shutdown(wait=True, cancel_futures=True)
         for file in self._files.values():
             file.data.close()
@@ -137,6 +151,10 @@ class ShardWriter:
 
     def enter(self, unit: Unit) -> tuple[Slot, ...]:
         """Go to a unit: its tensors that are still to be written. Its file may not be the one that is being filled."""
+        if self.is_gone(unit.shard):
+            self.digests |= {slot.name: self.records.tensors[slot.name] for slot in unit.slots}
+            self.resumed += len(unit.slots)
+            return ()
         file = self._file(unit.shard)
         file.is_hashed_by_the_way = unit.place == file.hashed and not self.assists
         proved = [] if self.assists else list(itertools.takewhile(lambda slot: self._prove(file, slot), unit.slots))
@@ -189,6 +207,7 @@ class ShardWriter:
 
         while file.pending and file.pending[0].done():
             file.pending.popleft().result()
+        self._check_deliveries()
         file.pending.append(self._disk.submit(file.data.when_written, slot.begin + slot.nbytes, record))
         if slot is file.shard.slots[-1]:
             self._complete_if_hashed(file)
@@ -236,7 +255,11 @@ class ShardWriter:
     def finish(self) -> list[WrittenFile]:
         """Wait for the last byte; write the index where there are several shards. All files, weights and index."""
         files = []
+        self.wait_for_deliveries(0)
         for shard in self.plan.shards:
+            if self.is_gone(shard):
+                files.append(WrittenFile(shard.file, shard.size, self._sha256_delivered(shard.file)))
+                continue
             file = self._files[shard.file]
             for future in file.pending:
                 future.result()
@@ -244,6 +267,47 @@ class ShardWriter:
         if len(self.plan.shards) > 1:
             files.append(write_text(self.folder / INDEX_NAME, index_json(self.plan.shards)))
         return files
+
+    def wait_for_deliveries(self, most: int, waiting: Callable[[], None] = lambda: None) -> None:
+        """Wait until no more than so many complete files are still to be delivered; `waiting` is called meanwhile.
+
+        All that was handed to the writer must be written without further calls. Raises what a delivery raised.
+        """
+        while len(self._check_deliveries()) > most:
+            if self.stop():
+                raise Canceled("the merge was canceled")
+            waiting()
+            wait_for(self._delivering[:1], timeout=_TICK_SECONDS)
+
+    def _check_deliveries(self) -> list[Future[None]]:
+        """The deliveries that are not done yet. Raises what one that is done raised."""
+        while self._delivering and self._delivering[0].done():
+            self._delivering.pop(0).result()
+        return self._delivering
+
+    def _deliver(self, file: _ShardFile, *before: Future[None]) -> None:
+        """Deliver a file, unless an earlier attempt did, once what makes it complete is done and the one before it
+        delivered.
+        """
+        assert self._delivery is not None
+        for future in before:
+            future.result()
+        written = WrittenFile(file.shard.file, file.shard.size, file.sha256.hexdigest())
+        if self._sha256_delivered(written.path) != written.sha256:
+            self._delivery.deliver(self.folder / written.path, written)
+            self.remember(f"{_DELIVERED} {written.path}", written.sha256)
+        if self.removes:
+            self.records.sync()
+            (self.folder / written.path).unlink()
+
+    def _sha256_delivered(self, file: str) -> str:
+        """The sha256 of a file that was delivered; nothing if it was not."""
+        return str(self.journal.get(f"{_DELIVERED} {file}", ""))
+
+    def is_gone(self, shard: ShardLayout) -> bool:
+        """Whether a file was delivered and is not to be here any more."""
+        is_known = all(slot.name in self.records.tensors for slot in shard.slots)
+        return self.removes and is_known and bool(self._sha256_delivered(shard.file))
 
     def _file(self, shard: ShardLayout) -> _ShardFile:
         if shard.file not in self._files:
@@ -279,7 +343,11 @@ class ShardWriter:
 
     def _complete_if_hashed(self, file: _ShardFile) -> None:
         if file.hashed == file.units:
-            file.pending += [self._hasher.submit(lambda: None), self._disk.submit(file.data.complete)]
+            complete = self._hasher.submit(lambda: None), self._disk.submit(file.data.complete)
+            file.pending += complete
+            if self._delivery is not None:
+                before = *self._delivering[-1:], *complete
+                self._delivering.append(self._courier.submit(self._deliver, file, *before))
 
 
 class _ShardFile:

@@ -95,6 +95,8 @@ def test_mistakes_are_one_message(models: Path, recipe: Path) -> None:
     )
     assert not (models / "out").exists()
     assert "is not a size" in weightsmith("merge", recipe, "out", "--memory", "lots", cwd=models, status=2).stderr
+    recipe.write_text(yaml.safe_dump(method_recipe("ties-paper", outputs={"hub": {"repo": "alice/merged"}})))
+    assert "outputs/hub: a service" in weightsmith("merge", recipe, "out", cwd=models, status=1).stderr
     refused = weightsmith("submit", recipe, "--url", "http://127.0.0.1:1", cwd=models, status=1).stderr
     assert "cannot be reached" in refused
 

@@ -31,7 +31,7 @@ _ACTIVE = [state for state in JobState if state not in FINISHED]
 
 def needed(plan: Mapping[str, Any]) -> int:
     """The disk that a job with this plan may fill."""
-    files = plan.get("bytes_written", 0) + plan.get("bytes_beside", 0)
+    files = plan.get("bytes_on_disk", plan.get("bytes_written", 0)) + plan.get("bytes_beside", 0)
     return int(files + _BESIDE + _PER_TENSOR * plan.get("tensors", 0))
 
 

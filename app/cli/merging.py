@@ -41,10 +41,17 @@ def merge(
     with failures_told("interrupted; the same command goes on from here"):
         with quick_imports():
             from merge_core import merge as core
+            from merge_core.errors import Problem, RecipeError
 
+        read = read_recipe(recipe)
+        if read.outputs.hub is not None:
+            detail = (
+                "a service publishes what it merges (weightsmith serve, then submit); to merge here, leave this away"
+            )
+            raise RecipeError.of([Problem(detail, "#/outputs/hub")])
         with progress_bar() as report:
             artifact = core.merge(
-                read_recipe(recipe),
+                read,
                 out,
                 memory=most,
                 threads=threads,
