@@ -28,6 +28,7 @@ from workers.tables import Unit
 pytestmark = pytest.mark.xdist_group("service")
 SHARED = {
     "WEIGHTSMITH_UNIT_BYTES": "100KB",
+    "WEIGHTSMITH_ALONE_SECONDS": "0",
     "WEIGHTSMITH_KERNELS": "plain",
     "WEIGHTSMITH_THREADS": "1",
     "WEIGHTSMITH_LEASE_SECONDS": "120",

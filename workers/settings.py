@@ -146,6 +146,9 @@ class Settings(BaseSettings):
     unit_bytes: Bytes = Field(
         256 * 2**20, ge=1, description="about how much output one worker takes of a merge that others may help with"
     )
+    alone_seconds: float = Field(
+        3.0, ge=0, description="how long a merge is one worker's alone: others would take as long to begin"
+    )
     device: str = Field("cpu", description="where merges compute: cpu, cuda, cuda:1 … or auto; the bytes are the same")
     lease_seconds: float = Field(30.0, gt=0, description="how long a silent worker keeps a job")
     heartbeat_seconds: float = Field(0.5, gt=0, description="how often a worker reports and looks for a cancel")

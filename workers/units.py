@@ -199,7 +199,8 @@ class UnitStore:
 
     def open_units(self) -> list[tuple[str, int]]:
         """The running jobs of this site that assistants could help, and how many units are open."""
-        here = (Job.state == JobState.RUNNING, Job.site == self.settings.site)
+        began = Job.started_at <= time.time() - self.settings.alone_seconds
+        here = (Job.state == JobState.RUNNING, Job.site == self.settings.site, began)
         is_open = (Unit.state == UnitState.OPEN, Unit.runs < _MOST_RUNS)
         query = select(Job.id, func.count()).join(Unit, Unit.job_id == Job.id).where(*here, *is_open).group_by(Job.id)
         with self._store.reading() as session:
@@ -231,6 +232,7 @@ class Leading:
         self._units, self._lease, self._stop, self._prove, self._wake = UnitStore(store), lease, stop, prove, wake
         self._taken: Taken | None = None
         self._results: dict[str, dict[int, Result]] = {}
+        self._began = time.monotonic()
         self.unit_bytes: int | None = store.settings.unit_bytes
 
     def forget(self) -> None:
@@ -238,7 +240,8 @@ class Leading:
 
     def open(self, phase: str, count: int) -> None:
         self._ask(lambda: self._units.open(self._lease, phase, count))
-        self._wake(count - 1)
+        if time.monotonic() - self._began >= self._units.settings.alone_seconds:
+            self._wake(count - 1)
 
     def take(self, phase: str) -> int | None:
         lease = self._lease

@@ -22,7 +22,7 @@ PHASE = "merging 0123456789ab"
 
 @pytest.fixture
 def store(tmp_path: Path, database: dict[str, str]) -> Iterator[JobStore]:
-    often = {"lease_seconds": 60, "heartbeat_seconds": 0.05, "max_attempts": 9}
+    often = {"lease_seconds": 60, "heartbeat_seconds": 0.05, "max_attempts": 9, "alone_seconds": 0}
     store = JobStore(Settings(data=tmp_path / "data", **often, **database))
     yield store
     store.close()
