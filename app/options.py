@@ -1,4 +1,4 @@
-"""What is asked of a job beside its document, which stays as others write it: labels, priority, deadline."""
+"""What is asked of a job beside its document, which stays as others write it: labels, priority, deadline, a Hub."""
 
 # No `from __future__ import annotations`: FastAPI reads the annotations of dependencies.
 
@@ -11,6 +11,8 @@ from fastapi import Depends, Query
 from pydantic import StringConstraints
 
 from app.errors import HttpProblem
+from workers.credentials import NAME_PATTERN
+from workers.hub.opening import HubOptions
 
 MAX_LABELS = 32
 MAX_PRIORITY = 100
@@ -56,6 +58,21 @@ def _labels(
 
 
 LabelsDep = Annotated[dict[str, str], Depends(_labels)]
+
+
+def _hub(
+    hub_credential: Annotated[
+        str | None,
+        Query(pattern=NAME_PATTERN, description="your credential for the Hub (default: the one named `hub`, if any)"),
+    ] = None,
+    hub_endpoint: Annotated[
+        str | None, Query(max_length=2000, description="another Hub than the usual, of those that the service allows")
+    ] = None,
+) -> HubOptions:
+    return HubOptions(hub_credential, hub_endpoint)
+
+
+HubDep = Annotated[HubOptions, Depends(_hub)]
 
 
 def _options(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from merge_core.errors import Problem, RecipeError
 from merge_core.shards import check_space
+from workers.hub.opening import JobHub
 from workers.jobs import JobKind
 from workers.kinds import WORK, Document, Plan
 from workers.settings import Settings
@@ -11,13 +12,16 @@ from workers.settings import Settings
 REFUSALS = (
     *("invalid-recipe", "invalid-request", "model-not-found", "incompatible-models", "bad-checkpoint", "unsafe-format"),
     *("memory-limit", "path-not-allowed", "payload-too-large", "unsupported-media-type", "insufficient-storage"),
-    *("storage-failed", "database-unavailable"),
+    *("storage-failed", "database-unavailable", "model-gated", "hub-unavailable", "hub-token-refused"),
+    *("upstream-hub-error", "hub-not-allowed", "credential-not-found", "credential-sealed", "no-secret-key"),
 )
 """What planning a document may come to."""
 
 
-def plan_for_service(kind: JobKind, document: Document, settings: Settings) -> Plan:
-    """Raises `WeightsmithError` for everything that headers can tell."""
+def plan_for_service(kind: JobKind, document: Document, settings: Settings, hub: JobHub) -> Plan:
+    """The plan; from then on `hub` knows what the names of models meant. Raises `WeightsmithError` for everything that
+    headers can tell.
+    """
     limits = document.limits
     if limits.memory > settings.max_memory:
         article = "an" if kind is JobKind.ALIGNMENT else "a"
@@ -25,7 +29,7 @@ def plan_for_service(kind: JobKind, document: Document, settings: Settings) -> P
         raise RecipeError.of([Problem(detail, "#/limits/memory")])
     if getattr(getattr(document, "outputs", None), "hub", None) is not None:
         raise RecipeError.of([Problem("this service publishes to no Hub", "#/outputs/hub")])
-    plan = WORK[kind]().plan(document, roots=settings.roots, threads=limits.threads or settings.threads)
+    plan = WORK[kind]().plan(document, roots=hub.roots, threads=limits.threads or settings.threads)
     planned = plan.to_dict()
     check_space(planned.get("bytes_on_disk", plan.output_bytes), settings.artifacts)
     return plan

@@ -36,6 +36,17 @@ class Durations(BaseModel):
     running: float | None
 
 
+class ResolvedRead(BaseModel):
+    """What the name of a Hub model meant."""
+
+    path: str = Field(description="as the document has it")
+    revision: str | None
+    endpoint: str
+    repo: str
+    commit: str
+    inside: str = Field(description="the folder or file in the repository; empty for all of it")
+
+
 class JobRead(BaseModel):
     """One job. Times are RFC 3339, UTC."""
 
@@ -44,7 +55,8 @@ class JobRead(BaseModel):
     status: JobState
     phase: str = Field(description="what the worker is doing; empty unless running")
     progress: dict[str, Any] = Field(
-        description="tensors and bytes done of how many, rate in bytes per second, seconds left, tensor at work"
+        description="tensors and bytes done of how many, those received over the network, rate in bytes per second, "
+        "seconds left, tensor at work"
     )
     attempt: int
     error: dict[str, Any] | None = Field(description="the problem that a failed job ended in")
@@ -54,6 +66,7 @@ class JobRead(BaseModel):
     deadline_at: datetime | None = Field(description="a job that is not done then has failed")
     recipe: RecipeData = Field(description="the document that was sent, tidied")
     plan: dict[str, Any]
+    resolved: list[ResolvedRead] = Field(description="the commits that names of Hub models meant when it was accepted")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -78,6 +91,7 @@ class JobRead(BaseModel):
             deadline_at=_moment(job.deadline_at),
             recipe=job.recipe,
             plan=job.plan,
+            resolved=[ResolvedRead.model_validate(each) for each in job.resolved],
             created_at=moment(job.created_at),
             started_at=_moment(job.started_at),
             finished_at=_moment(job.finished_at),
@@ -270,6 +284,7 @@ class Validation(BaseModel):
 
     plan: dict[str, Any]
     recipe: RecipeData
+    resolved: list[ResolvedRead] = Field([], description="the commits that names of Hub models mean now")
 
 
 class IgnoredKey(BaseModel):

@@ -21,6 +21,7 @@ from merge_core.methods import METHODS, find_method
 from tests.services import Postgres, running_postgres
 
 torch.set_num_threads(1)
+os.environ.setdefault("WEIGHTSMITH_HUB_ENDPOINT", "")  # tests about a Hub have their own
 os.environ.setdefault("WEIGHTSMITH_AUTH", "none")  # `tests/app/test_auth.py` is about who may come in
 collect_ignore = ["mergekit_runs.py"]  # runs under mergekit's Python
 hypothesis.settings.register_profile("any machine", deadline=None)

@@ -55,6 +55,8 @@ class Lease:
     owner: str
     recipe: RecipeData
     request_id: str | None = None
+    resolved: Sequence[Mapping[str, Any]] = ()
+    hub: Mapping[str, Any] | None = None
 
 
 class _TooManyRunning(Exception):
@@ -316,6 +318,7 @@ class JobStore:
         ended = update(Job).where(Job.id == job_id, Job.state.in_(FINISHED), Job.deleted_at.is_(None))
         nothing: dict[str, Any] = {"recipe": {}, "plan": {}, "labels": {}, "progress": {}, "warnings": [], "files": []}
         nothing |= {"error": None, "webhook": None, "request_id": None, "stored_bytes": 0, "expires_at": None}
+        nothing |= {"resolved": [], "hub": None}
         forgotten = ended.values(deleted_at=time.time(), version=Job.version + 1, **nothing).returning(Job.id)
         with self.session() as session:
             if session.execute(forgotten).first() is not None:
@@ -360,7 +363,8 @@ class JobStore:
                 raise _TooManyRunning
         if job is None:
             return None
-        return Lease(job.id, holder, job.attempt, JobKind(job.kind), job.owner, job.recipe, job.request_id)
+        about = (job.owner, job.recipe, job.request_id, job.resolved, job.hub)
+        return Lease(job.id, holder, job.attempt, JobKind(job.kind), *about)
 
     def lock(self, session: Session, lease: Lease) -> None:
         """Keep a job its holder's until the transaction ends. Raises `LeaseLost`."""

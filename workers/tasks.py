@@ -26,6 +26,7 @@ from workers import reservations
 from workers.artifacts import open_artifacts
 from workers.celery_app import celery_app
 from workers.database import TROUBLE, DatabaseUnavailable, persistently, said
+from workers.hub.opening import HubOptions, JobHub
 from workers.jobs import FINISHED, JobState, JobStore, Lease, LeaseLost
 from workers.kinds import WORK
 from workers.logs import logs_of
@@ -100,7 +101,7 @@ def _assist(settings: Settings, store: JobStore, job: Job, holder: str) -> None:
                 recipe,
                 folders[max(folders)],
                 share,
-                roots=settings.roots,
+                roots=JobHub(store, job.owner, HubOptions.of(job.hub), job.resolved, share.stop).roots,
                 memory=min(recipe.limits.memory, settings.max_memory),
                 threads=recipe.limits.threads or settings.threads,
                 device=settings.device,
@@ -201,7 +202,7 @@ def _run(settings: Settings, store: JobStore, lease: Lease, keeper: Keeper) -> A
     return run(
         document,
         out,
-        roots=settings.roots,
+        roots=JobHub(store, lease.owner, HubOptions.of(lease.hub), lease.resolved, keeper.stop).roots,
         partial=partial_output,
         memory=min(document.limits.memory, settings.max_memory),
         threads=document.limits.threads or settings.threads,
@@ -291,6 +292,7 @@ class Keeper:
             "bytes_read_total": progress.bytes_read_total,
             "bytes_written": progress.bytes_written,
             "bytes_written_total": progress.bytes_written_total,
+            "bytes_received": progress.bytes_received,
             "fraction": round(progress.fraction, 4),
             "bytes_per_second": round(progress.rate),
             "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left, 1),

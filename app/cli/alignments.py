@@ -13,6 +13,7 @@ from app.cli.terminal import (
     THREADS,
     cache_folder,
     failures_told,
+    model_places,
     progress_bar,
     size_of,
     tell_alignment,
@@ -68,10 +69,18 @@ def align(
             written = {"models": list(given), "alignment": keys, "report": "full" if full_report else None}
             document = core.AlignmentDocument.from_data(written | ({"base_model": base} if base else {}))
         if only_plan:
-            tell_alignment(core.plan_only(document, memory=most, threads=threads).to_dict())
+            tell_alignment(core.plan_only(document, roots=model_places(), memory=most, threads=threads).to_dict())
             return
         with progress_bar() as report:
-            core.align(document, out, memory=most, threads=threads, cache=cache_folder(), report=report)
+            core.align(
+                document,
+                out,
+                roots=model_places(),
+                memory=most,
+                threads=threads,
+                cache=cache_folder(),
+                report=report,
+            )
     import json
 
     told = json.loads((out / core.REPORT_NAME).read_text())

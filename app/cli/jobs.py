@@ -36,6 +36,8 @@ def _service(command: Callable[..., None]) -> Callable[..., None]:
 @LABELS
 @click.option("--priority", type=click.IntRange(-100, 100), help="The highest is taken first.  [default: 0]")
 @click.option("--deadline", type=click.IntRange(1), metavar="SECONDS", help="It has failed if it is not done then.")
+@click.option("--hub-credential", metavar="NAME", help="Your credential for the Hub.  [default: hub, if you have it]")
+@click.option("--hub-endpoint", metavar="URL", help="Another Hub, of those that the service allows.")
 @click.option("--wait", is_flag=True, help="Watch the job to its end.")
 @click.option(
     "--download", type=DIR, metavar="DIR", help="Then download the result, checked by sha256 (implies --wait)."
@@ -48,6 +50,8 @@ def submit(
     labels: tuple[str, ...],
     priority: int | None,
     deadline: int | None,
+    hub_credential: str | None,
+    hub_endpoint: str | None,
     wait: bool,
     download: Path | None,
 ) -> None:
@@ -58,7 +62,14 @@ def submit(
             download.mkdir(parents=True, exist_ok=True)
         with _client(url, key) as client:
             jobs: Jobs = getattr(client, kind)
-            job = jobs.submit(body, labels=_pairs(labels), priority=priority, deadline=deadline)
+            job = jobs.submit(
+                body,
+                labels=_pairs(labels),
+                priority=priority,
+                deadline=deadline,
+                hub_credential=hub_credential,
+                hub_endpoint=hub_endpoint,
+            )
             click.echo(job.id)
             if wait or download:
                 _watch(jobs, job.id)

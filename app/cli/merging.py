@@ -13,6 +13,7 @@ from app.cli.terminal import (
     THREADS,
     cache_folder,
     failures_told,
+    model_places,
     progress_bar,
     read_recipe,
     shown_bytes,
@@ -35,7 +36,8 @@ def merge(
 ) -> None:
     """Merge by RECIPE into the folder OUT, without a service.
 
-    Model paths are as seen from here. Interrupted, the same command goes on where it was.
+    Model paths are as seen from here; what is not here and looks like org/name is a model on the Hub. Interrupted, the
+    same command goes on where it was.
     """
     most, shard = size_of(memory), size_of(shard_size)
     with failures_told("interrupted; the same command goes on from here"):
@@ -53,6 +55,7 @@ def merge(
             artifact = core.merge(
                 read,
                 out,
+                roots=model_places(),
                 memory=most,
                 threads=threads,
                 max_shard_size=shard,
@@ -78,7 +81,7 @@ def plan(recipe: Path, memory: str | None, threads: int | None, steps: bool, as_
         with quick_imports():
             from merge_core.merge import plan_only
 
-        made = plan_only(read_recipe(recipe), memory=most, threads=threads).to_dict(steps=steps)
+        made = plan_only(read_recipe(recipe), roots=model_places(), memory=most, threads=threads).to_dict(steps=steps)
     if as_json:
         click.echo(json.dumps(made, indent=2))
         return

@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from app.cli.terminal import MEMORY, THREADS, cache_folder, failures_told, progress_bar, shown_bytes, size_of, tell_of
+from app.cli.terminal import (
+    MEMORY,
+    THREADS,
+    cache_folder,
+    failures_told,
+    model_places,
+    progress_bar,
+    shown_bytes,
+    size_of,
+    tell_of,
+)
 from merge_core.imports import quick_imports
 
 
@@ -154,6 +164,7 @@ def _patch(document: dict[str, Any], out: Path, memory: str | None, threads: int
             artifact = patching.patch(
                 patching.Patch.from_data(document),
                 out,
+                roots=model_places(),
                 memory=most,
                 threads=threads,
                 cache=cache_folder(),

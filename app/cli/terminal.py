@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from app.bars import terminal_bar
 from merge_core.errors import WeightsmithError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from merge_core.artifact import Artifact
     from merge_core.progress import Progress as MergeProgress
     from merge_core.recipe import Recipe
+    from merge_core.snapshots import Roots
 
 
 RECIPE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
@@ -75,6 +76,27 @@ def tell_alignment(made: dict[str, Any] | None) -> None:
 def cache_folder() -> Path:
     """Where this user's commands keep what need not be found out twice."""
     return Path(click.get_app_dir("weightsmith")) / "cache"
+
+
+def model_places() -> Roots:
+    """Where models lie for a command: anywhere here, and on the Hub, as whoever types it may see it.
+
+    That is their own shell, so `HF_TOKEN` and `HF_ENDPOINT` count, as for other programs of theirs.
+    """
+    import os
+
+    from merge_core.snapshots import Roots
+    from workers.hub.client import HubClient
+    from workers.hub.opening import open_library
+    from workers.settings import Settings
+
+    given: dict[str, Any] = {}
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        given["hub_endpoint"] = endpoint
+    settings = Settings(data=Path(click.get_app_dir("weightsmith")), **given)
+    token = SecretStr(os.environ["HF_TOKEN"]) if os.environ.get("HF_TOKEN") else None
+    library = open_library(settings, lambda: HubClient.of(settings, token=token))
+    return Roots(library=library, anywhere=True)
 
 
 def tell_of(artifact: Artifact, out: Path) -> None:

@@ -40,6 +40,8 @@ class Jobs:
         labels: Mapping[str, str] | None = None,
         priority: int | None = None,
         deadline: datetime | timedelta | float | None = None,
+        hub_credential: str | None = None,
+        hub_endpoint: str | None = None,
         webhook: str | None = None,
         webhook_events: Sequence[str] = (),
     ) -> Job:
@@ -47,7 +49,8 @@ class Jobs:
 
         Asked again with the same `idempotency_key`, the service answers with the job that there is; without one, each
         call makes one job, however often its request has to be repeated. `deadline` is a moment, or how long from
-        now (seconds). `webhook` is an address that is told of these events, by default all there are.
+        now (seconds). Models named by Hub id are read with the credential of that name, and from that endpoint if it
+        is not the usual one. `webhook` is an address that is told of these events, by default all there are.
         """
         body, media_type = body_of(document)
         headers = {"Content-Type": media_type, "Idempotency-Key": idempotency_key or uuid.uuid4().hex}
@@ -55,13 +58,13 @@ class Jobs:
             headers["Webhook-Url"] = webhook
         if webhook_events:
             headers["Webhook-Events"] = ", ".join(webhook_events)
-        asked = _asked(labels, priority, deadline)
+        asked = [*_asked(labels, priority, deadline), *_hub(hub_credential, hub_endpoint)]
         return Job.of(self._transport.json("POST", self._prefix, content=body, headers=headers, params=asked))
 
-    def plan(self, document: Document) -> Plan:
+    def plan(self, document: Document, *, hub_credential: str | None = None, hub_endpoint: str | None = None) -> Plan:
         """What the document would read, write and need; nothing is made. Raises `Refused` where it cannot work."""
         body, media_type = body_of(document)
-        asked = {"dry_run": "true"}
+        asked = [("dry_run", "true"), *_hub(hub_credential, hub_endpoint)]
         headers = {"Content-Type": media_type}
         return Plan.of(self._transport.json("POST", self._prefix, content=body, headers=headers, params=asked))
 
@@ -180,6 +183,11 @@ def _asked(
     if deadline is not None:
         asked.append(("deadline", _seconds_until(deadline)))
     return asked
+
+
+def _hub(credential: str | None, endpoint: str | None) -> list[tuple[str, Any]]:
+    asked = {"hub_credential": credential, "hub_endpoint": endpoint}
+    return [(name, value) for name, value in asked.items() if value is not None]
 
 
 def _seconds_until(deadline: datetime | timedelta | float) -> int:

@@ -11,10 +11,11 @@ from app.auth import CallerDep
 from app.deps import QueueDep, RequestKeyDep, SettingsDep, WatchDep, document_body, document_of, job_of
 from app.errors import HttpProblem, answers
 from app.headers import MAX_WAIT_SECONDS, is_known, next_link, preferred_wait
-from app.options import DeadlineQuery, JobOptionsDep, LabelsDep, deadline_at
+from app.options import DeadlineQuery, HubDep, JobOptionsDep, LabelsDep, deadline_at
 from app.planning import REFUSALS, plan_for_service
 from app.schemas import JobPage, JobRead, Validation
 from app.webhooks import WebhookDep
+from workers.hub.opening import JobHub
 from workers.idempotency import Repeated
 from workers.jobs import FINISHED, JobKind, JobState
 from workers.kinds import Document
@@ -56,6 +57,7 @@ def jobs_router(kind: JobKind) -> APIRouter:
     async def create(
         document: Annotated[Document, Depends(document_of(kind))],
         options: JobOptionsDep,
+        hub_options: HubDep,
         request_key: RequestKeyDep,
         queue: QueueDep,
         settings: SettingsDep,
@@ -70,16 +72,25 @@ def jobs_router(kind: JobKind) -> APIRouter:
     ) -> Any:
         """Accept a document. It is planned from headers first, so that what cannot work is refused here; then the job
         is queued. With `wait` the answer comes when the job has ended, or after so many seconds.
+
+        What no folder of the service has and looks like `org/name` is a model on the Hub; its revision is resolved to a
+        commit here, once and for all attempts.
         """
         if dry_run:
-            plan = await run_in_threadpool(plan_for_service, kind, document, settings)
-            told = Validation(plan=plan.to_dict(), recipe=document.to_data())
+
+            def look() -> Validation:
+                hub = JobHub(queue.store, caller.owner, hub_options)
+                plan = plan_for_service(kind, document, settings, hub)
+                return Validation(plan=plan.to_dict(), recipe=document.to_data(), resolved=hub.resolved)
+
+            told = await run_in_threadpool(look)
             return Response(told.model_dump_json(), media_type="application/json")
 
         def plan_and_submit() -> Job:
             if request_key is not None:
                 queue.store.check_new(request_key)
-            plan = plan_for_service(kind, document, settings)
+            hub = JobHub(queue.store, caller.owner, hub_options)
+            plan = plan_for_service(kind, document, settings, hub)
             return queue.submit(
                 document.to_data(),
                 plan.to_dict(),
@@ -88,6 +99,7 @@ def jobs_router(kind: JobKind) -> APIRouter:
                 owner=caller.owner,
                 request=request_key,
                 webhook=webhook,
+                **hub.fields(),
                 **options.fields(),
             )
 

@@ -7,11 +7,14 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from fastapi.concurrency import run_in_threadpool
 
-from app.deps import CARD_BODY, CardDep, RecipeDep, SettingsDep, document_body
+from app.auth import CallerDep
+from app.deps import CARD_BODY, CardDep, QueueDep, RecipeDep, SettingsDep, document_body
 from app.errors import answers
+from app.options import HubDep
 from app.planning import REFUSALS, plan_for_service
 from app.schemas import IgnoredKey, Imported, Validation
 from merge_core.published import read_published
+from workers.hub.opening import JobHub
 from workers.jobs import JobKind
 
 router = APIRouter(prefix="/v1", tags=["recipes"])
@@ -21,13 +24,17 @@ router = APIRouter(prefix="/v1", tags=["recipes"])
 async def validate_recipe(
     recipe: RecipeDep,
     settings: SettingsDep,
+    queue: QueueDep,
+    caller: CallerDep,
+    hub_options: HubDep,
     steps: Annotated[bool, Query(description="with one entry per output tensor")] = False,
 ) -> Validation:
     """The plan of a recipe: what would be read, written and needed. No weight is read."""
 
     def look() -> Validation:
-        plan = plan_for_service(JobKind.MERGE, recipe, settings)
-        return Validation(plan=plan.to_dict(steps=steps), recipe=recipe.to_data())
+        hub = JobHub(queue.store, caller.owner, hub_options)
+        plan = plan_for_service(JobKind.MERGE, recipe, settings, hub)
+        return Validation(plan=plan.to_dict(steps=steps), recipe=recipe.to_data(), resolved=hub.resolved)
 
     return await run_in_threadpool(look)
 

@@ -207,7 +207,7 @@ def test_who_may_not_is_told_so(hub: Hub, service: Service, models: Path) -> Non
 
     missing, private = service.refused("org/nothing"), service.refused("alice/private")
     assert isinstance(missing, HubNotFound) and isinstance(private, HubNotFound)
-    assert "org/nothing: is no repository" in str(missing)
+    assert "org/nothing: is no model here, and no repository" in str(missing)
     assert "store a Hub token" in str(private)
     assert isinstance(service.refused("alice/private", user=hub.bob), HubNotFound)
     assert isinstance(service.refused("org/gated"), HubGated)

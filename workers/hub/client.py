@@ -114,7 +114,7 @@ class HubClient:
             raise HubNotFound(name, f"has no {what or 'such file'} at {self.endpoint}") from None
         except errors.RepositoryNotFoundError:
             private = "or it is private: store a Hub token as a credential and name that"
-            detail = f"is no repository at {self.endpoint} that {who} may see"
+            detail = f"is no model here, and no repository at {self.endpoint} that {who} may see"
             raise HubNotFound(name, f"{detail}; it may be misspelt, {private}") from None
         except errors.HFValidationError as error:
             raise HubNotFound(name, f"is no Hub id: {error}") from None
