@@ -22,7 +22,7 @@ import yaml
 from merge_core import __version__
 from merge_core.adapters import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from merge_core.aligned import PAPER
-from merge_core.files import WrittenFile, write_text
+from merge_core.files import WrittenFile, write_small, write_text
 from merge_core.merged import leaves
 from merge_core.plan import Plan
 from merge_core.references import ModelRef
@@ -58,14 +58,7 @@ def write_companions(
     beside: Mapping[ModelRef, Weights],
 ) -> list[WrittenFile]:
     """Write everything beside the weights into `folder`; the lock, which names all other files, comes last."""
-    donor = checkpoints[plan.donor]
-    files = list(weights)
-    if donor.config and not plan.is_adapter:
-        files.append(write_text(folder / "config.json", json.dumps(plan.edited_config(donor.config), indent=2) + "\n"))
-    if plan.adapter_config is not None:
-        text = json.dumps(plan.adapter_config, indent=2, ensure_ascii=False) + "\n"
-        files.append(write_text(folder / ADAPTER_CONFIG_NAME, text))
-    files += [_place(file, folder / name) for name, file in plan.companions.items()]
+    files = [*weights, *(_place(file, folder / name) for name, file in small_files(plan, checkpoints).items())]
     files.append(write_text(folder / RECIPE_NAME, plan.recipe.to_yaml(with_place=False)))
     files.append(write_text(folder / CARD_NAME, model_card(plan, warnings)))
     lock = {
@@ -85,6 +78,16 @@ def write_companions(
     }
     files.append(write_text(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n"))
     return files
+
+
+def small_files(plan: Plan, checkpoints: Sequence[Weights]) -> Companions:
+    """Config and tokenizer files as the output needs them: what each holds, or where it lies."""
+    donor, found = checkpoints[plan.donor], dict[str, Path | bytes]()
+    if donor.config and not plan.is_adapter:
+        found["config.json"] = f"{json.dumps(plan.edited_config(donor.config), indent=2)}\n".encode()
+    if plan.adapter_config is not None:
+        found[ADAPTER_CONFIG_NAME] = f"{json.dumps(plan.adapter_config, indent=2, ensure_ascii=False)}\n".encode()
+    return found | dict(plan.companions)
 
 
 def made_here() -> dict[str, Any]:
@@ -187,9 +190,8 @@ def _commit(path: str, revision: str | None, origins: Sequence[Snapshot]) -> str
 
 
 def _place(source: Path | bytes, target: Path) -> WrittenFile:
-    if isinstance(source, Path):
-        shutil.copyfile(source, target)
-    else:
-        target.write_bytes(source)
+    if isinstance(source, bytes):
+        return write_small(target, source)
+    shutil.copyfile(source, target)
     data = target.read_bytes()
     return WrittenFile(target.name, len(data), hashlib.sha256(data).hexdigest())

@@ -154,7 +154,11 @@ class PagedFile:
 
 def write_text(path: Path, text: str) -> WrittenFile:
     """Write a small file durably."""
-    data = text.encode()
+    return write_small(path, text.encode())
+
+
+def write_small(path: Path, data: bytes) -> WrittenFile:
+    """The same of bytes."""
     try:
         with path.open("wb") as file:
             file.write(data)

@@ -124,7 +124,12 @@ def read_small(path: Path, most: int = MAX_JSON_BYTES, roots: Sequence[Path] | N
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES, roots: Sequence[Path] | None = None) -> dict[str, Any]:
     """A JSON object from a small file, no key twice. Raises `CheckpointError`, as `open_regular` does."""
-    return _parse_json(path, read_small(path, most, roots), "is not")
+    return parse_json(path, read_small(path, most, roots))
+
+
+def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    """A JSON object from the bytes of a file, no key twice. Raises `CheckpointError`."""
+    return _parse_json(path, raw, "is not")
 
 
 def read_header(path: Path, roots: Sequence[Path] | None = None) -> tuple[Shard, list[TensorInfo]]:
@@ -132,6 +137,16 @@ def read_header(path: Path, roots: Sequence[Path] | None = None) -> tuple[Shard,
     as `open_regular` does.
     """
     raw, found = _read_header(path, roots)
+    infos = parse_header(path, raw, found.st_size)
+    digest = hashlib.sha256(raw).hexdigest()
+    stamps = (found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    return Shard(path, *stamps, digest, snapshot_of(path, roots)), infos
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> list[TensorInfo]:
+    """What the header `raw` (without the 8 bytes of its length) says that a file of so many bytes holds, in storage
+    order. Raises `CheckpointError` for a header that lies in any way.
+    """
     header = _parse_header(path, raw)
     _metadata(path, header)
     header.pop("__metadata__", None)
@@ -144,13 +159,11 @@ def read_header(path: Path, roots: Sequence[Path] | None = None) -> tuple[Shard,
             lie = f"has a header that lies: {clip(info.name)} begins at {info.begin}, not {at}"
             raise CheckpointError(path, lie, tensor=info.name)
         at += info.nbytes
-    if at != found.st_size:
-        said = f"its header describes {at:,} bytes, but it has {found.st_size:,}"
-        wrong = f"is cut short: {said}" if at > found.st_size else f"has bytes that no tensor owns: {said}"
+    if at != size:
+        said = f"its header describes {at:,} bytes, but it has {size:,}"
+        wrong = f"is cut short: {said}" if at > size else f"has bytes that no tensor owns: {said}"
         raise CheckpointError(path, wrong, tensor=infos[-1].name if infos else None)
-    digest = hashlib.sha256(raw).hexdigest()
-    stamps = (found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
-    return Shard(path, *stamps, digest, snapshot_of(path, roots)), infos
+    return infos
 
 
 def read_metadata(path: Path, roots: Sequence[Path] | None = None) -> dict[str, str]:

@@ -40,6 +40,8 @@ from merge_core.merged import MergedWeights
 from merge_core.plan import AlignmentPlan, Plan, Step
 from merge_core.progress import Progress, Report
 from merge_core.recipe import Recipe
+from merge_core.references import ModelRef
+from merge_core.snapshots import Supply, supplied
 from merge_core.weights import Weights
 
 PREPARED = "prepared.jsonl"
@@ -84,9 +86,11 @@ def on_demand(
                 raise RecipeError.of([Problem(detail, "#/outputs")])
             inputs = [models[model] for model in plan.models]
             folder.mkdir(parents=True, exist_ok=True)
+            progress = Progress()
             with (
+                supplied(roots, plan.memory.window, stop, progress.receive) as supply,
                 pool_of(plan.memory.threads) as pool,
-                OnDemand(plan, inputs, stages, alignments, folder, pool, stop) as made,
+                OnDemand(plan, inputs, stages, alignments, folder, pool, stop, progress, supply) as made,
             ):
                 yield made
     except OSError as error:
@@ -119,10 +123,12 @@ class OnDemand:
         folder: Path,
         pool: ThreadPoolExecutor,
         stop: Stop,
+        progress: Progress,
+        supply: Supply | None,
     ) -> None:
         self.plan, self.inputs, self.stages, self.folder = plan, tuple(inputs), tuple(stages), folder
         self.warnings = list(plan.warnings)
-        self.progress = Progress()
+        self.progress, self.supply = progress, supply
         self._alignments, self._pool, self._stop = alignments, pool, stop
         self._shards = {shard.file: shard for shard in plan.shards}
         self._index = index_json(plan.shards).encode() if len(plan.shards) > 1 else b""
@@ -150,6 +156,12 @@ class OnDemand:
         """The files of weights, and the index where there is one: bytes by name."""
         index = {INDEX_NAME: len(self._index)} if self._index else {}
         return {shard.file: shard.size for shard in self.plan.shards} | index
+
+    @property
+    def compared(self) -> Mapping[ModelRef, Weights]:
+        """The models that are read to bring others into their order, where that is to be found."""
+        found = [alignment for alignment, plan in self._alignments if not plan.are_stored]
+        return {ref: weights for alignment in found for ref, weights in alignment.models.items()}
 
     def place(self, tensor: str) -> tuple[str, int, int]:
         """Where a tensor's bytes lie: file, begin and end. Raises `KeyError`."""

@@ -329,10 +329,10 @@ class _Removal:
             raise RecipeError.of([Problem(detail, "#/model")]) from None
         if not self.document.sources:
             return recipe
-        moved = [
-            _moved(each, {name: ref.model_dump() for name, ref in self.document.sources.items()}) for each in documents
+        elsewhere = [
+            moved(each, {name: ref.model_dump() for name, ref in self.document.sources.items()}) for each in documents
         ]
-        return Recipe.from_data(moved if len(moved) > 1 else moved[0])
+        return Recipe.from_data(elsewhere if len(elsewhere) > 1 else elsewhere[0])
 
     @property
     def _keys(self) -> dict[str, Any]:
@@ -375,15 +375,15 @@ def _recipe(models: list[dict[str, Any]], keys: Mapping[str, Any]) -> Recipe:
         return Recipe.from_data({"merge_method": "passthrough", "models": models, **given})
 
 
-def _moved(data: Any, places: Mapping[str, Any]) -> Any:
+def moved(data: Any, places: Mapping[str, Any]) -> Any:
     """A recipe's data with other places for the models of some names."""
     if isinstance(data, Mapping):
         named = ("model", "base_model")
         return {
-            key: places.get(value, value) if key in named and isinstance(value, str) else _moved(value, places)
+            key: places.get(value, value) if key in named and isinstance(value, str) else moved(value, places)
             for key, value in data.items()
         }
-    return [_moved(value, places) for value in data] if isinstance(data, list) else data
+    return [moved(value, places) for value in data] if isinstance(data, list) else data
 
 
 @contextmanager
