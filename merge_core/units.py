@@ -28,6 +28,8 @@ _MOST_PARTS = 64
 """Units of a phase that measures, each of which leaves a file."""
 _READ_PER_WRITTEN = 4
 """Bytes that are read in a unit that measures for those that are written in one that merges."""
+_SHARES, _WORTH_IT = 16, 2**26
+"""Into how many units an output is cut, if they have so many bytes each."""
 
 Result = Mapping[str, Any]
 """What a unit came to, as plain data."""
@@ -118,12 +120,13 @@ class Alone:
 
 
 def cut_output(shards: Sequence[ShardLayout], unit_bytes: int | None) -> tuple[Unit, ...]:
-    """The units of the output, in file order; None: one for each file."""
+    """The units of the output, of at most about `unit_bytes`, in file order; None: one for each file."""
     units: list[Unit] = []
+    most = None if unit_bytes is None else _fair(sum(slot.nbytes for each in shards for slot in each.slots), unit_bytes)
     for shard in shards:
         runs: list[list[Slot]] = [[]]
         for slot in shard.slots:
-            if unit_bytes is not None and runs[-1] and sum(each.nbytes for each in runs[-1]) >= unit_bytes:
+            if most is not None and runs[-1] and sum(each.nbytes for each in runs[-1]) >= most:
                 runs.append([])
             runs[-1].append(slot)
         for place, run in enumerate(run for run in runs if run):
@@ -135,7 +138,9 @@ def cut_steps(steps: Sequence[Step], unit_bytes: int | None) -> list[list[Step]]
     """The units of a pass over some tensors, by the bytes that are read for them; None: all in one."""
     if unit_bytes is None:
         return [list(steps)]
-    most = max(_READ_PER_WRITTEN * unit_bytes, -(-sum(step.stored_bytes for step in steps) // _MOST_PARTS))
+    total = sum(step.stored_bytes for step in steps)
+    unit = _READ_PER_WRITTEN * _fair(total // _READ_PER_WRITTEN, unit_bytes)
+    most = max(unit, -(-total // _MOST_PARTS))
     runs: list[list[Step]] = [[]]
     filled = 0
     for step in steps:
@@ -145,6 +150,11 @@ def cut_steps(steps: Sequence[Step], unit_bytes: int | None) -> list[list[Step]]
         runs[-1].append(step)
         filled += step.stored_bytes
     return runs
+
+
+def _fair(total: int, most: int) -> int:
+    """The size of a unit: small enough to be shared out evenly, large enough to be worth its handing over."""
+    return min(most, max(total // _SHARES, _WORTH_IT))
 
 
 def fingerprint(plan: Plan, unit_bytes: int | None, folder: Path, device: str) -> str:

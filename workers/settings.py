@@ -144,7 +144,9 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: the cores, shared out)")
     workers: int | None = Field(None, ge=0, description="worker processes (default: one, or one for each GPU)")
     unit_bytes: Bytes = Field(
-        256 * 2**20, ge=1, description="about how much output one worker takes of a merge that others may help with"
+        256 * 2**20,
+        ge=1,
+        description="the most output, about, that one worker takes of a merge that others may help with",
     )
     alone_seconds: float = Field(
         3.0, ge=0, description="how long a merge is one worker's alone: others would take as long to begin"
