@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.errors import MEDIA_TYPE as PROBLEM
 from app.errors import HttpProblem
 from app.repos import Repo, RepoFile
+from merge_core.cards import texts
 
 PREFIX = "/hub"
 BRANCH = "main"
@@ -226,11 +227,6 @@ def _tags(repo: Repo, card: Mapping[str, Any]) -> list[str]:
         found += [f"base_model:{parent}", *([f"base_model:{relation}:{parent}"] if isinstance(relation, str) else [])]
     found += [f"license:{name}" for name in texts(card.get("license"))]
     return list(dict.fromkeys(found))
-
-
-def texts(value: Any) -> list[str]:
-    """A text, or the texts of a list."""
-    return [value] if isinstance(value, str) else [each for each in value or () if isinstance(each, str)]
 
 
 def _sibling(file: RepoFile, blobs: bool) -> Sibling:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from merge_core import kernels
 from merge_core.adapters import CONFIG_NAME, Adapter, Factors
+from merge_core.cards import Card
 from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.errors import IncompatibleModels, Problem
 from merge_core.headers import TensorInfo
@@ -157,6 +158,10 @@ class Adapted(Weights):
     @property
     def companions(self) -> Companions:
         return self.base.companions
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        return {**self.base.cards, **{FILE_PREFIX + name: card for name, card in self.adapter.cards.items()}}
 
     @property
     def settings(self) -> Mapping[str, Path]:

@@ -27,6 +27,7 @@ from merge_core.adapters import (
     Factors,
     lora_config,
 )
+from merge_core.cards import Card
 from merge_core.documents import canonical_json
 from merge_core.dtypes import FLOAT32, FLOAT64, OUTPUT, DType
 from merge_core.errors import Problem
@@ -99,6 +100,10 @@ class Placed(Weights):
     @property
     def companions(self) -> Companions:
         return {}
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        return self.adapter.cards
 
     @property
     def settings(self) -> Mapping[str, Path]:

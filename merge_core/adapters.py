@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from merge_core.cards import CARD_NAME, Card, read_card
 from merge_core.checkpoint import Checkpoint, check_below
 from merge_core.errors import CheckpointError, CheckpointNotFound, UnsafeFormat
 from merge_core.headers import IS_UNSAFE, MAX_CONFIG_BYTES, TensorInfo, clip, read_json
@@ -195,6 +196,12 @@ class Adapter:
             raise CheckpointError(clip(str(path)), f"cannot be read: {clip(str(error))}") from None
         config = AdapterConfig.read(folder / CONFIG_NAME, roots)
         return cls(folder, config, Checkpoint.open(folder / WEIGHTS_NAME, roots=roots))
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        """Its model card, if it has one that can be read."""
+        found = read_card(self.path / CARD_NAME, self.weights.roots)
+        return {} if found is None else {CARD_NAME: found}
 
     def _sort(self) -> None:
         """Tell factors from whole tensors by their names, and see that each is complete."""

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from merge_core.cards import CARD_NAME, Card, read_card
 from merge_core.errors import CheckpointError, CheckpointNotFound, PathNotAllowed, UnsafeFormat
 from merge_core.headers import (
     IS_UNSAFE,
@@ -125,6 +126,11 @@ class Checkpoint(Weights):
         for path in found:
             check_below(path, self.roots)
         return {path.name: path for path in found if path.stat().st_size <= MAX_COMPANION_BYTES}
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        found = None if self.folder is None else read_card(self.folder / CARD_NAME, self.roots)
+        return {} if found is None else {CARD_NAME: found}
 
     def rows(self, info: TensorInfo, start: int, stop: int, space: Tensor | None = None) -> Tensor:
         size = self.row_bytes(info) * (stop - start)

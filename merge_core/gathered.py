@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from merge_core.cards import Card
 from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.headers import Shard, TensorInfo
 from merge_core.statistics import Grains
@@ -57,6 +58,10 @@ class Gathered(Weights):
     @property
     def companions(self) -> Companions:
         return self.files
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        return self.inner.cards
 
     @property
     def settings(self) -> Mapping[str, Path]:

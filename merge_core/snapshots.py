@@ -138,6 +138,11 @@ def snapshot_of(path: Path, roots: Sequence[Path] | None) -> Snapshot | None:
     return next((each for each in snapshots_of(roots) if path.is_relative_to(each.folder)), None)
 
 
+def origin_of(path: str, revision: str | None, origins: Iterable[Snapshot]) -> Snapshot | None:
+    """Which of the snapshots a name means; None where it means a local folder."""
+    return next((origin for origin in origins if origin.answers(path, revision)), None)
+
+
 def supply_of(roots: Sequence[Path] | None) -> Supply | None:
     """Where the bytes behind stand-ins come from; None where there are none."""
     library = library_of(roots)

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from merge_core.cards import Card
 from merge_core.dtypes import DType
 from merge_core.errors import CheckpointError
 from merge_core.headers import Shard, TensorInfo
@@ -85,6 +86,13 @@ class Weights(ABC):
     @abstractmethod
     def companions(self) -> Companions:
         """The tokenizer and other small files that belong with the weights. Raises `PathNotAllowed`."""
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        """The model cards of what the weights are made of, by the names that the lock gives them: first the model's,
+        then those of what is put on it. One that cannot be read is not among them.
+        """
+        return {}
 
     @abstractmethod
     def descriptor(self, file: str) -> int:
@@ -203,6 +211,10 @@ class Derived(Weights):
     @property
     def companions(self) -> Companions:
         return self.inner.companions
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        return self.inner.cards
 
     def descriptor(self, file: str) -> int:
         return self.inner.descriptor(file)

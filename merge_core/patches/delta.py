@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+from merge_core.cards import CARD_NAME, Card, read_card
 from merge_core.checkpoint import Checkpoint, check_below
 from merge_core.dtypes import STORED, DType
 from merge_core.errors import CheckpointError, CheckpointNotFound
@@ -80,6 +81,12 @@ class Delta:
         stored = Checkpoint.open(file, roots=roots)
         beside = Checkpoint.open(where, roots=roots, weights=False) if where.is_dir() else None
         return cls(file, stored, read_metadata(file, roots), beside if beside is not None and beside.config else None)
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        """The model card beside it, if there is one that can be read."""
+        found = read_card(self.path.parent / CARD_NAME, self.file.roots)
+        return {} if found is None else {CARD_NAME: found}
 
     def close(self) -> None:
         self.file.close()

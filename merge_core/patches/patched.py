@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from merge_core.cards import Card
 from merge_core.dtypes import FLOAT32, FLOAT64, DType
 from merge_core.errors import IncompatibleModels, Problem
 from merge_core.headers import TensorInfo
@@ -297,6 +298,14 @@ class Patched(Weights):
     @property
     def companions(self) -> Companions:
         return self._model.companions or self.base.companions
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        theirs = (patch.delta.cards for patch in self.patches)
+        return {
+            **self.base.cards,
+            **{_prefixed(i, name): card for i, cards in enumerate(theirs) for name, card in cards.items()},
+        }
 
     @property
     def settings(self) -> Mapping[str, Path]:

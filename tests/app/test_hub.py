@@ -221,7 +221,7 @@ def test_a_merge_is_described_as_the_hub_describes_models(shop: Shop) -> None:
     assert {each.rfilename: each.size for each in found.siblings} == sizes
     assert {each.rfilename: each.lfs and each.lfs.sha256 for each in found.siblings} == digests
     assert found.library_name == "transformers" and {"merge", "linear", "safetensors"} <= set(found.tags)
-    assert found.card_data.tags == ["merge", "weightsmith", "linear"]
+    assert found.card_data.tags == ["merge", "mergekit", "weightsmith", "linear"]
     assert found.used_storage == sum(sizes.values()) and found.security_repo_status is not None
     assert api.model_info(shop.repo, revision=found.sha).siblings is not None
     few = api.model_info(shop.repo, expand=["sha", "downloads", "gguf"])

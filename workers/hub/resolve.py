@@ -25,6 +25,7 @@ from urllib.parse import quote
 from merge_core.adapters import CONFIG_NAME as ADAPTER_CONFIG
 from merge_core.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from merge_core.artifact import LOCK_NAME
+from merge_core.cards import CARD_NAME, MAX_CARD_BYTES
 from merge_core.checkpoint import COMPANIONS, MAX_COMPANION_BYTES, PICKLED
 from merge_core.headers import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_INDEX_BYTES, MAX_JSON_BYTES, clip
 from merge_core.patches.delta import DELTA_NAME
@@ -53,7 +54,10 @@ _SMALL: Mapping[str, int] = {
     ADAPTER_CONFIG: MAX_CONFIG_BYTES,
     LOCK_NAME: MAX_JSON_BYTES,
     **dict.fromkeys(COMPANIONS, MAX_COMPANION_BYTES),
+    CARD_NAME: MAX_CARD_BYTES,
 }
+_OPTIONAL = frozenset((*COMPANIONS, CARD_NAME))
+"""Small files that are left away where they are too large."""
 _AT_ONCE = 8
 
 
@@ -356,7 +360,7 @@ class _Building:
         most = _SMALL.get(name, MAX_INDEX_BYTES if name.endswith(_INDEX) else MAX_JSON_BYTES)
         if listed.size <= most:
             (self.folder / name).write_bytes(self._whole(self._remote(name, listed), listed))
-        elif name not in COMPANIONS:
+        elif name not in _OPTIONAL:
             raise HubNotFound(f"{self.maker.name}/{name}", f"is larger than {most:,} bytes")
 
     def _whole(self, file: RemoteFile, listed: _Listed) -> bytes:
