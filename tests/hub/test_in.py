@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import SecretStr
 
 from merge_core.errors import Canceled, CheckpointError, UnsafeFormat
 from merge_core.merge import merge, plan_only
+from merge_core.progress import Progress
 from merge_core.recipe import Recipe
 from merge_core.snapshots import Roots
 from tests.conftest import CONFIG, mixed_tensors, write_checkpoint
-from tests.hub import Hub, User, running_hub
+from tests.hub import Entry, Hub, User, running_hub
 from workers.hub import ranges, streamed
 from workers.hub.client import HubClient
 from workers.hub.errors import HubGated, HubLied, HubNotAllowed, HubNotFound, HubTokenRefused, HubUnavailable
@@ -361,3 +367,150 @@ def test_a_hub_that_stays_away_ends_the_merge(hub: Hub, tmp_path: Path, monkeypa
 
     with pytest.raises(HubUnavailable):
         merge(Recipe.from_data(RECIPE), tmp_path / "there", roots=roots)
+
+
+# What it costs.
+
+
+def seventy_billion() -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama 3 of 70 billion parameters."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (128_256, 8192)}
+    for layer in range(80):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.self_attn.{name}_proj.weight": (8192, 8192) for name in "qo"}
+        shapes |= {f"{at}.self_attn.{name}_proj.weight": (1024, 8192) for name in "kv"}
+        shapes |= {f"{at}.mlp.{name}_proj.weight": (28_672, 8192) for name in ("gate", "up")}
+        shapes |= {f"{at}.mlp.down_proj.weight": (8192, 28_672)}
+        shapes |= {f"{at}.{name}_layernorm.weight": (8192,) for name in ("input", "post_attention")}
+    return shapes | {"model.norm.weight": (8192,), "lm_head.weight": (128_256, 8192)}
+
+
+def put_sparse(hub: Hub, repo: str, shapes: dict[str, tuple[int, ...]], small: dict[str, bytes], shards: int) -> int:
+    """Put a repo whose weights are true headers and holes; how many bytes it has."""
+    hub.put(repo, small)
+    commit, names, total = hub.repos[repo].commits[hub.repos[repo].branches["main"]], list(shapes), 0
+    files, weight_map = dict(commit.files), {}
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name in names[number * len(names) // shards : (number + 1) * len(names) // shards]:
+            size = 2 * math.prod(shapes[name])
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [at, at + size]}
+            at, weight_map[name] = at + size, file
+        raw = json.dumps(header).encode()
+        sha256 = hashlib.sha256(f"{repo} {file}".encode()).hexdigest()
+        hub.content(sha256).write_bytes(len(raw).to_bytes(8, "little") + raw)
+        os.truncate(hub.content(sha256), 8 + len(raw) + at)
+        files[file] = Entry(file, 8 + len(raw) + at, sha256, sha256[:40], True)
+        total += at
+    hub.repos[repo].commits[commit.sha] = replace(commit, files=files)
+    hub.put(repo, {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()})
+    return total
+
+
+def test_a_plan_of_seventy_billion_parameters_reads_less_than_20_mb(hub: Hub, service: Service) -> None:
+    config = {"num_hidden_layers": 80, "vocab_size": 128_256, "hidden_size": 8192, "tie_word_embeddings": False}
+    small = {"config.json": json.dumps(config).encode(), "tokenizer.json": os.urandom(9_085_657)}
+    for repo in ("big/base", "big/tuned"):
+        total = put_sparse(hub, repo, seventy_billion(), small, 30)
+    recipe = {"merge_method": "task_arithmetic", "base_model": "big/base", "parameters": {"weight": 1.0}}
+
+    plan = plan_only(Recipe.from_data({**recipe, "models": [{"model": "big/tuned"}]}), roots=service.roots())
+
+    assert total > 140e9 and plan.input_bytes == 2 * total
+    assert hub.sent() < 2 * 20e6
+    used = sum(file.stat().st_blocks * 512 for file in service.settings.hub_folder.rglob("*") if file.is_file())
+    assert used < 2 * 20e6
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of 12 MB each in three shards, which take many chunks."""
+    folder = tmp_path_factory.mktemp("large")
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {f"{i}.weight": torch.randn(1000, 1000, generator=generator).bfloat16() for i in range(6)}
+        write_checkpoint(folder / f"m{seed}", tensors, shards=3)
+    return folder
+
+
+def put_large(hub: Hub, large: Path, scope: str = "tensor") -> tuple[dict[str, Any], int]:
+    for name in ("m0", "m1"):
+        hub.put(f"org/{name}", large / name)
+    recipe = {"merge_method": "ties", "base_model": "org/m0", "models": [{"model": "org/m1"}], "scope": scope}
+    size = sum(entry.size for name in ("m0", "m1") for entry in hub.repos[f"org/{name}"].files().values())
+    return {**recipe, "parameters": {"weight": 1.0, "density": 0.3}, "limits": {"threads": 2}}, size
+
+
+def test_what_is_streamed_comes_once_in_large_pieces_and_nothing_stays(
+    tmp_path: Path, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "MOST_WINDOW", 2**24)
+    with running_hub(tmp_path / "hub") as hub:
+        recipe, size = put_large(hub, large)
+        service = Service(hub, tmp_path / "data", hub_mode="streamed")
+        roots = service.roots()
+        last: list[Progress] = []
+
+        made = merge(Recipe.from_data(recipe), tmp_path / "out", roots=roots, report=last.append)
+
+        gets = [each for each in hub.asked("GET /objects") if each.range not in (None, "bytes=0-65535")]
+        assert last[-1].bytes_received == sum(each.sent for each in gets)
+        assert sum(each.sent for each in gets) < 1.1 * size, "a tensor is measured and merged in what came once"
+        assert sum(each.sent for each in gets) / len(gets) > 2**18, "neighbours come together"
+        assert len(hub.asked("GET /org/.*safetensors")) <= 2 * 6, "a link is asked for once"
+    assert made.tensors == merge(local(recipe), tmp_path / "here", roots=[large]).tensors
+    stored = [file for file in (tmp_path / "data").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_blocks * 512 for file in stored) < 200_000
+
+
+def test_passes_over_a_whole_model_are_streamed_as_often(
+    tmp_path: Path, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "LEAST_WINDOW", 2**22)
+    monkeypatch.setattr(streamed, "MOST_WINDOW", 2**22)
+    with running_hub(tmp_path / "hub") as hub:
+        recipe, _ = put_large(hub, large, scope="model")
+        service = Service(hub, tmp_path / "data", hub_mode="streamed")
+
+        made = merge(Recipe.from_data(recipe), tmp_path / "out", roots=service.roots())
+
+    assert made.tensors == merge(local(recipe), tmp_path / "here", roots=[large]).tensors
+
+
+def test_the_cache_is_shared_kept_small_and_proved_once(tmp_path: Path, large: Path) -> None:
+    with running_hub(tmp_path / "hub") as hub:
+        recipe, size = put_large(hub, large)
+        service = Service(hub, tmp_path / "data", hub_mode="cached", hub_cache_bytes=size // 2)
+        expected = merge(local(recipe), tmp_path / "here", roots=[large]).tensors
+
+        made = merge(Recipe.from_data(recipe), tmp_path / "out", roots=service.roots())
+
+        assert made.tensors == expected
+        blobs = list((service.settings.hub_folder / "cache").glob("models--*/blobs/*"))
+        assert 0 < sum(blob.stat().st_size for blob in blobs) <= size // 2
+        assert not [blob for blob in blobs if blob.name.endswith(".incomplete")]
+
+        whole = Service(hub, tmp_path / "another", hub_mode="auto", hub_cache_bytes=2 * size)
+        first = merge(Recipe.from_data(recipe), tmp_path / "first", roots=whole.roots())
+        sent = hub.sent("/objects/")
+        again = merge(Recipe.from_data(recipe), tmp_path / "again", roots=whole.roots())
+        assert first.tensors == again.tensors == expected
+        assert hub.sent("/objects/") == sent, "what is in the cache is not asked for again"
+
+
+def test_a_file_that_went_bad_in_the_cache_is_fetched_anew(hub: Hub, models: Path, tmp_path: Path) -> None:
+    service = Service(hub, tmp_path / "data", hub_mode="cached")
+    merge(Recipe.from_data(RECIPE), tmp_path / "one", roots=service.roots())
+    cache = service.settings.hub_folder / "cache"
+    for mark in (cache / ".proved").iterdir():
+        mark.unlink()
+    blob = max(cache.glob("models--*/blobs/*"), key=lambda each: each.stat().st_size)
+    blob.write_bytes(bytes(blob.stat().st_size))
+
+    with pytest.raises(HubLied):
+        merge(Recipe.from_data(RECIPE), tmp_path / "two", roots=service.roots())
+    made = merge(Recipe.from_data(RECIPE), tmp_path / "three", roots=service.roots())
+
+    assert made.tensors == merge(local(RECIPE), tmp_path / "here", roots=[models]).tensors

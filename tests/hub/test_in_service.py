@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
@@ -16,6 +22,7 @@ from merge_core.merge import merge
 from merge_core.recipe import Recipe
 from tests.conftest import CONFIG, mixed_tensors, write_checkpoint
 from tests.hub import Hub, running_hub
+from tests.services import Service, eventually, running_service
 from workers.jobs import JobStore
 from workers.settings import Settings
 from workers.tasks import run_job
@@ -220,3 +227,107 @@ def test_another_hub_that_is_allowed(
             assert client.get(answer.headers["Location"]).json()["status"] == "succeeded"
 
     assert not hub.requests
+
+
+# With a worker.
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of 16 MB each, which take seconds to come at the rate of these tests."""
+    folder = tmp_path_factory.mktemp("large")
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {f"{i}.weight": torch.randn(1000, 1000, generator=generator).bfloat16() for i in range(8)}
+        write_checkpoint(folder / f"m{seed}", tensors, shards=4)
+    return folder
+
+
+@contextmanager
+def served(hub: Hub, large: Path, data: Path, mode: str) -> Iterator[Service]:
+    """A service with a worker, and models that come slowly."""
+    for name in ("m0", "m1"):
+        hub.put(f"org/{name}", large / name)
+    hub.fail("GET /objects", rate=1.5e6, times=None)
+    with running_service(
+        data,
+        large,
+        WEIGHTSMITH_HUB_ENDPOINT=hub.endpoint,
+        WEIGHTSMITH_ENDPOINT_ALLOW="localhost",
+        WEIGHTSMITH_HUB_MODE=mode,
+        WEIGHTSMITH_LEASE_SECONDS="4",
+    ) as service:
+        yield service
+
+
+SLOW: dict[str, Any] = {
+    "merge_method": "linear",
+    "models": [{"model": "org/m0"}, {"model": "org/m1"}],
+    "parameters": {"weight": 0.5},
+}
+
+
+def receives(service: Service, job: dict[str, Any]) -> bool:
+    return bool(service.job(job)["progress"].get("bytes_received", 0) > 4e6)
+
+
+@pytest.mark.xdist_group("service")
+@pytest.mark.parametrize("mode", ["streamed", pytest.param("cached", marks=pytest.mark.slow)])
+def test_kill_9_in_a_download_and_a_revision_that_moved(
+    hub: Hub, large: Path, tmp_path: Path, mode: str, models: Path
+) -> None:
+    with served(hub, large, tmp_path / "data", mode) as service:
+        job = service.post(SLOW)
+        eventually(lambda: receives(service, job))
+        hub.put("org/m0", models / "m0")
+
+        service.kill_worker()
+
+        ended = service.ended(job)
+        assert ended["status"] == "succeeded" and ended["attempt"] == 2, ended
+        made = service.get(f"{job['urls']['files']}/merge.lock.json")
+    expected = merge(
+        Recipe.from_data({**SLOW, "models": [{"model": "m0"}, {"model": "m1"}]}), tmp_path / "expected", roots=[large]
+    )
+    assert {name: each["blake3"] for name, each in made["tensors"].items()} == expected.tensors
+
+
+@pytest.mark.xdist_group("service")
+@pytest.mark.parametrize("mode", ["streamed", pytest.param("cached", marks=pytest.mark.slow)])
+def test_cancel_in_a_download_takes_less_than_two_seconds(hub: Hub, large: Path, tmp_path: Path, mode: str) -> None:
+    with served(hub, large, tmp_path / "data", mode) as service:
+        job = service.post(SLOW)
+        eventually(lambda: hub.sent("GET /objects") > 2e6)
+        eventually(lambda: service.job(job)["phase"] == "merging")
+        began = time.monotonic()
+
+        service.http.post(job["urls"]["cancel"]).raise_for_status()
+
+        assert service.ended(job)["status"] == "canceled"
+        assert time.monotonic() - began < 2
+        eventually(lambda: not list((service.data / "hub" / "cache").rglob("*.incomplete")))
+        assert not service.artifacts()
+
+
+@pytest.mark.xdist_group("service")
+def test_the_command_line_takes_hub_ids(hub: Hub, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yml").write_text(json.dumps(RECIPE))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WEIGHTSMITH_", "HF_"))}
+    environment |= {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config"), "HF_ENDPOINT": hub.endpoint}
+    environment |= {"WEIGHTSMITH_ENDPOINT_ALLOW": "localhost"}
+
+    def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "app.cli", *arguments]
+        path = {"PYTHONPATH": str(Path.cwd())}
+        return subprocess.run(command, cwd=tmp_path, env=environment | path | more, capture_output=True, text=True)
+
+    refused = run("plan", "recipe.yml")
+    merged = run("merge", "recipe.yml", "out", HF_TOKEN=hub.alice.token)
+
+    assert refused.returncode == 1 and "alice/m1@main: is no model here, and no repository" in refused.stderr
+    assert merged.returncode == 0, merged.stderr
+    assert hub.alice.token not in merged.stdout + merged.stderr
+    local = Recipe.from_data({**RECIPE, "models": [{"model": "m0"}, {"model": "m1"}]})
+    expected = merge(local, tmp_path / "expected", roots=[models])
+    lock = json.loads((tmp_path / "out" / "merge.lock.json").read_text())
+    assert {name: each["blake3"] for name, each in lock["tensors"].items()} == expected.tensors

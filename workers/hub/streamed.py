@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.errors import Canceled, WeightsmithError
+from merge_core.memory import FLOOR_BYTES
 from merge_core.snapshots import OpenFile, Range
 from workers.hub.client import HubClient
 from workers.hub.errors import HubLied
 from workers.hub.ranges import PATIENCE, RangeReader, RemoteFile, never
 
 CONNECTIONS = 4
-LEAST_WINDOW, MOST_WINDOW = 16 * 2**20, 256 * 2**20
+LEAST_WINDOW, MOST_WINDOW = 16 * 2**20, 512 * 2**20
+"""A tensor of all models that does not fit in has to come again for each pass over it."""
 _LEAST_CHUNK, _MOST_CHUNK = 2**18, 2**23
 _CHUNKS = 32
 """That a window has, if they are not too small or too large then."""
@@ -83,17 +85,20 @@ class Streamed:
         self._urgent: Counter[Key] = Counter()
         self._announced: Iterator[_Use] = iter(())
         self._uses: deque[_Use] = deque()
+        self._latest, self._repeated = "", set[str]()
+        self._kept: dict[Key, str] = {}
+        """Chunks that were read as often as was announced, of tensors that may take another pass nevertheless."""
         self._proofs: dict[Path, _Proof] = {}
 
     def window(self, limit: int) -> int:
-        return max(LEAST_WINDOW, min(MOST_WINDOW, limit // 8))
+        return max(LEAST_WINDOW, min(MOST_WINDOW, (limit - FLOOR_BYTES) // 2))
 
     def begin(self, window: int, *, stop: Callable[[], bool], received: Callable[[int], None]) -> None:
         self._chunk = max(_LEAST_CHUNK, min(_MOST_CHUNK, 1 << (window // _CHUNKS).bit_length() - 1))
         self._stop, self._ended, self._failed = stop, False, None
         whole = memoryview(mmap.mmap(-1, window // self._chunk * self._chunk))
         self._free = [whole[at : at + self._chunk] for at in range(0, len(whole), self._chunk)]
-        self._there, self._uses, self._announced = {}, deque(), iter(())
+        self._there, self._uses, self._announced, self._kept = {}, deque(), iter(()), {}
         self._reader = RangeReader(self._client, received=received, patience=self._patience)
         self._threads = [threading.Thread(target=self._fetch, name=f"hub-{i}", daemon=True) for i in range(CONNECTIONS)]
         for thread in self._threads:
@@ -115,12 +120,15 @@ class Streamed:
     def expect(self, reads: Iterable[tuple[str, Sequence[Range]]]) -> None:
         with self._changed:
             self._uses.clear()
+            self._kept.clear()
             self._announced = (use for tensor, ranges in reads for use in self._cut(tensor, ranges))
             self._changed.notify_all()
 
     def done(self, tensor: str) -> None:
         with self._changed:
             self._uses = deque(use for use in self._uses if use.tensor != tensor)
+            self._kept = {key: each for key, each in self._kept.items() if each != tensor}
+            self._repeated.discard(tensor)
             self._changed.notify_all()
 
     def read(self, file: Path, offset: int, space: memoryview) -> None:
@@ -171,6 +179,8 @@ class Streamed:
                     use.left -= size
                     if use.left <= 0:
                         self._uses.remove(use)
+                        if use.tensor in self._repeated:
+                            self._kept[key] = use.tensor
                     break
             self._changed.notify_all()
 
@@ -182,6 +192,9 @@ class Streamed:
 
     def _cut(self, tensor: str, ranges: Sequence[Range]) -> Iterator[_Use]:
         """The chunks of a tensor's ranges, all models' side by side, as blocks are read."""
+        if tensor == self._latest:
+            self._repeated.add(tensor)
+        self._latest = tensor
         uses: list[tuple[float, _Use]] = []
         for file, begin, end in ranges:
             first, last = begin // self._chunk, -(-end // self._chunk)
@@ -191,8 +204,9 @@ class Streamed:
         yield from (use for _, use in sorted(uses, key=lambda each: each[0]))
 
     def _look_ahead(self) -> dict[Key, None]:
-        """The chunks that are read next, in order, as many as the window holds."""
+        """The chunks that are read next, in order, as many as the window holds besides some that are kept."""
         slots = len(self._free) + len(self._there)
+        slots -= min(slots // 2, sum(key in self._there for key in self._kept))
         ahead = dict.fromkeys(use.key for use in self._uses)
         while len(ahead) < slots and (use := next(self._announced, None)) is not None:
             self._uses.append(use)
@@ -244,17 +258,22 @@ class Streamed:
         return None
 
     def _place(self, key: Key, ahead: Mapping[Key, None], *, is_urgent: bool) -> bool:
-        """Make a place for a chunk; what nobody expects goes for it, or for an urgent one what is expected last."""
+        """Make a place for a chunk; what nobody expects goes for it, or for an urgent one what is expected last. Half
+        of the window may be kept for further passes.
+        """
         if not self._free:
             idle = [each for each, chunk in self._there.items() if chunk.is_there and not chunk.users]
             idle = [each for each in idle if each not in self._urgent]
-            unexpected = next((each for each in idle if each not in ahead), None)
+            unexpected = next((each for each in idle if each not in ahead and each not in self._kept), None)
+            if unexpected is None and (is_urgent or 2 * len(self._kept) > len(self._there)):
+                unexpected = next((each for each in idle if each not in ahead), None)
             if unexpected is None and is_urgent:
                 order = {each: place for place, each in enumerate(ahead)}
                 unexpected = max(idle, key=lambda each: order.get(each, -1), default=None)
             if unexpected is None:
                 return False
             self._free.append(self._there.pop(unexpected).space)
+            self._kept.pop(unexpected, None)
         remote = self._files[key[0]]
         self._there[key] = _Chunk(self._free.pop(), min(self._chunk, remote.size - key[1] * self._chunk))
         return True
