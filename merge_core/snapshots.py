@@ -43,9 +43,9 @@ class Snapshot:
     stand_ins: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
 
-    def answers(self, path: str, revision: str | None) -> bool:
-        """Whether it is what a name means."""
-        return revision == self.revision and (path == self.repo or path.startswith(f"{self.repo}/"))
+    def answers(self, path: str) -> bool:
+        """Whether a name may mean it, whatever its revision."""
+        return path == self.repo or path.startswith(f"{self.repo}/")
 
 
 class Supply(Protocol):
@@ -140,7 +140,9 @@ def snapshot_of(path: Path, roots: Sequence[Path] | None) -> Snapshot | None:
 
 def origin_of(path: str, revision: str | None, origins: Iterable[Snapshot]) -> Snapshot | None:
     """Which of the snapshots a name means; None where it means a local folder."""
-    return next((origin for origin in origins if origin.answers(path, revision)), None)
+    found = [origin for origin in origins if origin.answers(path)]
+    # One commit may have been asked for under several revisions: its folder is known by the first.
+    return next((origin for origin in found if origin.revision == revision), found[0] if found else None)
 
 
 def supply_of(roots: Sequence[Path] | None) -> Supply | None:

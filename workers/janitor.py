@@ -21,7 +21,7 @@ from sqlalchemy import Row, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from merge_core.errors import StorageFailed
-from merge_core.files import is_held
+from merge_core.files import is_held, remove_folder
 from workers import alive
 from workers.artifacts import ArtifactStore
 from workers.counters import JANITOR, OLD_EVENTS, take_turn
@@ -72,6 +72,7 @@ class Janitor:
             if mine:
                 self.sweep_folders()
                 self._sweep_cache()
+                self._sweep_snapshots()
                 self._sweep_messages()
         if turn:
             self.sweep_artifacts()
@@ -152,6 +153,15 @@ class Janitor:
         columns = select(Job.id, Job.state, Job.deleted_at, Job.expires_at).where(Job.id.in_(ids))
         with self._store.reading() as session:
             return {row.id: row for row in session.execute(columns)}
+
+    def _sweep_snapshots(self) -> None:
+        """Remove what is known of Hub models that nobody named for long; it is asked for again if somebody does."""
+        for place in (self._settings.hub_folder / "snapshots").glob("*/*/*/*@*"):
+            with contextlib.suppress(OSError):
+                is_whole = not place.name.startswith(".")
+                used = (place / "files" if is_whole else place).stat().st_mtime
+                if time.time() - used > (CACHED_SECONDS if is_whole else DAY):
+                    remove_folder(place)
 
     def _sweep_cache(self) -> None:
         for kept in self._settings.cache.glob("*/*"):

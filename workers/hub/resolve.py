@@ -175,11 +175,10 @@ class _Listed:
 
 @dataclass(frozen=True)
 class _Listing:
-    """A repository at a commit: its files, and what its card says of it."""
+    """A repository at a commit: its files by their paths."""
 
     commit: str
     files: Mapping[str, _Listed]
-    card: Mapping[str, Any]
 
     @classmethod
     def of(cls, client: HubClient, name: str, repo: str, revision: str | None) -> _Listing:
@@ -212,11 +211,7 @@ class _Listing:
             if type(size) is not int or size < 0 or (sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256)):
                 raise HubLied(name, f"lists {clip(path)} without a size or sha256 that could be meant")
             files[path] = _Listed(size, sha256, each.blob_id)
-        card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}  # type: ignore[no-untyped-call]
-        told = {"license": card.get("license"), "language": card.get("language"), "base_model": card.get("base_model")}
-        told |= {"license_name": card.get("license_name"), "license_link": card.get("license_link")}
-        told |= {"pipeline_tag": info.pipeline_tag, "library_name": info.library_name}
-        return cls(info.sha, files, {key: value for key, value in told.items() if value})
+        return cls(info.sha, files)
 
 
 @dataclass
@@ -282,7 +277,7 @@ class _SnapshotMaker:
         folder.mkdir(parents=True)
         try:
             stand_ins = _Building(self, listed, reader, directory, folder).fill(file)
-            about = {"directory": directory, "file": file, "stand_ins": stand_ins, "card": listed.card}
+            about = {"directory": directory, "file": file, "stand_ins": stand_ins}
             (partial / "about.json").write_text(json.dumps(about))
             try:
                 partial.rename(self._place)
