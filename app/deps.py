@@ -155,6 +155,11 @@ _EXAMPLES: dict[JobKind, Any] = {
         "model": "classifier",
         "patches": [{"patch": "blur", "strength": 0.5}],
     },
+    JobKind.VERIFICATION: {"model": "mistral-7b-merged", "sample": 20},
+    JobKind.VIEW: {
+        "merge_method": "linear",
+        "models": [{"model": name, "parameters": {"weight": 0.5}} for name in ("mistral-7b-chat", "mistral-7b-code")],
+    },
 }
 
 

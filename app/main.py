@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 
 from app import auth, errors
 from app.head import HeadAsGet
@@ -18,10 +19,11 @@ from app.routes.files import files_router
 from app.routes.jobs import jobs_router
 from app.routes.records import records_router
 from app.schemas import Manifest, ProblemRead
+from app.views import Views, ViewShelf
 from app.watching import Watch
 from merge_core import __version__
 from workers.celery_app import make_celery
-from workers.jobs import JobStore
+from workers.jobs import JobKind, JobStore
 from workers.kinds import WORK
 from workers.outbound import Guard
 from workers.queue import Queue
@@ -49,8 +51,10 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         store = JobStore(settings, patience=DATABASE_PATIENCE)
         app.state.queue, app.state.watch = Queue(store, make_celery(settings)), Watch(store)
-        app.state.shelves = open_shelves(app.state.queue)
+        views = Views(app.state.queue)
+        app.state.shelves = {**open_shelves(app.state.queue), JobKind.VIEW.plural: ViewShelf(views)}
         yield
+        await run_in_threadpool(views.close)
         await app.state.watch.close()
         store.close()
 

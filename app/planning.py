@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from merge_core.errors import Problem, RecipeError
 from merge_core.shards import check_space
+from workers.artifacts import open_artifacts
 from workers.hub.opening import JobHub
 from workers.jobs import JobKind
 from workers.kinds import WORK, Document, Plan
+from workers.published import published_by
 from workers.settings import Settings
 
 REFUSALS = (
@@ -22,14 +27,19 @@ def plan_for_service(kind: JobKind, document: Document, settings: Settings, hub:
     """The plan; from then on `hub` knows what the names of models meant. Raises `WeightsmithError` for everything that
     headers can tell.
     """
-    limits = document.limits
+    work, limits = WORK[kind](), document.limits
     if limits.memory > settings.max_memory:
         article = "an" if kind is JobKind.ALIGNMENT else "a"
         detail = f"this service gives {article} {kind} at most {settings.max_memory / 2**20:,.0f} MiB"
         raise RecipeError.of([Problem(detail, "#/limits/memory")])
     if getattr(getattr(document, "outputs", None), "hub", None) is not None:
         raise RecipeError.of([Problem("this service publishes to no Hub", "#/outputs/hub")])
-    plan = WORK[kind]().plan(document, roots=hub.roots, threads=limits.threads or settings.threads)
+    make: Callable[..., Plan] = work.plan
+    if work.reads_jobs:
+        make = partial(make, published=published_by(hub.store, open_artifacts(settings), hub.owner, document))
+    if kind is JobKind.VIEW:
+        make = partial(make, memory=settings.memory_of_view)
+    plan = make(document, roots=hub.roots, threads=limits.threads or settings.threads)
     planned = plan.to_dict()
     check_space(planned.get("bytes_on_disk", plan.output_bytes), settings.artifacts)
     return plan

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from anyio import CapacityLimiter
+
 from workers.artifacts import LOCK_SUFFIX, ArtifactStore
 from workers.jobs import JobKind, JobState
 from workers.queue import Queue
@@ -56,6 +58,11 @@ class Repo(ABC):
         Raises `FileNotFoundError` or `WeightsmithError`, before the first byte is asked for wherever that can be known.
         """
 
+    @property
+    def threads(self) -> CapacityLimiter | None:
+        """In which threads what is `read` is iterated over, where that may take long; None: in those of the routes."""
+        return None
+
     def is_there(self, path: str) -> bool:
         """Whether a file of `files` can still be read."""
         return True
@@ -97,6 +104,11 @@ class JobRepo(Repo):
 
     def read(self, path: str, start: int, end: int) -> Iterator[bytes]:
         return self._artifacts.read(self._job.id, path, start, end)
+
+    @property
+    def threads(self) -> CapacityLimiter | None:
+        """In which threads what is `read` is iterated over, where that may take long; None: in those of the routes."""
+        return None
 
     def is_there(self, path: str) -> bool:
         target = self.local(path)

@@ -196,6 +196,9 @@ class Report(BaseModel):
     left_out: list[str]
     warnings: list[str]
     alignment: dict[str, Any] | None = Field(description="how far each tensor was and is")
+    verification: dict[str, Any] | None = Field(
+        description="which files and tensors agree, differ, or were not checked"
+    )
     error: dict[str, Any] | None
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from secrets import token_hex
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Request, Response
 from fastapi.responses import FileResponse, RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -86,16 +86,16 @@ def send_file(
         raise HttpProblem("gone", f"{path} is not in the artifact store any more")
     if target := repo.local(path):
         return _Download(target, parts=parts, headers=headers)
-    return _streamed(partial(repo.read, path), parts, file.size, is_head(request), headers, path)
+    return _streamed(repo, path, parts, file.size, is_head(request), headers)
 
 
 def _streamed(
-    read: Callable[[int, int], Iterator[bytes]],
+    repo: Repo,
+    path: str,
     parts: Sequence[tuple[int, int]],
     size: int,
     head: bool,
     headers: Mapping[str, str],
-    path: str,
 ) -> Response:
     """What is not on this machine, read as it is sent."""
     name = quote(path.rpartition("/")[2])
@@ -108,11 +108,13 @@ def _streamed(
     if head:
         return Response(headers=headers, media_type=MEDIA_TYPE)
     if not parts:
-        return StreamingResponse(read(0, size), headers=headers, media_type=MEDIA_TYPE)
+        return StreamingResponse(
+            _in_threads(repo.read(path, 0, size), repo.threads), headers=headers, media_type=MEDIA_TYPE
+        )
     if len(parts) == 1:
         ((start, end),) = parts
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-        return StreamingResponse(read(start, end), 206, headers, MEDIA_TYPE)
+        return StreamingResponse(_in_threads(repo.read(path, start, end), repo.threads), 206, headers, MEDIA_TYPE)
     boundary = token_hex(16)
     heads = [
         f"--{boundary}\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Range: bytes {start}-{end - 1}/{size}\r\n\r\n".encode()
@@ -124,11 +126,23 @@ def _streamed(
         sum(len(head) + end - start + len(between) for head, (start, end) in zip(heads, parts, strict=True)) + len(last)
     )
 
-    def body() -> Iterator[bytes]:
+    async def body() -> AsyncIterator[bytes]:
         for head, (start, end) in zip(heads, parts, strict=True):
             yield head
-            yield from read(start, end)
+            found = await to_thread.run_sync(repo.read, path, start, end)
+            async for data in _in_threads(found, repo.threads):
+                yield data
             yield between
         yield last
 
     return StreamingResponse(body(), 206, headers, f"multipart/byteranges; boundary={boundary}")
+
+
+async def _in_threads(parts: Iterator[bytes], threads: CapacityLimiter | None) -> AsyncIterator[bytes]:
+    """What is iterated over in threads; whoever stops listening ends it."""
+    try:
+        while (data := await to_thread.run_sync(next, parts, None, limiter=threads)) is not None:
+            yield data
+    finally:
+        if (close := getattr(parts, "close", None)) is not None:
+            close()

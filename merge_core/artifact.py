@@ -55,7 +55,7 @@ def write_companions(
     beside: Mapping[ModelRef, Weights],
 ) -> list[WrittenFile]:
     """Write everything beside the weights into `folder`; the lock, which names all other files, comes last."""
-    files = [*weights, *(_place(file, folder / name) for name, file in small_files(plan, checkpoints).items())]
+    files = [*weights, *(place_file(file, folder / name) for name, file in small_files(plan, checkpoints).items())]
     files.append(write_text(folder / RECIPE_NAME, plan.recipe.to_yaml(with_place=False)))
     read = leaves(plan.models, checkpoints) | dict(beside)
     parents = parents_of(plan.recipe, read)
@@ -142,9 +142,9 @@ def _cards(weights: Weights) -> dict[str, Any]:
     return {"cards": cards} if cards else {}
 
 
-def _place(source: Path | bytes, target: Path) -> WrittenFile:
+def place_file(source: Path | bytes, target: Path) -> WrittenFile:
+    """Write a small file, or copy it."""
     if isinstance(source, bytes):
         return write_small(target, source)
     shutil.copyfile(source, target)
-    data = target.read_bytes()
-    return WrittenFile(target.name, len(data), hashlib.sha256(data).hexdigest())
+    return WrittenFile.of(target)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -31,6 +32,12 @@ class WrittenFile:
     path: str
     size: int
     sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """A small file that is there."""
+        data = path.read_bytes()
+        return cls(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def is_held(folder: Path) -> bool:

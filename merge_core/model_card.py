@@ -77,9 +77,16 @@ def parents_of(recipe: Recipe, leaves: Mapping[ModelRef, Weights]) -> list[Paren
 
 
 def model_card(
-    plan: Plan, parents: Sequence[Parent], warnings: Sequence[str] = (), files: Sequence[WrittenFile] = ()
+    plan: Plan,
+    parents: Sequence[Parent],
+    warnings: Sequence[str] = (),
+    files: Sequence[WrittenFile] = (),
+    *,
+    is_made: bool = True,
 ) -> str:
-    """The README of what a plan makes. `files`: all others but the lock, which come to a table of their sha256."""
+    """The README of what a plan makes. `files`: all others but the lock, which come to a table of their sha256;
+    `is_made`: it is not one whose weights are computed as they are read.
+    """
     method = plan.recipe.method
     title = plan.recipe.name or f"{plan.recipe.merge_method} merge"
     made = f"Merged with Weightsmith {__version__} by [{method.title}]({method.paper})."
@@ -100,7 +107,10 @@ def model_card(
         paragraphs.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes))
     if plan.recipe.outputs.reversible:
         paragraphs.append("`weightsmith patch remove` takes the patches off again, to the same bytes as without them.")
-    paragraphs.append(f"## Verifying\n\n{_verifying()}")
+    if is_made:
+        paragraphs.append(f"## Verifying\n\n{_verifying()}")
+    else:
+        paragraphs.append("The weights are computed as they are read; run, the same recipe gives the same bytes.")
     if files:
         rows = [f"| `{file.path}` | {file.size:,} | `{file.sha256}` |" for file in files]
         paragraphs.append("\n".join(["| file | bytes | sha256 |", "| --- | ---: | --- |", *rows]))
@@ -208,5 +218,6 @@ def _licenses(parents: Sequence[Parent]) -> str:
 def _verifying() -> str:
     return (
         f"`{LOCK_NAME}` holds the sha256 of every file that was read and written and of every tensor; the same recipe "
-        "on the same models gives the same bytes. `sha256sum` of a file gives what stands here:"
+        "on the same models gives the same bytes, and `weightsmith verify` makes them again to see. `sha256sum` of a "
+        "file gives what stands here:"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 import shutil
 import sqlite3
@@ -91,6 +92,22 @@ def service(llamas: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("service") / "data"
     with running_service(folder, llamas, WEIGHTSMITH_WEBHOOK_ALLOW="127.0.0.1") as service:
         yield service
+
+
+def test_a_merge_is_verified_and_a_view_of_its_recipe_has_its_bytes(service: Service) -> None:
+    recipe = method_recipe("ties-model", outputs={"max_shard_size": "40KB"})
+    job = service.ended(service.post(recipe))
+    weights = {path: sha256 for path, sha256 in service.files(job).items() if "safetensors" in path}
+
+    verified = service.ended(service.http.post("/v1/verify", json={"job": job["id"], "all": True}).json())
+    assert verified["status"] == "succeeded" and verified["warnings"] == []
+    report = service.get(verified["urls"]["report"])["verification"]
+    assert report["outcome"] == "agrees" and len(report["tensors"]) == job["plan"]["tensors"]
+
+    view = service.ended(service.http.post("/v1/views", json=recipe).json())
+    assert view["status"] == "succeeded", view["error"]
+    read = {path: service.http.get(f"/hub/views/{view['id']}/resolve/main/{path}").content for path in weights}
+    assert {path: hashlib.sha256(data).hexdigest() for path, data in read.items()} == weights
 
 
 OF_EACH_KIND = (

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from workers.counters import JANITOR, OLD_EVENTS, take_turn
 from workers.idempotency import REMEMBERED_SECONDS
 from workers.jobs import JobStore
 from workers.queue import discard
-from workers.states import FINISHED, JobState
+from workers.states import FINISHED, JobKind, JobState
 from workers.tables import Event, IdempotencyKey, Job, Unit
 
 SWEEP_SECONDS = 60.0
@@ -38,7 +39,7 @@ YOUNG = 600.0
 DAY = 86_400.0
 CACHED_SECONDS = 30 * DAY
 """How long what is in the cache stays after it was last read; file systems note that once a day, or never."""
-_JOB = re.compile(r"\.?((?:mrg|aln|pat)_[0-9A-HJKMNP-TV-Z]{26})(?:\..*)?")
+_JOB = re.compile(rf"\.?((?:{'|'.join(kind.prefix for kind in JobKind)})[0-9A-HJKMNP-TV-Z]{{26}})(?:\..*)?")
 _MANY = 500
 _Row: TypeAlias = "Row[str, str, float | None, float | None]"
 log = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ class Janitor:
         for kept in self._settings.cache.glob("*/*"):
             with contextlib.suppress(OSError):
                 if time.time() - max(kept.stat().st_atime, kept.stat().st_mtime) > CACHED_SECONDS:
-                    kept.unlink()
+                    shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
 
     def _sweep_messages(self) -> None:
         """Remove the messages that were never whole (`workers.broker`), because who wrote them was killed."""

@@ -83,7 +83,8 @@ class Run(Protocol):
 @dataclass(frozen=True)
 class Work:
     """The work of one kind. `in_stages`: whether several documents may make one job; `is_shared`: whether several
-    workers may make it, so that `run` takes a `share`.
+    workers may make it, so that `run` takes a `share`; `reads_jobs`: whether a document may name a finished
+    job, so that `plan` and `run` take what that `published`.
     """
 
     document: type[Document]
@@ -91,6 +92,7 @@ class Work:
     run: Run
     in_stages: bool = False
     is_shared: bool = False
+    reads_jobs: bool = False
 
 
 def _merge() -> Work:
@@ -112,8 +114,23 @@ def _patch() -> Work:
     return Work(Patch, plan_patch, patch)
 
 
+def _verification() -> Work:
+    from merge_core.verification import VerifyDocument, plan_verification, run
+
+    return Work(VerifyDocument, plan_verification, run, reads_jobs=True)
+
+
+def _view() -> Work:
+    from merge_core.recipe import Recipe
+    from merge_core.views import plan_view, prepare_view
+
+    return Work(Recipe, plan_view, prepare_view, in_stages=True)
+
+
 WORK: Mapping[JobKind, Callable[[], Work]] = {
     JobKind.MERGE: _merge,
     JobKind.ALIGNMENT: _alignment,
     JobKind.PATCH: _patch,
+    JobKind.VERIFICATION: _verification,
+    JobKind.VIEW: _view,
 }

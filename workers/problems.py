@@ -150,6 +150,20 @@ _TYPES = (
         retryable=True,
     ),
     ProblemType(
+        "preparing",
+        503,
+        "The view is being prepared",
+        "What all of its weights depend on is still being found out; Retry-After says when to ask again.",
+        retryable=True,
+    ),
+    ProblemType(
+        "too-many-readers",
+        503,
+        "Too much is being computed",
+        "As many views are being read as the service computes at a time; Retry-After says when to ask again.",
+        retryable=True,
+    ),
+    ProblemType(
         "not-ready",
         503,
         "Not ready",

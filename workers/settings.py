@@ -18,6 +18,8 @@ from merge_core.sizes import Bytes
 
 WORKER_VARIABLE = "WEIGHTSMITH_WORKER"
 """Set by a supervisor: the name under which its worker's leases can be told from others."""
+VIEWS_AT_ONCE = 4
+"""Views that one API computes at a time."""
 SUPERVISOR_VARIABLE = "WEIGHTSMITH_SUPERVISOR"
 """Set by a supervisor: its process id, without which its worker is not to go on."""
 
@@ -141,6 +143,10 @@ class Settings(BaseSettings):
         None, description="what an owner's artifacts and unfinished jobs may take of the disk (default: any)"
     )
     max_memory: Bytes = Field(4 * 2**30, description="the most that a recipe's limits.memory may ask for")
+    view_memory: Bytes = Field(
+        2**31, description="what the API may hold to compute what is read of views, libraries included"
+    )
+    view_cache: Bytes = Field(256 * 2**20, description="what the API keeps of views' blocks that were computed")
     threads: int | None = Field(None, ge=1, description="compute threads of one merge (default: the cores, shared out)")
     workers: int | None = Field(None, ge=0, description="worker processes (default: one, or one for each GPU)")
     unit_bytes: Bytes = Field(
@@ -200,6 +206,12 @@ class Settings(BaseSettings):
     def hub_folder(self) -> Path:
         """What comes from Hubs: snapshots' headers and small files, and the cache of whole files."""
         return self.data.absolute() / "hub"
+
+    @property
+    def memory_of_view(self) -> int:
+        """What one view may hold, as its plan reckons: `VIEWS_AT_ONCE` share what the API may, beside its libraries."""
+        libraries = 400 * 2**20
+        return libraries + max(0, self.view_memory - libraries) // VIEWS_AT_ONCE
 
     @property
     def broker(self) -> Path:

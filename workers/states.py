@@ -12,16 +12,27 @@ class JobKind(StrEnum):
     MERGE = "merge"
     ALIGNMENT = "alignment"
     PATCH = "patch"
+    VERIFICATION = "verification"
+    VIEW = "view"
 
     @property
     def prefix(self) -> str:
         """What the ids of such jobs begin with."""
-        return {JobKind.MERGE: "mrg_", JobKind.ALIGNMENT: "aln_", JobKind.PATCH: "pat_"}[self]
+        return _PREFIXES[self]
 
     @property
     def plural(self) -> str:
         """Many of them, as the service's paths say it."""
-        return "patches" if self is JobKind.PATCH else f"{self}s"
+        return {JobKind.PATCH: "patches", JobKind.VERIFICATION: "verify"}.get(self, f"{self}s")
+
+
+_PREFIXES: Mapping[JobKind, str] = {
+    JobKind.MERGE: "mrg_",
+    JobKind.ALIGNMENT: "aln_",
+    JobKind.PATCH: "pat_",
+    JobKind.VERIFICATION: "vrf_",
+    JobKind.VIEW: "viw_",
+}
 
 
 class JobState(StrEnum):

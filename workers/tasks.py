@@ -31,6 +31,7 @@ from workers.jobs import FINISHED, JobState, JobStore, Lease, LeaseLost
 from workers.kinds import WORK
 from workers.logs import logs_of
 from workers.problems import problem, problem_of
+from workers.published import published_by
 from workers.queue import RUN_JOB, Queue, artifact_folder, partial_folder, partial_folders, remove_partial
 from workers.settings import WORKER_VARIABLE, Settings
 from workers.tables import Job
@@ -199,6 +200,8 @@ def _run(settings: Settings, store: JobStore, lease: Lease, keeper: Keeper) -> A
     if work.is_shared:
         wake = partial(Queue(store, celery_app).wake, lease.job_id)
         run = partial(run, share=Leading(store, lease, stop=keeper.stop, prove=keeper.prove, wake=wake))
+    if work.reads_jobs:
+        run = partial(run, published=published_by(store, open_artifacts(settings), lease.owner, document))
     return run(
         document,
         out,

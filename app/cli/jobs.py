@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from app.client import Client, Job, Jobs
 
-KINDS = ("merges", "alignments", "patches")
+KINDS = ("merges", "alignments", "patches", "verify", "views")
 KEY = click.option("--key", envvar="WEIGHTSMITH_API_KEY", show_envvar=True, help="API key, where one is needed.")
 KIND = click.option("--as", "kind", type=click.Choice(KINDS), default="merges", show_default=True)
 LABELS = click.option("--label", "labels", multiple=True, metavar="NAME:VALUE", help="Repeatable.")

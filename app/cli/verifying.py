@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from app.cli.terminal import MEMORY, THREADS, cache_folder, failures_told, progress_bar, size_of
+from app.cli.terminal import MEMORY, THREADS, cache_folder, failures_told, model_places, progress_bar, size_of
 from merge_core.imports import quick_imports
 
 _STATUS = {"agrees": 0, "differs": 1, "unchecked": 3}
@@ -54,12 +54,14 @@ def verify(
 
         named = {name: place for name, _, place in (each.partition("=") for each in sources)}
         document = VerifyDocument.from_data({"model": model, "sources": named})
+        places = model_places()
         with progress_bar() as report:
             found = core(
-                find_published(document, None),
+                find_published(document, places),
                 sample=None if all_ else sample,
                 seed=seed,
                 sources=document.sources,
+                roots=places,
                 memory=most,
                 threads=threads,
                 cache=cache_folder(),

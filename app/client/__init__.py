@@ -70,6 +70,8 @@ class Client:
         self.merges = Jobs(self._transport, "merges")
         self.alignments = Jobs(self._transport, "alignments")
         self.patches = Jobs(self._transport, "patches")
+        self.verify = Jobs(self._transport, "verify")
+        self.views = Jobs(self._transport, "views")
         self.recipes = Recipes(self._transport)
         self.methods = Methods(self._transport)
         self.credentials = Credentials(self._transport)
@@ -88,8 +90,8 @@ class Client:
         self.close()
 
     def jobs_of(self, job_id: str) -> Jobs:
-        """`merges`, `alignments` or `patches`: those that a job with this id is of."""
-        kinds = {"mrg": self.merges, "aln": self.alignments, "pat": self.patches}
+        """`merges`, `alignments`, `patches`, `verify` or `views`: those that a job with this id is of."""
+        kinds = {"mrg": self.merges, "aln": self.alignments, "pat": self.patches, "vrf": self.verify, "viw": self.views}
         try:
             return kinds[job_id.partition("_")[0]]
         except KeyError:

@@ -34,7 +34,7 @@ router = APIRouter(prefix=hub.PREFIX, tags=["hub"])
 
 
 def _repo(
-    shelf: Annotated[str, Path(max_length=100, description="`merges` or `patches`")],
+    shelf: Annotated[str, Path(max_length=100, description="`merges`, `patches` or `views`")],
     repo: Annotated[str, Path(max_length=100, description="the id of a job that succeeded")],
     shelves: ShelvesDep,
     caller: CallerDep,
@@ -100,7 +100,7 @@ def list_hub_models(
     request: Request,
     response: Response,
     only: OnlyDep,
-    author: Annotated[str, Query(max_length=100, description="`merges` or `patches`")] = "merges",
+    author: Annotated[str, Query(max_length=100, description="`merges`, `patches` or `views`")] = "merges",
     search: Annotated[str, Query(max_length=100, description="a piece of the id")] = "",
     limit: Annotated[int, Query(ge=1, description=f"of a page, which has at most {MOST_MODELS}")] = MOST_MODELS,
     cursor: Annotated[str | None, Query(max_length=100, description="where the page before this ended")] = None,

@@ -173,9 +173,10 @@ def records_router(kind: JobKind) -> APIRouter:
         try:
             lock = provenance.read_json(queue.artifacts, job, LOCK_SUFFIX)
             alignment = provenance.read_json(queue.artifacts, job, "report.json")
+            verification = provenance.read_json(queue.artifacts, job, "verification.json")
         except FileNotFoundError:
-            lock, alignment = None, None
-        return provenance.report(job, events, lock, alignment)
+            lock, alignment, verification = None, None, None
+        return {**provenance.report(job, events, lock, alignment), "verification": verification}
 
     return router
 

@@ -27,7 +27,7 @@ from workers.jobs import JobKind
 from workers.settings import Settings
 
 JOB = {"id": "mrg_1", "status": "queued", "progress": {}, "warnings": [], "created_at": "2026-01-02T03:04:05Z"}
-KINDS = ("merges", "alignments", "patches")
+KINDS = ("merges", "alignments", "patches", "verify", "views")
 KEY = "wsk_" + "s3cret" * 5
 
 
@@ -89,7 +89,7 @@ def test_a_document_may_be_data_text_or_a_file(tmp_path: Path) -> None:
 def test_the_client_has_a_word_for_every_route(tmp_path: Path) -> None:
     anything = {**JOB, "data": [], "status": "succeeded", "name": "x", "plan": {}, "secret": "x"}
     with faulty_server(answers(Answer(200, anything))) as server, Client(server.url) as client:
-        for jobs in (client.merges, client.alignments, client.patches):
+        for jobs in (getattr(client, plural) for plural in KINDS):
             jobs.submit({})
             list(jobs.list())
             for word in (jobs.get, jobs.cancel, jobs.retry, jobs.delete, jobs.logs, jobs.recipe, jobs.manifest):

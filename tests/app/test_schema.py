@@ -45,6 +45,8 @@ DOCUMENTS: dict[JobKind, Any] = {
     JobKind.MERGE: method_recipe("linear"),
     JobKind.ALIGNMENT: {"models": ["m0", "m1"], "alignment": {"to": "first"}},
     JobKind.PATCH: {"operation": "extract", "base_model": "base", "clean": "m0", "corrupted": ["m1"], "layers": 1},
+    JobKind.VERIFICATION: {"model": "made", "sample": 2},
+    JobKind.VIEW: method_recipe("linear"),
 }
 ENDS = (JobState.QUEUED, JobState.RUNNING, JobState.CANCELING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED)
 
@@ -53,7 +55,7 @@ class World:
     """The service, and jobs in any state for it to be asked about."""
 
     def __init__(self, models: Path, folder: Path) -> None:
-        self.settings = Settings(data=folder, model_roots=[models], max_wait=0.02, max_stream=0.3)
+        self.settings = Settings(data=folder, model_roots=[models, folder], max_wait=0.02, max_stream=0.3)
         self.app: FastAPI = create_app(self.settings)
         self.store = JobStore(self.settings)
         self.made = merge(Recipe.from_data(DOCUMENTS[JobKind.MERGE]), folder / "made", roots=[models])
@@ -100,7 +102,8 @@ class World:
 
 def _examples(path: str) -> int:
     """How many requests to try: less of what other kinds of jobs have too."""
-    return EXAMPLES or (3 if "/alignments" in path or "/patches" in path else 10)
+    has_them_too = any(f"/{kind.plural}" in path for kind in JobKind if kind is not JobKind.MERGE)
+    return EXAMPLES or (3 if has_them_too else 10)
 
 
 def test_no_request_is_an_internal_error(models: Path, tmp_path: Path) -> None:

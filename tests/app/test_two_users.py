@@ -63,6 +63,8 @@ class World:
     def __init__(self, folder: Path) -> None:
         for seed, name in enumerate(["base", "m0", "m1", "m2"]):
             write_checkpoint(folder / "models" / name, mixed_tensors(seed))
+        recipe = Recipe.from_data(method_recipe("linear"))
+        merge(recipe, folder / "models" / "published", roots=[folder / "models"])
         self.settings = Settings(data=folder / "data", model_roots=[folder / "models"], auth="keys")
         self.client = TestClient(create_app(self.settings))
         self.client.__enter__()
@@ -108,6 +110,8 @@ class World:
                 "corrupted": ["m1"],
                 "layers": 1,
             },
+            JobKind.VERIFICATION: {"model": "published", "sample": 1},
+            JobKind.VIEW: method_recipe("linear", name=mark),
         }[kind]
         query = {"label": f"owner:{mark}"}
         answer = self.ask(
@@ -263,6 +267,7 @@ BODIES: dict[str, Any] = {
     "/v1/credentials/{name}": {"kind": "hub-token", "token": "hf_of_the_pryer"},
     "/v1/patches": {"operation": "extract", "base_model": "base", "clean": "m0", "corrupted": ["m1"], "layers": 1},
     "/v1/alignments": {"models": ["m0", "m1"], "alignment": {"to": "first"}},
+    "/v1/verify": {"model": "published", "sample": 1},
 }
 
 
