@@ -145,12 +145,13 @@ def plan_verification(
         sizes = found.sizes()
     read = sum(sizes.get(file.path, 0) for file in lock.files)
     try:
-        made = plan_only(lock.made_again(document.sources), roots=roots, memory=memory, threads=threads)
+        again = lock.made_again(lock.places(document.sources, roots))
+        made = plan_only(again, roots=roots, memory=memory, threads=threads)
     except WeightsmithError as error:
         return VerifyPlan(document, lock, read, warnings=(f"no tensor can be made again here: {str(error)[:500]}",))
     share = min(1.0, (document.count or len(made.steps)) / max(1, len(made.steps)))
-    again = 0 if made.difference is None else made.output_bytes
-    return VerifyPlan(document, lock, read + int(share * (made.input_bytes + made.output_bytes)), again)
+    written = 0 if made.difference is None else made.output_bytes
+    return VerifyPlan(document, lock, read + int(share * (made.input_bytes + made.output_bytes)), written)
 
 
 def find_published(document: VerifyDocument, roots: Sequence[Path] | None) -> Published:

@@ -6,6 +6,7 @@ a tensor agrees only if the bytes in its file, the digest in the lock and what t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -48,6 +49,7 @@ from merge_core.progress import Progress, Report
 from merge_core.recipe import Recipe
 from merge_core.references import ModelRef
 from merge_core.reversal import REVERSAL_NAME
+from merge_core.snapshots import library_of, snapshot_of, supplied, supply_of, window_of
 from merge_core.sources import Sources
 
 USUAL_SAMPLE = 16
@@ -64,19 +66,29 @@ class Published(Protocol):
     """The files of a merge that somebody published, none of which is to be trusted."""
 
     name: str
+    is_whole: bool
+    """Whether every file that was published can be looked at."""
 
     def sizes(self) -> Mapping[str, int]:
         """Every file in its folder, in bytes. Raises `WeightsmithError`."""
 
+    def sha256(self, file: str) -> str | None:
+        """What its origin says of a file that has to be fetched; None for one to be hashed here."""
+
     def read(self, file: str, begin: int, end: int) -> Iterator[bytes]:
         """Bytes of a file, in parts. Raises `WeightsmithError`, also where there are fewer."""
 
+    def header(self, file: str, begin: int, end: int) -> Iterator[bytes]:
+        """The same of the header of a file of weights, which is there already."""
+
 
 class PublishedFolder:
-    """A folder of this machine. `name`: what it is called in messages."""
+    """A folder of this machine, or a repository by its snapshot. `name`: what it is called in messages."""
 
     def __init__(self, folder: Path, *, roots: Sequence[Path] | None = None, name: str | None = None) -> None:
         self.folder, self.roots, self.name = folder, roots, name or str(folder)
+        self._snapshot = snapshot_of(folder, roots)
+        self.is_whole = self._snapshot is None
         if not folder.is_dir():
             raise CheckpointNotFound(clip(self.name), "there is no such folder; name that of a finished merge")
         check_below(folder, roots)
@@ -88,7 +100,16 @@ class PublishedFolder:
         except OSError as error:
             raise CheckpointError(clip(self.name), f"cannot be read: {error.strerror}") from None
 
+    def sha256(self, file: str) -> str | None:
+        return None if self._snapshot is None else self._snapshot.stand_ins.get(file)
+
     def read(self, file: str, begin: int, end: int) -> Iterator[bytes]:
+        if self.sha256(file) is not None:
+            yield from self._fetched(self.folder / file, begin, end)
+            return
+        yield from self.header(file, begin, end)
+
+    def header(self, file: str, begin: int, end: int) -> Iterator[bytes]:
         descriptor, _ = open_regular(self.folder / file, self.roots)
         with os.fdopen(descriptor, "rb", buffering=0) as opened:
             opened.seek(begin)
@@ -98,6 +119,22 @@ class PublishedFolder:
                     raise CheckpointError(clip(file), "became shorter while it was read")
                 begin += len(data)
                 yield data
+
+    def _fetched(self, file: Path, begin: int, end: int) -> Iterator[bytes]:
+        """Bytes that the stand-in has not; while there is a supply of them."""
+        supply = supply_of(self.roots)
+        assert supply is not None
+        for start in range(begin, end, _READ):
+            size = min(_READ, end - start)
+            if supply.in_files:
+                data = os.pread(supply.open(file), size, start)
+            else:
+                space = bytearray(size)
+                supply.read(file, start, memoryview(space))
+                data = bytes(space)
+            if len(data) < size:
+                raise CheckpointError(clip(file.name), "became shorter while it was read")
+            yield data
 
 
 # What a lock says.
@@ -128,6 +165,7 @@ class LockedSource(_Part):
 
     model: _Text
     commit: _Text | None = None
+    adapter_commit: _Text | None = None
     files: Annotated[list[LockedFile], Field(max_length=MAX_TENSORS)]
 
 
@@ -168,6 +206,18 @@ class Lock(_Part):
         """The method of its last document, for people."""
         last = self.recipe[-1] if isinstance(self.recipe, list) and self.recipe else self.recipe
         return clip(last.get("merge_method", "") if isinstance(last, dict) else "")
+
+    def places(self, sources: Mapping[str, ModelRef], roots: Sequence[Path] | None) -> dict[str, ModelRef]:
+        """Where its models are, by the names it has for them: at the commits that it had them at, where repositories
+        can be found at all, unless `sources` says otherwise.
+        """
+        found: dict[str, ModelRef] = {}
+        for source in self.sources if library_of(roots) is not None else ():
+            named = {"revision": source.commit, "adapter_revision": source.adapter_commit}
+            if commits := {key: commit for key, commit in named.items() if commit is not None}:
+                with contextlib.suppress(ValidationError):
+                    found[source.model] = ModelRef.model_validate(source.model).model_copy(update=commits)
+        return {**found, **sources}
 
     def made_again(self, sources: Mapping[str, ModelRef]) -> Recipe:
         """Its recipe, with other places for the models of some names. Raises `RecipeError`."""
@@ -293,6 +343,7 @@ def verify(
     `CheckpointError` if there is no lock, or one that is no lock of ours; `Canceled`; `StorageFailed`.
     """
     lock = Lock.of(published)
+    sources = lock.places(sources or {}, roots)
     names = sorted(lock.tensors)
     chosen = names if sample is None else sorted(random.Random(seed).sample(names, min(sample, len(names))))  # noqa: S311
     found = Verification(published.name, lock, len(names), seed)
@@ -304,7 +355,7 @@ def verify(
         folder = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightsmith-verify-")))
         how = {"roots": roots, "memory": memory, "threads": threads, "stop": stop}
         try:
-            work.check_tensors(chosen, lock.made_again(sources or {}), folder, sources or {}, cache, how)
+            work.check_tensors(chosen, lock.made_again(sources), folder, sources, cache, how)
         except (Canceled, KeyboardInterrupt):
             raise
         except WeightsmithError as error:
@@ -348,18 +399,21 @@ class _Work:
             self.found.notes.append(f"the lock says nothing of {shown}")
 
     def _check_file(self, file: LockedFile, size: int | None) -> Checked:
+        if size is None and not self.published.is_whole:
+            return Checked(file.path, Outcome.UNCHECKED, "it is not among the files that are fetched")
         if size is None:
             return Checked(file.path, Outcome.DIFFERS, "it is not there")
         if size != file.size:
             return Checked(file.path, Outcome.DIFFERS, f"it has {size:,} bytes, not {file.size:,}")
         sha256 = hashlib.sha256()
+        digest = self.published.sha256(file.path)
         try:
-            for data in self.published.read(file.path, 0, size):
+            for data in self.published.read(file.path, 0, size) if digest is None else ():
                 self._tick(len(data))
                 sha256.update(data)
         except CheckpointError as error:
             return Checked(file.path, Outcome.DIFFERS, clip(error.reason))
-        digest = sha256.hexdigest()
+        digest = digest or sha256.hexdigest()
         if digest != file.sha256:
             return Checked(file.path, Outcome.DIFFERS, f"its sha256 is {digest}, not {file.sha256}", digest)
         return Checked(file.path, Outcome.AGREES, digest=digest)
@@ -372,10 +426,10 @@ class _Work:
             if not file.endswith(".safetensors") or file in _BESIDE or (size := sizes.get(file, 0)) < 8:
                 continue
             try:
-                length = int.from_bytes(b"".join(self.published.read(file, 0, 8)), "little")
+                length = int.from_bytes(b"".join(self.published.header(file, 0, 8)), "little")
                 if length > min(size - 8, MAX_HEADER_BYTES):
                     raise CheckpointError(file, f"has a header of {length:,} bytes")
-                raw = b"".join(self.published.read(file, 8, 8 + length))
+                raw = b"".join(self.published.header(file, 8, 8 + length))
                 for info in parse_header(Path(file), raw, size):
                     if found.setdefault(info.name, info) is not info:
                         raise CheckpointError(file, f"holds {clip(info.name)}, which {found[info.name].file} holds too")
@@ -505,14 +559,16 @@ class _Work:
         because = next(filter(None, [self._check_source(*each, places) for each in read]), "")
         if again["exact_on"] == "this machine":
             because = because or "its bytes depend on the machine, and are others here"
-        for name in chosen:
-            if (info := stored.get(name)) is None:
-                self.found.tensors.append(Checked(name, Outcome.DIFFERS, "no file has it"))
-                continue
-            theirs = blake3()
-            for data in self.published.read(info.file, info.begin, info.begin + info.nbytes):
-                theirs.update(data)
-            self.found.tensors.append(self._judged(name, artifact.tensors.get(name), theirs.hexdigest(), because))
+        window = window_of(how["roots"], how["memory"] or recipe.limits.memory)
+        with supplied(how["roots"], window, self.stop, self.progress.receive):
+            for name in chosen:
+                if (info := stored.get(name)) is None:
+                    self.found.tensors.append(Checked(name, Outcome.DIFFERS, "no file has it"))
+                    continue
+                theirs = blake3()
+                for data in self.published.read(info.file, info.begin, info.begin + info.nbytes):
+                    theirs.update(data)
+                self.found.tensors.append(self._judged(name, artifact.tensors.get(name), theirs.hexdigest(), because))
 
     # Sources.
 
