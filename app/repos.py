@@ -105,11 +105,6 @@ class JobRepo(Repo):
     def read(self, path: str, start: int, end: int) -> Iterator[bytes]:
         return self._artifacts.read(self._job.id, path, start, end)
 
-    @property
-    def threads(self) -> CapacityLimiter | None:
-        """In which threads what is `read` is iterated over, where that may take long; None: in those of the routes."""
-        return None
-
     def is_there(self, path: str) -> bool:
         target = self.local(path)
         if target is not None:

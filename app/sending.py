@@ -82,11 +82,17 @@ def send_file(
     parts: list[tuple[int, int]] = []
     if not is_head(request) and request.headers.get("if-range", etag) == etag:
         parts = wanted_parts(request.headers.get("range", ""), file.size, path)
-    if not repo.is_there(path):
-        raise HttpProblem("gone", f"{path} is not in the artifact store any more")
-    if target := repo.local(path):
+    gone = HttpProblem("gone", f"{path} is not in the artifact store any more")
+    target = repo.local(path)
+    # What is read at once says itself that it is not there; to ask before costs as much as to read.
+    if (target is not None or is_head(request) or len(parts) > 1) and not repo.is_there(path):
+        raise gone
+    if target is not None:
         return _Download(target, parts=parts, headers=headers)
-    return _streamed(repo, path, parts, file.size, is_head(request), headers)
+    try:
+        return _streamed(repo, path, parts, file.size, is_head(request), headers)
+    except FileNotFoundError:
+        raise gone from None
 
 
 def _streamed(

@@ -113,6 +113,7 @@ def model_card(
         paragraphs.append("The weights are computed as they are read; run, the same recipe gives the same bytes.")
     if files:
         rows = [f"| `{file.path}` | {file.size:,} | `{file.sha256}` |" for file in files]
+        paragraphs.append("What `sha256sum` gives of each file:")
         paragraphs.append("\n".join(["| file | bytes | sha256 |", "| --- | ---: | --- |", *rows]))
     return "\n\n".join(paragraphs) + "\n"
 
@@ -218,6 +219,5 @@ def _licenses(parents: Sequence[Parent]) -> str:
 def _verifying() -> str:
     return (
         f"`{LOCK_NAME}` holds the sha256 of every file that was read and written and of every tensor; the same recipe "
-        "on the same models gives the same bytes, and `weightsmith verify` makes them again to see. `sha256sum` of a "
-        "file gives what stands here:"
+        "on the same models gives the same bytes, and `weightsmith verify` makes them again to see."
     )

@@ -27,6 +27,8 @@ from urllib.parse import quote
 import httpx2
 import psutil
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from sqlalchemy import make_url
 
 from workers.database import open_database
@@ -178,6 +180,20 @@ def running_service(data: Path, models: Path, *, host: str = "127.0.0.1", **sett
             process.kill()
             process.wait()
             raise AssertionError(f"the service did not stop within 30 s: {log.read_text()}") from None
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The app over real HTTP, in a thread; yields its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @contextmanager

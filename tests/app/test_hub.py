@@ -8,9 +8,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-import uvicorn
 from fastapi import FastAPI
 from huggingface_hub import HfApi, HfFileSystem, snapshot_download
 from huggingface_hub.errors import (
@@ -37,7 +34,7 @@ from merge_core.merge import merge
 from merge_core.recipe import Recipe
 from tests.app.faulty import Answer, Asked, faulty_server
 from tests.conftest import method_recipe, write_checkpoint
-from tests.services import eventually, sha256_of
+from tests.services import served, sha256_of
 from tests.test_docs import README
 from workers.artifacts import FolderStore
 from workers.jobs import JobStore
@@ -75,20 +72,6 @@ LLAMA = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """The app over real HTTP, in a thread; yields its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        eventually(lambda: server.started)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @dataclass

@@ -13,12 +13,13 @@ from pathlib import Path
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
+from huggingface_hub import snapshot_download
 
 import workers.s3
 from app.main import create_app
 from merge_core.errors import Canceled, StorageFailed
 from merge_core.files import WrittenFile
-from tests.services import Bucket, Fault, running_s3
+from tests.services import Bucket, Fault, running_s3, served
 from workers.artifacts import ArtifactStore, FolderStore, open_artifacts
 from workers.jobs import JobStore
 from workers.settings import Settings
@@ -270,6 +271,35 @@ def test_a_link_gives_the_file_to_whoever_has_it(bucket: Bucket, tmp_path: Path)
     assert link is not None and "not-to-be-printed" not in link
     answer = httpx2.get(link, headers={"Range": "bytes=5-9"}, trust_env=False)
     assert answer.status_code == 206 and answer.content == (tmp_path / "out" / "merge.lock.json").read_bytes()[5:10]
+
+
+@pytest.mark.parametrize("redirects", [False, True])
+def test_the_hub_s_client_reads_what_is_in_the_store(bucket: Bucket, tmp_path: Path, redirects: bool) -> None:
+    names = {name.removeprefix("WEIGHTSMITH_").lower(): value for name, value in bucket.settings.items()}
+    place = names.pop("artifacts")
+    settings = Settings(data=tmp_path / "data", artifact_store=place, s3_redirect=redirects, auth="none", **names)
+    store = JobStore(settings)
+    job = store.add({}, {})
+    lease = store.claim(job.id, "w/1")
+    assert lease is not None
+    files = made(tmp_path / "out")
+    open_artifacts(settings).put_folder(job.id, tmp_path / "out", files)
+    store.succeed(lease, files=[vars(file) for file in files], warnings=[], progress={})
+    store.close()
+    repo, name = f"merges/{job.id}", "deep/model.safetensors"
+    with served(create_app(settings)) as url:
+        endpoint = f"{url}/hub"
+        folder = Path(snapshot_download(repo, endpoint=endpoint, cache_dir=tmp_path / "cache", token=False))
+        assert all((folder / file.path).read_bytes() == (tmp_path / "out" / file.path).read_bytes() for file in files)
+        bucket.requests.clear()
+        part = httpx2.get(
+            f"{endpoint}/{repo}/resolve/main/{name}",
+            headers={"Range": "bytes=5-9"},
+            follow_redirects=True,
+            trust_env=False,
+        )
+        assert part.status_code == 206 and part.content == (tmp_path / "out" / name).read_bytes()[5:10]
+        assert len(bucket.requests) == 1, "a range is one request to the store"
 
 
 @pytest.mark.parametrize("redirects", [False, True])
