@@ -25,7 +25,7 @@ from merge_core.errors import CheckpointError, IncompatibleModels, StorageFailed
 from workers.hub.opening import HubOptions, JobHub
 from workers.jobs import FINISHED, JobKind, JobState
 from workers.queue import Queue
-from workers.settings import VIEWS_AT_ONCE
+from workers.settings import HELD_BY_READERS, VIEWS_AT_ONCE
 from workers.tables import Job
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ MOST_READERS = 32
 """Answers that are computed at a time, each of which holds a few blocks."""
 _AHEAD = 2
 """Blocks that are computed for a reader before it asks for them."""
+_LARGE = 2**22
+"""A block of more bytes, which is mostly a whole tensor, is not computed ahead."""
+_CHUNK = 2**20
 _THREADS = 8
 """Threads that wait for blocks, which other routes do not miss; who waits longest for one gets the next."""
 _RETRY = {"Retry-After": "5"}
@@ -109,7 +112,7 @@ class Views:
         self.queue, self.settings = queue, queue.store.settings
         self._open: OrderedDict[str, _Opened] = OrderedDict()
         self._changing = threading.Lock()
-        self._readers = 0
+        self._readers = self._held = 0
         self.threads = CapacityLimiter(_THREADS)
         self._blocks = _Blocks(self.settings.view_cache)
         self._is_closed = False
@@ -129,12 +132,24 @@ class Views:
         Raises `WeightsmithError` where the view cannot be opened any more, or a problem where too many are being read.
         """
         opened = self._enter(job)
+        held = 0
         try:
-            opened.made(self)
+            block = opened.made(self).largest_block
+            ahead = _AHEAD if block <= _LARGE else 0
+            held = self._hold((1 + ahead) * block)
+            return _Reading(self._computed(opened, path, start, end, ahead), lambda: self._leave(opened, held))
         except BaseException:
-            self._leave(opened)
+            self._leave(opened, held)
             raise
-        return _Reading(self._computed(opened, path, start, end), lambda: self._leave(opened))
+
+    def _hold(self, size: int) -> int:
+        """Let a reader hold so many bytes of blocks, or alone any number."""
+        with self._changing:
+            if self._held and self._held + size > HELD_BY_READERS:
+                detail = "the blocks that others are reading take all the memory there is for them; ask again"
+                raise HttpProblem("too-many-readers", detail, headers=_RETRY)
+            self._held += size
+            return size
 
     def _enter(self, job: Job) -> _Opened:
         """Take a view for a reader, which has to give it back."""
@@ -161,27 +176,30 @@ class Views:
             evicted.close()
         return opened
 
-    def _leave(self, opened: _Opened) -> None:
+    def _leave(self, opened: _Opened, held: int) -> None:
         with self._changing:
+            self._held -= held
             opened.readers -= 1
             self._readers -= 1
             if opened.failed and self._open.get(opened.job.id) is opened:
                 del self._open[opened.job.id]
 
-    def _computed(self, opened: _Opened, path: str, start: int, end: int) -> Iterator[bytes]:
+    def _computed(self, opened: _Opened, path: str, start: int, end: int, ahead: int) -> Iterator[bytes]:
         made = opened.made(self)
-        ahead: deque[tuple[Piece, Future[bytes]]] = deque()
+        coming: deque[tuple[Piece, Future[bytes]]] = deque()
 
-        def first() -> bytes:
-            piece, future = ahead.popleft()
-            return future.result()[max(start - piece.begin, 0) : end - piece.begin]
+        def first() -> Iterator[bytes]:
+            piece, future = coming.popleft()
+            data = memoryview(future.result())[max(start - piece.begin, 0) : end - piece.begin]
+            for at in range(0, len(data), _CHUNK):
+                yield bytes(data[at : at + _CHUNK])
 
         for piece in made.pieces(path, start, end):
-            ahead.append((piece, self._block(opened, made, piece)))
-            if len(ahead) > _AHEAD:
-                yield first()
-        while ahead:
-            yield first()
+            coming.append((piece, self._block(opened, made, piece)))
+            if len(coming) > ahead:
+                yield from first()
+        while coming:
+            yield from first()
 
     def _block(self, opened: _Opened, made: OnDemand, piece: Piece) -> Future[bytes]:
         """A block that is kept, or being computed, or will be."""

@@ -111,7 +111,7 @@ class Piece:
 class OnDemand:
     """The output of a plan, to be read by any number of threads at once; `on_demand` opens one.
 
-    `warnings` is what the user should know, as far as it was found out.
+    `warnings` is what the user should know, as far as it was found out; `largest_block`, bytes of one at most.
     """
 
     def __init__(
@@ -138,7 +138,8 @@ class OnDemand:
         self._preparing, self._measuring, self._warning = threading.Lock(), threading.Lock(), threading.Lock()
         for stage in (*stages, self._merged):
             stage.start(plan.memory, progress=self.progress, stop=self._is_stopped, warn=self._warn)
-        self._space = _Space(plan.memory.outputs, max(map(self._most_bytes, plan.steps), default=0))
+        self.largest_block = max(map(self._most_bytes, plan.steps), default=0)
+        self._space = _Space(plan.memory.outputs, self.largest_block)
         if any(step.is_fused for made in (plan, *plan.stages.values()) for step in made.steps):
             kernels.load()
 

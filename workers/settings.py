@@ -20,6 +20,8 @@ WORKER_VARIABLE = "WEIGHTSMITH_WORKER"
 """Set by a supervisor: the name under which its worker's leases can be told from others."""
 VIEWS_AT_ONCE = 4
 """Views that one API computes at a time."""
+HELD_BY_READERS = 96 * 2**20
+"""Blocks of views that were computed and wait for whoever asked for them; a larger one is read alone."""
 SUPERVISOR_VARIABLE = "WEIGHTSMITH_SUPERVISOR"
 """Set by a supervisor: its process id, without which its worker is not to go on."""
 
@@ -209,9 +211,11 @@ class Settings(BaseSettings):
 
     @property
     def memory_of_view(self) -> int:
-        """What one view may hold, as its plan reckons: `VIEWS_AT_ONCE` share what the API may, beside its libraries."""
+        """What one view may hold, as its plan reckons: `VIEWS_AT_ONCE` share what the API may, beside its libraries and
+        what readers hold.
+        """
         libraries = 400 * 2**20
-        return libraries + max(0, self.view_memory - libraries) // VIEWS_AT_ONCE
+        return libraries + max(0, self.view_memory - libraries - HELD_BY_READERS) // VIEWS_AT_ONCE
 
     @property
     def broker(self) -> Path:

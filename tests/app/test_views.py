@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from huggingface_hub import snapshot_download
 
 from app import views as module
+from app.errors import HttpProblem
 from app.main import create_app
 from app.views import MOST_READERS, Views, _Blocks
 from merge_core.artifact import LOCK_NAME
@@ -216,6 +217,19 @@ def test_others_are_answered_while_blocks_are_computed(shop: Shop, monkeypatch: 
     assert codes == {206, 503}
     assert {answer.json()["code"] for answer in answers if answer.status_code == 503} == {"too-many-readers"}
     assert eventually(lambda: shop.read(view, "model.safetensors", 4096, 30_000).status_code == 206)
+
+
+def test_what_is_too_large_for_many_is_read_alone(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HELD_BY_READERS", 1)
+    view = shop.prepared(WHOLE)
+    job, views = shop.store.get(view), Views(shop.app.state.queue)
+    assert job is not None
+    alone = views.read(job, "model.safetensors", 4096, 5000)
+    with pytest.raises(HttpProblem, match="all the memory"):
+        views.read(job, "model.safetensors", 4096, 5000)
+    assert len(b"".join(alone)) == 5000 - 4096
+    assert len(b"".join(views.read(job, "model.safetensors", 4096, 5000))) == 5000 - 4096
+    views.close()
 
 
 def test_more_views_than_are_open_at_a_time(shop: Shop) -> None:
