@@ -141,6 +141,11 @@ class Gate:
     async def _admit(self, scope: Connection) -> Caller:
         headers = Headers(scope=scope)
         verb, path = scope["method"], scope["path"]
+        if "\0" in path or b"%00" in scope["query_string"]:
+            # Nothing here is called so, and PostgreSQL has no text that it could be compared with.
+            detail = "the address has a NUL character in it, which nothing here has"
+            place = {"pointer": "#/path" if "\0" in path else "#/query", "detail": detail}
+            raise HttpProblem("invalid-request", detail, errors=[place])
         if self.doors is not Doors.KEYS:
             self._refuse_other_sites(verb, headers)
         wanted = needed(verb, path)

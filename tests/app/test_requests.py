@@ -96,3 +96,18 @@ def test_durations_are_measured_by_route(client: TestClient) -> None:
     for name in ("a", "b"):
         client.get(f"/v1/merges/{name}")
     assert count() == before + 2
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("/v1/merges/a%00b", "/v1/merges/a%00b/files/x", "/v1/merges?after=a%00", "/v1/api-keys/a%00"),
+        *("/hub/api/models/merges/a%00b", "/hub/api/models?cursor=%00", "/hub/merges/x/resolve/main/%00"),
+    ],
+)
+def test_no_name_with_a_nul_gets_as_far_as_the_database(client: TestClient, address: str) -> None:
+    """PostgreSQL would not even compare it with others."""
+    for verb in ("GET", "HEAD", "DELETE"):
+        answer = client.request(verb, address)
+        assert answer.status_code == 422 and answer.headers["content-type"] == "application/problem+json"
+    assert "NUL" in client.get(address).json()["detail"]
