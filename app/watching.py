@@ -27,7 +27,8 @@ class _Waiter:
 class Watch:
     """Tells whoever waits when a job's row changes.
 
-    However many wait, for however many jobs, there is one query each quarter of a second, and none if nobody waits.
+    However many wait, for however many jobs, there is one query each quarter of a second, one more for who comes and
+    knows nothing yet, and none if nobody waits.
     To be used from one event loop.
     """
 
@@ -35,16 +36,19 @@ class Watch:
         self._store = store
         self._waiting: dict[str, set[_Waiter]] = {}
         self._polling: asyncio.Task[None] | None = None
+        self._newcomer = asyncio.Event()
         self.is_closed = False
 
     async def changed(self, job_id: str, version: int, seconds: float) -> Pulse | None:
-        """The job's pulse as soon as its version is not this one; None if it still is after so many seconds, or if the
-        service stops.
+        """The job's pulse as soon as its version is not this one, which for -1 is at once; None if it still is after so
+        many seconds, or if the service stops.
         """
         if self.is_closed or seconds <= 0:
             return None
         waiter = _Waiter(version)
         self._waiting.setdefault(job_id, set()).add(waiter)
+        if version < 0:
+            self._newcomer.set()
         if self._polling is None:
             self._polling = asyncio.create_task(self._poll())
         try:
@@ -86,7 +90,9 @@ class Watch:
                         log.warning("jobs cannot be watched now: %s", error)
                     else:
                         self._tell(pulses)
-                await asyncio.sleep(POLL_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._newcomer.wait(), POLL_SECONDS)
+                self._newcomer.clear()
         finally:
             self._polling = None
 

@@ -255,6 +255,22 @@ def test_many_who_wait_cost_one_query(store: JobStore, monkeypatch: pytest.Monke
     asyncio.run(wait())
 
 
+def test_who_knows_nothing_yet_is_told_at_once(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "POLL_SECONDS", 60)
+    job = store.add({}, {})
+
+    async def ask() -> None:
+        watch = Watch(store)
+        waiting = asyncio.create_task(watch.changed(job.id, job.version, 60))
+        await asyncio.sleep(0.05)
+        for _ in range(3):
+            assert await watch.changed(job.id, -1, 10) is not None
+        assert not waiting.done()
+        await watch.close()
+
+    asyncio.run(ask())
+
+
 @pytest.mark.xdist_group("service")
 def test_a_job_is_heard_from_its_start_to_its_end(models: Path, tmp_path: Path) -> None:
     """Over real HTTP, with a real worker; the stream breaks off once and is taken up again, and nothing is missing."""
