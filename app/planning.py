@@ -8,6 +8,7 @@ from functools import partial
 from merge_core.errors import Problem, RecipeError
 from merge_core.shards import check_space
 from workers.artifacts import open_artifacts
+from workers.hub.access import check_write, place_of
 from workers.hub.opening import JobHub
 from workers.jobs import JobKind
 from workers.kinds import WORK, Document, Plan
@@ -19,6 +20,7 @@ REFUSALS = (
     *("memory-limit", "path-not-allowed", "payload-too-large", "unsupported-media-type", "insufficient-storage"),
     *("storage-failed", "database-unavailable", "model-gated", "hub-unavailable", "hub-token-refused"),
     *("upstream-hub-error", "hub-not-allowed", "credential-not-found", "credential-sealed", "no-secret-key"),
+    *("hub-forbidden", "hub-conflict"),
 )
 """What planning a document may come to."""
 
@@ -32,8 +34,9 @@ def plan_for_service(kind: JobKind, document: Document, settings: Settings, hub:
         article = "an" if kind is JobKind.ALIGNMENT else "a"
         detail = f"this service gives {article} {kind} at most {settings.max_memory / 2**20:,.0f} MiB"
         raise RecipeError.of([Problem(detail, "#/limits/memory")])
-    if getattr(getattr(document, "outputs", None), "hub", None) is not None:
-        raise RecipeError.of([Problem("this service publishes to no Hub", "#/outputs/hub")])
+    place = place_of(document)
+    if place is not None and kind is not JobKind.MERGE:
+        raise RecipeError.of([Problem(f"only a merge is published, not a {kind}; leave this away", "#/outputs/hub")])
     make: Callable[..., Plan] = work.plan
     if work.reads_jobs:
         make = partial(make, published=published_by(hub.store, open_artifacts(settings), hub.owner, document))
@@ -42,4 +45,6 @@ def plan_for_service(kind: JobKind, document: Document, settings: Settings, hub:
     plan = make(document, roots=hub.roots, threads=limits.threads or settings.threads)
     planned = plan.to_dict()
     check_space(planned.get("bytes_on_disk", plan.output_bytes), settings.artifacts)
+    if place is not None:
+        check_write(hub.publisher(), place)
     return plan

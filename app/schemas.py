@@ -47,6 +47,15 @@ class ResolvedRead(BaseModel):
     inside: str = Field(description="the folder or file in the repository; empty for all of it")
 
 
+class PublishedRead(BaseModel):
+    """Where on a Hub a result is. `pr_url`: the pull request that asks for it."""
+
+    repo: str
+    commit: str
+    url: str
+    pr_url: str | None
+
+
 class JobRead(BaseModel):
     """One job. Times are RFC 3339, UTC."""
 
@@ -55,8 +64,8 @@ class JobRead(BaseModel):
     status: JobState
     phase: str = Field(description="what the worker is doing; empty unless running")
     progress: dict[str, Any] = Field(
-        description="tensors and bytes done of how many, those received over the network, rate in bytes per second, "
-        "seconds left, tensor at work"
+        description="tensors and bytes done of how many, those received and sent over the network, rate in bytes per "
+        "second, seconds left, tensor at work"
     )
     attempt: int
     error: dict[str, Any] | None = Field(description="the problem that a failed job ended in")
@@ -67,6 +76,7 @@ class JobRead(BaseModel):
     recipe: RecipeData = Field(description="the document that was sent, tidied")
     plan: dict[str, Any]
     resolved: list[ResolvedRead] = Field(description="the commits that names of Hub models meant when it was accepted")
+    hub: PublishedRead | None = Field(description="where on a Hub the result is, if the document wants it there")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -92,6 +102,7 @@ class JobRead(BaseModel):
             recipe=job.recipe,
             plan=job.plan,
             resolved=[ResolvedRead.model_validate(each) for each in job.resolved],
+            hub=PublishedRead.model_validate(job.published) if job.published else None,
             created_at=moment(job.created_at),
             started_at=_moment(job.started_at),
             finished_at=_moment(job.finished_at),

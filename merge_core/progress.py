@@ -23,6 +23,7 @@ class Progress:
     bytes_written: int = 0
     bytes_written_total: int = 0
     bytes_received: int = 0
+    bytes_sent: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:

@@ -318,7 +318,7 @@ class JobStore:
         ended = update(Job).where(Job.id == job_id, Job.state.in_(FINISHED), Job.deleted_at.is_(None))
         nothing: dict[str, Any] = {"recipe": {}, "plan": {}, "labels": {}, "progress": {}, "warnings": [], "files": []}
         nothing |= {"error": None, "webhook": None, "request_id": None, "stored_bytes": 0, "expires_at": None}
-        nothing |= {"resolved": [], "hub": None}
+        nothing |= {"resolved": [], "hub": None, "published": None}
         forgotten = ended.values(deleted_at=time.time(), version=Job.version + 1, **nothing).returning(Job.id)
         with self.session() as session:
             if session.execute(forgotten).first() is not None:
@@ -410,7 +410,13 @@ class JobStore:
             session.add(Event(job_id=lease.job_id, seq=number, at=time.time(), kind=kind, data=dict(data)))
 
     def succeed(
-        self, lease: Lease, *, files: Sequence[Mapping[str, Any]], warnings: Sequence[str], progress: Mapping[str, Any]
+        self,
+        lease: Lease,
+        *,
+        files: Sequence[Mapping[str, Any]],
+        warnings: Sequence[str],
+        progress: Mapping[str, Any],
+        published: Mapping[str, Any] | None = None,
     ) -> None:
         stored = sum(file.get("size", 0) for file in files)
         days = self.settings.keep_days
@@ -421,6 +427,7 @@ class JobStore:
             warnings=list(warnings),
             progress=dict(progress),
             stored_bytes=stored,
+            published=None if published is None else dict(published),
             expires_at=None if days is None else time.time() + days * 86_400,
         )
 

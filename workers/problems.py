@@ -43,6 +43,8 @@ _TYPES = (
     _of(hub_errors.HubUnavailable, 503),
     _of(hub_errors.HubLied, 502),
     _of(hub_errors.HubNotAllowed, 403),
+    _of(hub_errors.HubForbidden, 403),
+    _of(hub_errors.HubConflict, 409),
     _of(errors.MemoryLimitExceeded, 422),
     _of(errors.NonFinite, 422),
     _of(errors.InsufficientStorage, 507),

@@ -135,6 +135,9 @@ class Settings(BaseSettings):
     hub_cache_bytes: Bytes = Field(
         50 * 10**9, description="the most that files from Hubs take of the disk; the longest unused go first"
     )
+    hub_xet: Literal["auto", "off"] = Field(
+        "auto", description="how files go to a Hub: by Xet where it takes that, or `off`, by LFS to any"
+    )
     quota_running_jobs: int | None = Field(None, ge=0, description="an owner's jobs that run at once (default: any)")
     quota_queued_jobs: int | None = Field(None, ge=0, description="an owner's jobs that wait (default: any)")
     quota_job_bytes: Bytes | None = Field(None, description="what one job may read and write (default: any)")

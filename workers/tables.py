@@ -24,7 +24,7 @@ class Job(Base):
 
     `owner` asked for it, `holder` is the worker that is at it. `version` grows with every change of the row, `events`
     is the number of the latest event. `resolved`: what names of Hub models in the document meant when it was accepted;
-    `hub`: by which credential, named, and at which endpoint.
+    `hub`: by which credential, named, and at which endpoint; `published`: where on it the result is.
     """
 
     __tablename__ = "jobs"
@@ -50,6 +50,7 @@ class Job(Base):
     files: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
     resolved: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
     hub: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
+    published: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
     request_id: Mapped[str | None] = mapped_column(_NAME, default=None)
     priority: Mapped[int] = mapped_column(Integer, default=0)

@@ -26,7 +26,9 @@ from workers import reservations
 from workers.artifacts import open_artifacts
 from workers.celery_app import celery_app
 from workers.database import TROUBLE, DatabaseUnavailable, persistently, said
+from workers.hub.access import place_of
 from workers.hub.opening import HubOptions, JobHub
+from workers.hub.upload import Publication
 from workers.jobs import FINISHED, JobState, JobStore, Lease, LeaseLost
 from workers.kinds import WORK
 from workers.logs import logs_of
@@ -118,9 +120,12 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
     with Keeper(store, lease) as keeper:
         try:
             persistently(partial(_check_disk, settings, store, lease), settings.lease_seconds)
-            artifact = _run(settings, store, lease, keeper)
-            merged = keeper.snapshot()
-            _put(settings, artifact, keeper)
+            with _publication(settings, store, lease, keeper) as publication:
+                artifact = _run(settings, store, lease, keeper, publication)
+                merged = keeper.snapshot()
+                kept = artifact if publication is None else publication.kept(artifact)
+                _put(settings, kept, keeper)
+                published = None if publication is None else publication.commit(artifact, keeper.prove, keeper.report)
         except LeaseLost:
             log.warning("%s is no longer this worker's", lease.job_id)
             if (job := store.get(lease.job_id)) is None or job.state in FINISHED:
@@ -137,10 +142,10 @@ def _work(settings: Settings, store: JobStore, lease: Lease) -> None:
             _end(settings, keeper, partial(store.fail, error=INTERNAL_ERROR))
             raise
         else:
-            files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in artifact.files]
-            move = partial(store.succeed, files=files, warnings=artifact.warnings, progress=merged)
-            _end(settings, keeper, move, keep=True)
-            log.info("succeeded", extra={"files": len(files), "bytes": sum(file.size for file in artifact.files)})
+            files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in kept.files]
+            succeed = partial(store.succeed, files=files, warnings=artifact.warnings, progress=merged)
+            _end(settings, keeper, partial(succeed, published=published), keep=True)
+            log.info("succeeded", extra={"files": len(files), "bytes": sum(file.size for file in kept.files)})
 
 
 def _check_disk(settings: Settings, store: JobStore, lease: Lease) -> None:
@@ -183,7 +188,29 @@ def _put(settings: Settings, artifact: Artifact, keeper: Keeper) -> None:
     artifacts.put_folder(keeper.lease.job_id, artifact.folder, artifact.files, sent=sent, stop=keeper.stop)
 
 
-def _run(settings: Settings, store: JobStore, lease: Lease, keeper: Keeper) -> Artifact:
+def _publication(
+    settings: Settings, store: JobStore, lease: Lease, keeper: Keeper
+) -> contextlib.AbstractContextManager[Publication | None]:
+    """What sends the result to a Hub, where the document wants it there."""
+    with quick_imports():
+        document = WORK[lease.kind]().document.from_data(lease.recipe)
+    place = place_of(document)
+    if place is None:
+        return contextlib.nullcontext()
+    hub = JobHub(store, lease.owner, HubOptions.of(lease.hub), lease.resolved)
+    return Publication(
+        lease.job_id,
+        place,
+        hub.publisher(),
+        xet=settings.hub_xet,
+        removes=not document.outputs.keep,  # type: ignore[attr-defined]  # a place is in outputs
+        stop=keeper.stop,
+    )
+
+
+def _run(
+    settings: Settings, store: JobStore, lease: Lease, keeper: Keeper, publication: Publication | None
+) -> Artifact:
     # Here and not above: torch must be imported in the child that uses it, and only once the lease is kept alive.
     with quick_imports():
         from merge_core.merge import adopt
@@ -202,6 +229,8 @@ def _run(settings: Settings, store: JobStore, lease: Lease, keeper: Keeper) -> A
         run = partial(run, share=Leading(store, lease, stop=keeper.stop, prove=keeper.prove, wake=wake))
     if work.reads_jobs:
         run = partial(run, published=published_by(store, open_artifacts(settings), lease.owner, document))
+    if publication is not None:
+        run = partial(run, delivery=publication)
     return run(
         document,
         out,
@@ -211,7 +240,7 @@ def _run(settings: Settings, store: JobStore, lease: Lease, keeper: Keeper) -> A
         threads=document.limits.threads or settings.threads,
         cache=settings.cache,
         device=settings.device,
-        report=keeper.report,
+        report=keeper.report if publication is None else publication.telling(keeper.report),
         stop=keeper.stop,
     )
 
@@ -296,6 +325,7 @@ class Keeper:
             "bytes_written": progress.bytes_written,
             "bytes_written_total": progress.bytes_written_total,
             "bytes_received": progress.bytes_received,
+            "bytes_sent": progress.bytes_sent,
             "fraction": round(progress.fraction, 4),
             "bytes_per_second": round(progress.rate),
             "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left, 1),

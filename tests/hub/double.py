@@ -146,13 +146,16 @@ class Fault:
 
 @dataclass
 class Asked:
-    """A request that came: `host` is `hub` or `cdn`; bytes of the bodies as they crossed the wire."""
+    """A request that came: `host` is `hub` or `cdn`; `agent` is who asked; bytes of the bodies as they
+    crossed the wire.
+    """
 
     host: str
     method: str
     path: str
     token: str | None
     range: str | None
+    agent: str
     at: float
     status: int = 0
     received: int = 0
@@ -286,15 +289,19 @@ class Hub:
             raise Refused(401, "Invalid credentials in Authorization header")
         return user
 
-    def repo(self, repo_id: str, request: Request, *, write: bool = False, content: bool = False) -> Repo:
-        """A repo as far as the caller may see it, change it (`write`) or read its files (`content`)."""
+    def repo(
+        self, repo_id: str, request: Request, *, write: bool = False, content: bool = False, asks: bool = False
+    ) -> Repo:
+        """A repo as far as the caller may see it, change it (`write`), unless that only `asks` for a change, or read
+        its files (`content`).
+        """
         user, repo = self.caller(request), self.repos.get(repo_id)
         is_own = user is not None and repo is not None and repo.owner in (user.name, *user.orgs)
         if repo is None or (repo.private and not is_own):
             raise Refused(401 if user is None else 404, "Repository not found", "RepoNotFound")
         if write and user is None:
             raise Refused(401, "Invalid username or password.")
-        if write and user is not None and (not is_own or user.role != "write"):
+        if write and user is not None and (not (is_own or asks) or user.role != "write"):
             raise Refused(403, "Forbidden: pass a token with write access to this repository")
         if content and repo.gated and not is_own and (user is None or user.name not in repo.granted):
             told = "Access to model " + repo_id + " is restricted. You must have access to it and be authenticated."
@@ -503,8 +510,9 @@ def _hub_app(hub: Hub) -> FastAPI:
         }
 
     @app.get("/api/models/{owner}/{name}/auth-check")
+    @app.get("/api/models/{owner}/{name}/auth-check/write")
     async def auth_check(owner: str, name: str, request: Request) -> Any:
-        hub.repo(f"{owner}/{name}", request, content=True)
+        hub.repo(f"{owner}/{name}", request, content=True, write=request.url.path.endswith("/write"))
         return {}
 
     @app.get("/api/models/{owner}/{name}/tree/{revision}")
@@ -578,7 +586,7 @@ def _hub_app(hub: Hub) -> FastAPI:
 
     @app.post("/api/models/{owner}/{name}/preupload/{revision}")
     async def preupload(owner: str, name: str, revision: str, request: Request) -> Any:
-        repo = hub.repo(f"{owner}/{name}", request, write=True)
+        repo = hub.repo(f"{owner}/{name}", request, write=True, asks=request.query_params.get("create_pr") == "1")
         there = hub.commit_of(repo, unquote(revision)).files
         return {
             "files": [
@@ -594,11 +602,11 @@ def _hub_app(hub: Hub) -> FastAPI:
 
     @app.post("/api/models/{owner}/{name}/commit/{revision}")
     async def commit(owner: str, name: str, revision: str, request: Request) -> Any:
-        repo = hub.repo(f"{owner}/{name}", request, write=True)
+        as_pr = request.query_params.get("create_pr") == "1"
+        repo = hub.repo(f"{owner}/{name}", request, write=True, asks=as_pr)
         user = hub.caller(request)
         assert user is not None
         lines = [json.loads(line) for line in (await request.body()).splitlines() if line]
-        as_pr = request.query_params.get("create_pr") == "1"
         made = await hub.apply(repo, unquote(revision), lines, user, as_pr=as_pr)
         told = {"success": True, "commitOid": made.sha, "commitUrl": f"{hub.endpoint}/{repo.id}/commit/{made.sha}"}
         number = len(repo.pull_requests)
@@ -606,7 +614,8 @@ def _hub_app(hub: Hub) -> FastAPI:
 
     @app.post("/{owner}/{name}.git/info/lfs/objects/batch")
     async def batch(owner: str, name: str, request: Request) -> Any:
-        hub.repo(f"{owner}/{name}", request, write=True)
+        # What is sent belongs to no commit yet, and may be asked for by a pull request.
+        hub.repo(f"{owner}/{name}", request, write=True, asks=True)
         asked = await request.json()
         found = [_lfs_actions(hub, f"{owner}/{name}", each["oid"], each["size"]) for each in asked["objects"]]
         is_in_parts = any("chunk_size" in each.get("actions", {}).get("upload", {}).get("header", {}) for each in found)
@@ -625,7 +634,7 @@ def _hub_app(hub: Hub) -> FastAPI:
 
     @app.post("/{owner}/{name}.git/info/lfs/objects/verify")
     async def verify(owner: str, name: str, request: Request) -> Any:
-        hub.repo(f"{owner}/{name}", request, write=True)
+        hub.repo(f"{owner}/{name}", request, write=True, asks=True)
         asked = await request.json()
         content = hub.content(asked["oid"])
         if not content.exists() or content.stat().st_size != asked["size"]:
@@ -850,7 +859,9 @@ class _Door:
         headers = {name.decode().lower(): value.decode() for name, value in scope["headers"]}
         token = headers.get("authorization", "").removeprefix("Bearer ") or None
         path = f"{raw}?{query}" if query else raw
-        asked = Asked(self.host, scope["method"], path, token, headers.get("range"), time.time())
+        asked = Asked(
+            self.host, scope["method"], path, token, headers.get("range"), headers.get("user-agent", ""), time.time()
+        )
         self.hub.requests.append(asked)
         segments = (quote(unquote(each), safe="") if "%2F" in each else unquote(each) for each in raw.split("/"))
         scope["path"] = "/".join(segments)

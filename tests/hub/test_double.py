@@ -13,10 +13,9 @@ import httpx2
 import pytest
 
 from tests.hub import Hub, running_hub
+from tests.hub.conftest import LOWEST
 
 ROOT = Path(__file__).parents[2]
-LOWEST = "1.31.0"
-"""Of huggingface_hub, what pyproject.toml allows."""
 
 
 def run_round(hub: Hub, folder: Path, *, path: Path | None = None, xet: bool) -> str:
@@ -50,15 +49,12 @@ def test_the_client_does_its_whole_round(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_lowest_client_that_is_allowed_does_it_too(tmp_path: Path) -> None:
+def test_the_lowest_client_that_is_allowed_does_it_too(tmp_path: Path, lowest_client: Path) -> None:
     allowed = re.search(r'"huggingface-hub>=([\d.]+),', (ROOT / "pyproject.toml").read_text())
     assert allowed is not None and LOWEST.startswith(allowed[1])
-    lowest = tmp_path / "lowest"
-    command = [sys.executable, "-m", "pip", "install", "-q", "--target", lowest, f"huggingface-hub=={LOWEST}"]
-    subprocess.run(command, check=True)
     for xet in (False, True):
         with running_hub(tmp_path / f"hub-{xet}", xet=xet) as hub:
-            assert run_round(hub, tmp_path / f"client-{xet}", path=lowest, xet=xet) == LOWEST
+            assert run_round(hub, tmp_path / f"client-{xet}", path=lowest_client, xet=xet) == LOWEST
 
 
 def fetch(hub: Hub, path: str, **headers: str) -> httpx2.Response:

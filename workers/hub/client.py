@@ -98,6 +98,8 @@ class HubClient:
     @contextmanager
     def told(self, name: str, *, what: str = "") -> Iterator[None]:
         """Failures of huggingface_hub as ours. `name`: what the document calls the model; `what` was asked for."""
+        with _PREPARED:
+            _prepare(self.folder)
         from huggingface_hub import errors
 
         who = "nobody's token" if self.token is None else "this token"
@@ -187,14 +189,14 @@ def _prepare(folder: Path) -> None:
 
     global _is_guarded
     if not _is_guarded:
-        set_client_factory(_guarded_client)
+        set_client_factory(guarded_client)
         _is_guarded = True
 
 
 _is_guarded = False
 
 
-def _guarded_client() -> Any:
+def guarded_client() -> Any:
     """The client that huggingface_hub makes for itself, with a look at every address."""
     from huggingface_hub.utils import _http
 

@@ -44,3 +44,18 @@ class HubNotAllowed(CheckpointError):
 
     code = "hub-not-allowed"
     title = "This Hub is not called from here"
+
+
+class HubForbidden(CheckpointError):
+    """The token may not write there: name a credential with one that may, or a repository of your own."""
+
+    code = "hub-forbidden"
+    title = "The token may not write to the repository"
+
+
+class HubConflict(CheckpointError):
+    """Others kept committing to the branch while this was to be committed. Try again when they are done."""
+
+    code = "hub-conflict"
+    title = "The branch kept moving"
+    retryable = True

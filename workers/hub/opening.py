@@ -73,6 +73,18 @@ class JobHub:
         used = HubOptions(self._credential(), self.options.endpoint)
         return {"resolved": self.resolved, "hub": used.to_data() if used != HubOptions() else None}
 
+    def publisher(self) -> HubClient:
+        """The Hub as whoever publishes there: somebody whose token is known. Raises `RecipeError` without one."""
+        if self._credential() is None:
+            detail = (
+                f"to publish, a token is needed that may write there: PUT it to /v1/credentials/{USUAL_CREDENTIAL}, or "
+                "under another name that ?hub_credential= then says"
+            )
+            raise RecipeError.of([Problem(detail, "#/outputs/hub")])
+        if not self.store.settings.hub_endpoint and self.options.endpoint is None:
+            raise RecipeError.of([Problem("this service knows no Hub; name one by ?hub_endpoint=", "#/outputs/hub")])
+        return self._client()
+
     def _check(self, settings: Settings) -> None:
         """Refuse at once what was asked for by name and is not there."""
         if self.options.credential is not None:
