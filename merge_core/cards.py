@@ -104,7 +104,9 @@ def front_matter(card: bytes) -> Mapping[str, Any]:
         found = load_documents("\n".join(lines[:end]), "front matter")
     except RecipeError:
         return {}
-    return found[0] if len(found) == 1 and isinstance(found[0], Mapping) else {}
+    if len(found) != 1 or not isinstance(found[0], Mapping):
+        return {}
+    return {key: value for key, value in found[0].items() if isinstance(key, str)}
 
 
 def texts(value: Any) -> list[str]:

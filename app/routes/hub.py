@@ -92,7 +92,10 @@ def whoami(caller: CallerDep) -> Any:
     "/api/models",
     response_model=list[hub.Model],
     response_model_exclude_unset=True,
-    responses={200: {"headers": {"Link": {"description": "the page after this", "schema": {"type": "string"}}}}},
+    responses={
+        **answers("storage-failed"),
+        200: {"headers": {"Link": {"description": "the page after this", "schema": {"type": "string"}}}},
+    },
 )
 def list_hub_models(
     shelves: ShelvesDep,

@@ -201,7 +201,8 @@ def test_what_is_no_card_is_left_alone(family: Path, tmp_path: Path) -> None:
     assert outside is not None and outside.license is not None, "without roots a link may lead anywhere"
 
 
-def test_a_card_may_be_written_on_windows() -> None:
+def test_a_card_may_be_written_on_windows_and_have_odd_keys() -> None:
+    assert front_matter(b"---\n1: x\nnull: y\nlicense: mit\n---\n") == {"license": "mit"}
     assert front_matter(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\n# x\r\n") == {"license": "mit"}
 
 
