@@ -309,7 +309,7 @@ class Execution:
         phase = self._phase(f"measuring {number}: {stage.name}")
         if len(runs) < 2:
             if leads:
-                self._expect(runs[0])
+                self._expect(runs[0] if stage.reads else ())
                 yield from self.blocks.observe(pool, runs[0], stage, known, found, check=check)
             return
         if leads:
@@ -354,12 +354,12 @@ class Execution:
         """Tell the supply what merging a unit reads, and what will most likely come after it."""
         units = self.writer.units
         if self.supply is not None and (self._is_shared or number == 0):
-            following = (
-                units[number : number + 2] if not self.writer.assists else units[number : max(0, number - 2) : -1]
-            )
-            coming = [unit for unit in (following if self._is_shared else units) if not self.writer.is_gone(unit.shard)]
-            slots = [slot for unit in coming for slot in unit.slots]
-            self._expect([self.plan.by_name[slot.name] for slot in slots], with_measuring=self.plan.scope == "tensor")
+            following = (number, number + (-1 if self.writer.assists else 1)) if self._is_shared else range(len(units))
+            coming = [units[each] for each in following if 0 <= each < len(units)]
+            slots = [slot for unit in coming if not self.writer.is_gone(unit.shard) for slot in unit.slots]
+            there = self.writer.records.tensors
+            steps = [self.plan.by_name[slot.name] for slot in slots if slot.name not in there]
+            self._expect(steps, with_measuring=self.plan.scope == "tensor")
 
     def _expect(self, steps: Sequence[Step], *, with_measuring: bool = False) -> None:
         """Tell the supply which tensors will be read, in this order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ import pytest
 import torch
 from pydantic import SecretStr
 
-from merge_core.errors import Canceled, CheckpointError, UnsafeFormat
+from merge_core.errors import Canceled, CheckpointError, InsufficientStorage, UnsafeFormat
 from merge_core.merge import merge, plan_only
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
@@ -296,6 +297,24 @@ def test_a_hub_that_is_not_there_or_not_allowed(hub: Hub, tmp_path: Path, monkey
         HubClient.of(Service(hub, tmp_path / "data").settings, "https://elsewhere.example")
     inside = Service(hub, tmp_path / "inside", endpoint_allow=[])
     assert isinstance(inside.refused("org/m0"), HubNotAllowed), "the CDN is at an address that nobody allowed"
+
+
+def test_a_hub_that_speaks_otherwise(hub: Hub, service: Service) -> None:
+    hub.fail("/api/models/", status=200, times=None)
+
+    assert isinstance(service.refused("org/m0"), HubLied)
+
+
+def test_a_full_disk_is_said_to_be(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("workers.hub.resolve.os.truncate", full)
+    recipe = Recipe.from_data({"merge_method": "passthrough", "models": [{"model": "org/m0"}]})
+
+    with pytest.raises(InsufficientStorage):
+        plan_only(recipe, roots=service.roots())
+    assert not list(service.settings.hub_folder.rglob("*.safetensors"))
 
 
 def test_a_busy_hub_is_asked_again(hub: Hub, service: Service) -> None:

@@ -251,6 +251,8 @@ def test_a_merge_goes_on_over_other_stand_ins_of_the_same_commit(
     made = merge(recipe, tmp_path / "out", roots=Roots([models], again))
 
     assert made.resumed_tensors
+    expected = {name for name, _ in again.supply.expected}
+    assert len(expected) == len(made.tensors) - made.resumed_tensors, "what is there is not fetched again"
     here = merge(Recipe.from_data(RECIPE), tmp_path / "here", roots=[models])
     assert made.tensors == here.tensors
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,7 +161,7 @@ class Cached:
         until, heard = time.monotonic() + self._patience, [0]
         while True:
             try:
-                place = self._cache.fetch(self._client, remote, self._count(heard))
+                place = self._cache.fetch(self._client, remote, self._count(heard), self._in_use)
                 break
             except HubUnavailable:
                 if heard[0]:
@@ -171,6 +171,15 @@ class Cached:
                 self._pause(_PAUSE)
         self._proved.add(file)
         return place
+
+    def _in_use(self) -> set[tuple[int, int]]:
+        """The files that are open, by device and inode. Those that are no longer in the cache are not kept open: their
+        bytes are on the disk for as long as somebody reads them.
+        """
+        with self._lock:
+            found = {file: os.fstat(opened) for file, opened in self._open.items()}
+            self._open = {file: opened for file, opened in self._open.items() if found[file].st_nlink}
+            return {(each.st_dev, each.st_ino) for each in found.values()}
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -197,16 +206,23 @@ class HubCache:
     def __init__(self, folder: Path, most_bytes: int, reserve: int = 0) -> None:
         self.folder, self.most_bytes, self._reserve = folder, most_bytes, reserve
 
-    def fetch(self, client: HubClient, file: RemoteFile, received: Callable[[int], None]) -> Path:
+    def fetch(
+        self,
+        client: HubClient,
+        file: RemoteFile,
+        received: Callable[[int], None],
+        in_use: Callable[[], Collection[tuple[int, int]]] = set,
+    ) -> Path:
         """Where a file is, whole and proved. Raises one of `workers.hub.errors`, `InsufficientStorage`, or whatever
-        `received` raises, which is told of bytes as they come.
+        `received` raises, which is told of bytes as they come. What is `in_use`, by device and inode, is removed last.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         api = client.api
         from huggingface_hub import hf_hub_download
 
         if not (found := self._pointer(file)).exists():
-            self._make_room(file)
+            self._make_room(file, in_use())
+            in_use()
             with client.told(file.name):
                 got = hf_hub_download(
                     file.repo,
@@ -259,25 +275,26 @@ class HubCache:
             mark.parent.mkdir(exist_ok=True)
             mark.write_text(stamp)
 
-    def _make_room(self, file: RemoteFile) -> None:
+    def _make_room(self, file: RemoteFile, in_use: Collection[tuple[int, int]]) -> None:
         """Remove what was not used for the longest time until a file fits. Raises `InsufficientStorage`."""
         with self._alone():
-            blobs = sorted(self._blobs(), key=lambda each: each[1])
-            taken = sum(size for _, _, size in blobs)
+            found = [(each, (stat.st_dev, stat.st_ino) in in_use, stat) for each, stat in self._blobs()]
+            blobs = sorted(found, key=lambda each: (each[1], each[2].st_mtime))
+            taken = sum(stat.st_size for *_, stat in blobs)
             while taken + file.size > self.most_bytes or self._free() < file.size + self._reserve:
                 if not blobs:
                     break
-                blob, _, size = blobs.pop(0)
+                blob, _, stat = blobs.pop(0)
                 self._remove(blob)
-                taken -= size
+                taken -= stat.st_size
         if self._free() < file.size + self._reserve:
             raise InsufficientStorage(
                 f"{file.name} has {file.size / 1e9:,.2f} GB, more than {self.folder} has room for; free some space, or "
                 "set WEIGHTSMITH_HUB_MODE to streamed, which keeps nothing on the disk"
             )
 
-    def _blobs(self) -> Iterator[tuple[Path, float, int]]:
-        """Every file's place, when it was used last, and its size. What nobody finished downloading goes."""
+    def _blobs(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Every file's place, and what is known of it. What nobody finished downloading goes."""
         now = time.time()
         for blob in self.folder.glob("models--*/blobs/*"):
             with contextlib.suppress(FileNotFoundError):
@@ -285,7 +302,7 @@ class HubCache:
                 if blob.name.endswith(".incomplete") and now - found.st_mtime > YOUNG_SECONDS:
                     blob.unlink()
                 elif not blob.name.endswith(".incomplete"):
-                    yield blob, found.st_mtime, found.st_size
+                    yield blob, found
 
     @staticmethod
     def _remove(blob: Path) -> None:

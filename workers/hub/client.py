@@ -20,7 +20,7 @@ import httpx2
 from pydantic import SecretStr
 
 from merge_core import __version__
-from workers.hub.errors import HubGated, HubNotAllowed, HubNotFound, HubTokenRefused, HubUnavailable
+from workers.hub.errors import HubGated, HubLied, HubNotAllowed, HubNotFound, HubTokenRefused, HubUnavailable
 from workers.outbound import ForbiddenAddress, Guard
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class HubClient:
         """A Hub that the settings allow, by default the first. Raises `HubNotAllowed`."""
         wanted = (endpoint or settings.hub_endpoint).rstrip("/")
         allowed = [each.rstrip("/") for each in (settings.hub_endpoint, *settings.hub_endpoint_allow)]
-        if wanted not in allowed:
-            known = ", ".join(allowed)
-            raise HubNotAllowed(wanted[:200], f"is no Hub that this service calls; it calls {known}")
+        if wanted not in allowed or not wanted:
+            known = ", ".join(filter(None, allowed)) or "none"
+            raise HubNotAllowed(wanted[:200] or "?hub_endpoint", f"is no Hub that this service calls; it calls {known}")
         return cls(wanted, settings.hub_folder, token, tuple(settings.endpoint_allow))
 
     @cached_property
@@ -126,6 +126,8 @@ class HubClient:
             raise HubNotAllowed(name, f"leads to an address that is not called from here: {error}") from None
         except OSError as error:
             raise self.unavailable(name, type(error).__name__) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise HubLied(name, f"is described by {self.endpoint} in a form that cannot be read") from None
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
                 raise

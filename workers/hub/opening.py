@@ -120,7 +120,7 @@ def open_library(
     stop: Callable[[], bool] = never,
 ) -> HubLibrary | None:
     """The snapshots of a job; None where there is no Hub. `make_client` is called when the first of them is wanted."""
-    if not settings.hub_endpoint and not pinned:
+    if not (settings.hub_endpoint or settings.hub_endpoint_allow or pinned):
         return None
     from workers.hub.resolve import HubLibrary
 

@@ -27,6 +27,7 @@ from merge_core.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from merge_core.artifact import LOCK_NAME
 from merge_core.cards import CARD_NAME, MAX_CARD_BYTES
 from merge_core.checkpoint import COMPANIONS, MAX_COMPANION_BYTES, PICKLED
+from merge_core.files import disk_error
 from merge_core.headers import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_INDEX_BYTES, MAX_JSON_BYTES, clip
 from merge_core.patches.delta import DELTA_NAME
 from merge_core.reversal import REVERSAL_NAME
@@ -158,7 +159,10 @@ class HubLibrary:
             listed = _Listing.of(self.client, name, place.repo, revision)
             meant = Resolved(path, revision, self.client.endpoint, place.repo, listed.commit, place.inside)
         maker = _SnapshotMaker(self.client, name, meant, self._stop, self._patience)
-        snapshot, target, files = maker.make(listed)
+        try:
+            snapshot, target, files = maker.make(listed)
+        except OSError as error:
+            raise disk_error(error, self.client.folder, 0) from None
         self._meant[path, revision] = meant
         self.files |= {snapshot.folder / each: file for each, file in files.items()}
         return snapshot, target
