@@ -71,6 +71,10 @@ class ViewRepo(Repo):
                 raise HttpProblem("gone", f"view {self._job.id} cannot be computed any more: {error}") from None
         return self._views.queue.artifacts.read(self._job.id, path, start, end)
 
+    def is_there(self, path: str) -> bool:
+        stored = self._views.queue.artifacts
+        return path in self._weights or stored.files(self._job.id).get(path) == self.files[path].size
+
     @property
     def threads(self) -> CapacityLimiter:
         return self._views.threads
@@ -134,7 +138,9 @@ class Views:
         opened = self._enter(job)
         held = 0
         try:
-            block = opened.made(self).largest_block
+            made = opened.made(self)
+            made.check_unchanged()
+            block = made.largest_block
             ahead = _AHEAD if block <= _LARGE else 0
             held = self._hold((1 + ahead) * block)
             return _Reading(self._computed(opened, path, start, end, ahead), lambda: self._leave(opened, held))
@@ -205,7 +211,9 @@ class Views:
         """A block that is kept, or being computed, or will be."""
 
         def compute() -> bytes:
-            return b"".join(bytes(data) for _, data in made.make([piece], stop=lambda: opened.is_closed))
+            data = b"".join(bytes(data) for _, data in made.make([piece], stop=lambda: opened.is_closed))
+            made.check_unchanged()
+            return data
 
         return self._blocks.get((opened.job.id, piece.file, piece.begin), lambda: opened.pool.submit(compute))
 

@@ -260,6 +260,13 @@ class OnDemand:
                     future.exception()  # until then its space is written to
                 self._space.give_back(space)
 
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if a source is no longer the file whose header was read: what was made since it
+        changed is of no merge.
+        """
+        for weights in (*self.inputs, *self.compared.values()):
+            weights.check_unchanged()
+
     # Preparing.
 
     @property

@@ -493,6 +493,8 @@ class _Work:
             return Checked(name, Outcome.DIFFERS, f"the recipe makes it {wanted}, but it is {there}")
         try:
             ours, theirs, distance = self._compared(made, step, info)
+            if ours != theirs:
+                made.check_unchanged()
         except Canceled:
             raise
         except WeightsmithError as error:

@@ -245,12 +245,18 @@ def test_a_view_whose_sources_changed_is_gone(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "models" / name, tiny_llama(seed), config=LLAMA)
     with open_shop(tmp_path) as shop:
         view = shop.prepared(WHOLE)
+        assert shop.read(view, "model.safetensors", 4096, 5000).status_code == 206
         write_checkpoint(tmp_path / "models" / "m1", tiny_llama(7), config=LLAMA)
         answer = shop.read(view, "model.safetensors", 4096, 5000)
-        assert answer.status_code == 410 and "make a new view" in answer.json()["detail"]
+        assert answer.status_code == 410 and "cannot be computed any more" in answer.json()["detail"]
+        with open_shop(tmp_path) as other:
+            answer = other.read(view, "model.safetensors", 4096, 5000)
+            assert answer.status_code == 410 and "make a new view" in answer.json()["detail"]
         (tmp_path / "models" / "m1" / "model.safetensors").unlink()
         assert shop.read(view, "model.safetensors", 4096, 5000).status_code == 410
         assert shop.ask("GET", f"/hub/views/{view}/resolve/main/config.json").status_code == 200
+        (artifact_folder(shop.settings, view) / "config.json").unlink()
+        assert shop.ask("GET", f"/hub/views/{view}/resolve/main/config.json").status_code == 410
 
 
 @pytest.mark.parametrize(
