@@ -137,6 +137,7 @@ def test_a_snapshot_of_a_view_is_the_merge(shop: Shop, tmp_path: Path, recipe: A
     assert {name: got[name] for name in got.keys() - own} == {name: expected[name] for name in expected.keys() - own}
 
 
+@pytest.mark.slow  # that a Hub's client gets the files is the same law; this is what it is for
 def test_transformers_loads_a_model_that_is_on_no_disk(shop: Shop, tmp_path: Path) -> None:
     recipe = LINEAR | {"out_dtype": "bfloat16"}
     merged(recipe, shop, tmp_path / "out")

@@ -113,8 +113,8 @@ def test_any_range_of_any_file_is_what_merge_writes(models: Path, tmp_path: Path
 
     with opened(document, models, tmp_path / "scratch") as made:
         assert made.sizes == {name: len(data) for name, data in files.items()}
-        for name, data in sorted(files.items(), key=lambda _: draw.random())[:6]:
-            for _ in range(4):
+        for name, data in sorted(files.items(), key=lambda _: draw.random())[:3]:
+            for _ in range(3):
                 begin, end = sorted(draw.choices(range(len(data) + 1), k=2))
                 assert bytes_of(made, name, begin, end) == data[begin:end], (name, begin, end)
         assert {name: bytes_of(made, name) for name in files} == files
