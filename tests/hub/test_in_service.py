@@ -293,7 +293,8 @@ def test_kill_9_in_a_download_and_a_revision_that_moved(
 
 
 @pytest.mark.xdist_group("service")
-@pytest.mark.parametrize("mode", ["streamed", pytest.param("cached", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["streamed", "cached"])
 def test_cancel_in_a_download_takes_less_than_two_seconds(hub: Hub, large: Path, tmp_path: Path, mode: str) -> None:
     with served(hub, large, tmp_path / "data", mode) as service:
         job = service.post(SLOW)

@@ -59,7 +59,9 @@ def _header(file: Path) -> int:
 
 
 @MODES
-@pytest.mark.parametrize("title", ["linear", "ties", "ties-model", "low_rank"])
+@pytest.mark.parametrize(
+    "title", ["ties", "ties-model", *(pytest.param(title, marks=pytest.mark.slow) for title in ("linear", "low_rank"))]
+)
 def test_what_lies_elsewhere_is_merged_to_the_same_bytes(
     models: Path, tmp_path: Path, title: str, in_files: bool
 ) -> None:
