@@ -131,6 +131,7 @@ def test_merged_committed_and_the_same_from_there(
     assert told["outputs"] == {"max_shard_size": SHARD}
 
 
+@pytest.mark.slow
 def test_by_xet_where_the_hub_takes_it(models_folder: Path, expected: dict[str, str], tmp_path: Path) -> None:
     with publishing(tmp_path, models_folder, xet=True) as (hub, service):
         done = service.ended(service.post(recipe("alice/xet", keep=False)))
@@ -186,6 +187,7 @@ def test_the_same_again_makes_no_commit(running: tuple[Hub, Service], expected: 
     assert len(hub.commits("alice/twice")) == 1
 
 
+@pytest.mark.slow
 def test_outputs_of_other_kinds_go_too(running: tuple[Hub, Service]) -> None:
     hub, service = running
     outputs = {"kind": "delta", "hub": {"repo": "alice/delta"}, "keep": False}
@@ -217,6 +219,7 @@ def test_the_hub_s_bad_moments_pass(running: tuple[Hub, Service], expected: dict
     assert all(fault.seen for fault in faults)
 
 
+@pytest.mark.slow
 def test_a_branch_that_moved_is_looked_at_again(running: tuple[Hub, Service], expected: dict[str, str]) -> None:
     hub, service = running
     repo = "alice/moves"
