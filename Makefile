@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow fuzz chaos golden recipes oracle bench bench-peer bench-scale bench-workers bench-cuda bench-idle load science lint lock serve clean
+.PHONY: help setup demo test test-slow fuzz chaos golden recipes oracle bench bench-peer bench-scale bench-workers bench-cuda bench-hub bench-idle load science lint lock serve clean
 PEER := .venv-peer
 
 help:  ## List the targets
@@ -63,6 +63,9 @@ bench-cuda: $(READY)  ## Measure merges on a CUDA device against the rate of cop
 
 bench-idle: $(READY)  ## Measure what a service costs that nobody asks for anything, on both brokers
 	$(BIN)/python -m benchmarks.idle
+
+bench-hub: $(READY)  ## Measure the disk and memory of a merge from a Hub to a Hub (SIZE=large: longer)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hub
 
 load: $(READY)  ## Queue 1,000 jobs at once from 16 clients, on each broker; count what is lost, doubled or wrong
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.load
