@@ -920,7 +920,7 @@ def running_hub(folder: Path, *, xet: bool = False, page: int = 1000, part: int 
 def _served(app: Callable[[], ASGIApp]) -> Iterator[int]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app(), log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app(), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -193,7 +193,7 @@ def test_pages(store: JobStore) -> None:
 
 def test_jobs_of_each_kind_are_lists_of_their_own(store: JobStore) -> None:
     jobs = {kind: store.add({"of": kind}, {}, kind=kind) for kind in JobKind}
-    assert [job.id[:4] for job in jobs.values()] == ["mrg_", "aln_", "pat_"]
+    assert [job.id[:4] for job in jobs.values()] == ["mrg_", "aln_", "pat_", "vrf_", "viw_"]
     for kind, job in jobs.items():
         assert [found.id for found in store.page(kind=kind)] == [job.id]
         assert claimed(store, job).kind is kind
