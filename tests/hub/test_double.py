@@ -41,7 +41,7 @@ def run_round(hub: Hub, folder: Path, *, path: Path | None = None, xet: bool) ->
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("how", ["whole", "in parts", "xet"])
+@pytest.mark.parametrize("how", [pytest.param("whole", marks=pytest.mark.slow), "in parts", "xet"])
 def test_the_client_does_its_whole_round(tmp_path: Path, how: str) -> None:
     with running_hub(tmp_path / "hub", xet=how == "xet", part=100_000 if how == "in parts" else None, page=2) as hub:
         assert run_round(hub, tmp_path / "client", xet=how == "xet") == importlib.metadata.version("huggingface-hub")

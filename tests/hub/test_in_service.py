@@ -271,8 +271,9 @@ def receives(service: Service, job: dict[str, Any]) -> bool:
     return bool(service.job(job)["progress"].get("bytes_received", 0) > 4e6)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("service")
-@pytest.mark.parametrize("mode", ["streamed", pytest.param("cached", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["streamed", "cached"])
 def test_kill_9_in_a_download_and_a_revision_that_moved(
     hub: Hub, large: Path, tmp_path: Path, mode: str, models: Path
 ) -> None:
@@ -310,6 +311,7 @@ def test_cancel_in_a_download_takes_less_than_two_seconds(hub: Hub, large: Path,
         assert not service.artifacts()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("service")
 def test_the_command_line_takes_hub_ids(hub: Hub, models: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yml").write_text(json.dumps(RECIPE))

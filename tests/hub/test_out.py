@@ -109,7 +109,7 @@ def check_published(
     assert published(hub, repo, cache) == expected
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("keep", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_merged_committed_and_the_same_from_there(
     running: tuple[Hub, Service], expected: dict[str, str], tmp_path: Path, keep: bool
 ) -> None:
@@ -199,6 +199,7 @@ def test_outputs_of_other_kinds_go_too(running: tuple[Hub, Service]) -> None:
     assert set(service.files(done)) == {path for path in there if not path.endswith(".safetensors")}
 
 
+@pytest.mark.slow
 def test_the_hub_s_bad_moments_pass(running: tuple[Hub, Service], expected: dict[str, str], tmp_path: Path) -> None:
     """Errors that pass, and an answer that is lost after the commit was made."""
     hub, service = running
