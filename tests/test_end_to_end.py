@@ -36,7 +36,7 @@ from tests.services import (
 )
 
 pytestmark = pytest.mark.xdist_group("service")
-BROKERS = ("filesystem", "redis")
+BROKERS = ("filesystem", pytest.param("redis", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
@@ -350,6 +350,7 @@ def test_stopping_the_service_hands_its_job_to_the_next(large: Path, tmp_path: P
     shutil.rmtree(tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_an_artifact_in_s3(large: Path, tmp_path: Path) -> None:
     """Stored before the row says so, served from there, gone with a cancel, and nothing of it stays on the disk."""
     recipe = method_recipe("linear", outputs={"max_shard_size": "20MB"})
