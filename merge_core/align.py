@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-import yaml
 from pydantic import Field
 
 from merge_core import __version__
@@ -24,7 +23,7 @@ from merge_core.aligned import FILE_NAME, Alignment, align_models, plan_alignmen
 from merge_core.alignment.permutations import Permutations
 from merge_core.alignment.report import analyse, analysis_bytes
 from merge_core.artifact import Artifact, made_here, source_entry
-from merge_core.documents import Keys, canonical_json, load_documents, read_as, unknown_keys
+from merge_core.documents import LoneDocument, canonical_json, read_as, unknown_keys
 from merge_core.errors import CheckpointError, MemoryLimitExceeded, Problem, RecipeError
 from merge_core.execute import share_one_heap
 from merge_core.files import WrittenFile, disk_error, write_text
@@ -51,8 +50,10 @@ _ABOUT_BYTES = 2**20
 """What an artifact takes besides index vectors, about."""
 
 
-class AlignmentDocument(Keys):
+class AlignmentDocument(LoneDocument):
     """Which models are to be brought into one order, and how."""
+
+    a_kind: ClassVar[str] = "an alignment"
 
     models: list[ModelRef] = Field(min_length=1, max_length=64)
     base_model: ModelRef | None = Field(
@@ -65,14 +66,6 @@ class AlignmentDocument(Keys):
     limits: Limits = Limits()
 
     @classmethod
-    def from_text(cls, text: str | bytes) -> Self:
-        """Read YAML or JSON. Raises `RecipeError`."""
-        documents = load_documents(text, "alignment")
-        if len(documents) > 1:
-            raise RecipeError(f"an alignment is one document, not {len(documents)}")
-        return cls.from_data(next(iter(documents), None))
-
-    @classmethod
     def from_data(cls, data: Any) -> Self:
         """Read parsed YAML or JSON. Raises `RecipeError` naming every key that is wrong."""
         if not isinstance(data, Mapping):
@@ -83,17 +76,9 @@ class AlignmentDocument(Keys):
             raise RecipeError.of(problems)
         return document
 
-    def to_data(self) -> dict[str, Any]:
-        """The document as it was given, tidied: plain data that `from_data` reads back."""
-        return self.model_dump(mode="json", exclude_unset=True)
-
     def canonical(self) -> dict[str, Any]:
         """What the document means: without what cannot change a byte of the permutations."""
         return {key: value for key, value in self.to_data().items() if key != "limits"}
-
-    def to_yaml(self) -> str:
-        """`to_data` as text."""
-        return yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True)
 
     def aligned_models(self) -> dict[ModelRef, str]:
         """Every model, the base first, and its JSON pointer."""

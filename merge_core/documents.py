@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -41,6 +41,33 @@ class Keys(BaseModel):
     def known_keys(self) -> Collection[str]:
         """The keys that mean something here."""
         return type(self).model_fields
+
+
+class LoneDocument(Keys):
+    """A document of its own, of which a text holds one: `a_kind` is what messages call it, as "a patch"."""
+
+    a_kind: ClassVar[str]
+
+    @classmethod
+    def from_text(cls, text: str | bytes) -> Self:
+        """Read YAML or JSON. Raises `RecipeError`."""
+        documents = load_documents(text, cls.a_kind.partition(" ")[2])
+        if len(documents) > 1:
+            raise RecipeError(f"{cls.a_kind} is one document, not {len(documents)}")
+        return cls.from_data(next(iter(documents), None))
+
+    @classmethod
+    def from_data(cls, data: Any) -> Self:
+        """Read parsed YAML or JSON. Raises `RecipeError` naming every key that is wrong."""
+        raise NotImplementedError
+
+    def to_data(self) -> dict[str, Any]:
+        """The document as it was given, tidied: plain data that `from_data` reads back."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def to_yaml(self) -> str:
+        """`to_data` as text."""
+        return yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import BeforeValidator, Field
 
 from merge_core.artifact import LOCK_NAME, Artifact
 from merge_core.checkpoint import check_below, locate
-from merge_core.documents import Keys, load_documents, read_as, unknown_keys
+from merge_core.documents import LoneDocument, read_as, unknown_keys
 from merge_core.errors import CheckpointError, IncompatibleModels, Problem, RecipeError, WeightsmithError
 from merge_core.extraction import SignaturePlan, Wanted, extract_signature, plan_signature
 from merge_core.headers import clip, read_json
@@ -56,8 +55,10 @@ def _layers(written: Any) -> Any:
     return written
 
 
-class Patch(Keys):
+class Patch(LoneDocument):
     """What is to be done with patches: `operation` says what, and with it which other keys there are."""
+
+    a_kind: ClassVar[str] = "a patch"
 
     operation: Literal["extract", "apply", "remove"]
 
@@ -96,14 +97,6 @@ class Patch(Keys):
     limits: Limits = Limits()
 
     @classmethod
-    def from_text(cls, text: str | bytes) -> Self:
-        """Read YAML or JSON. Raises `RecipeError`."""
-        documents = load_documents(text, "patch")
-        if len(documents) > 1:
-            raise RecipeError(f"a patch is one document, not {len(documents)}")
-        return cls.from_data(next(iter(documents), None))
-
-    @classmethod
     def from_data(cls, data: Any) -> Self:
         """Read parsed YAML or JSON. Raises `RecipeError` naming every key that is wrong."""
         if not isinstance(data, Mapping):
@@ -113,14 +106,6 @@ class Patch(Keys):
         if problems:
             raise RecipeError.of(problems)
         return document
-
-    def to_data(self) -> dict[str, Any]:
-        """The document as it was given, tidied: plain data that `from_data` reads back."""
-        return self.model_dump(mode="json", exclude_unset=True)
-
-    def to_yaml(self) -> str:
-        """`to_data` as text."""
-        return yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True)
 
     def _structure(self) -> Iterator[Problem]:
         needed, allowed = _NEEDED[self.operation], _ALLOWED[self.operation]

@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-import yaml
 from pydantic import Field
 
 from merge_core import __version__
 from merge_core.artifact import Artifact, made_here
 from merge_core.checkpoint import locate
-from merge_core.documents import Keys, canonical_json, load_documents, read_as, unknown_keys
+from merge_core.documents import LoneDocument, canonical_json, read_as, unknown_keys
 from merge_core.errors import CheckpointError, Problem, RecipeError, WeightsmithError
 from merge_core.files import disk_error, remove_folder, write_text
 from merge_core.journal import JOURNAL, Journal
@@ -37,8 +36,10 @@ _REPORT_BYTES = 2**20
 _OF_TENSOR = 512
 
 
-class VerifyDocument(Keys):
+class VerifyDocument(LoneDocument):
     """Which published merge is to be verified, and how much of it."""
+
+    a_kind: ClassVar[str] = "a verification"
 
     model: ModelRef | None = Field(
         None, description="a published merge: a folder with its merge.lock.json, or a Hub id"
@@ -51,14 +52,6 @@ class VerifyDocument(Keys):
         {}, description="where models that the lock names are now, by their names there"
     )
     limits: Limits = Limits()
-
-    @classmethod
-    def from_text(cls, text: str | bytes) -> Self:
-        """Read YAML or JSON. Raises `RecipeError`."""
-        documents = load_documents(text, "verification")
-        if len(documents) > 1:
-            raise RecipeError(f"a verification is one document, not {len(documents)}")
-        return cls.from_data(next(iter(documents), None))
 
     @classmethod
     def from_data(cls, data: Any) -> Self:
@@ -76,14 +69,6 @@ class VerifyDocument(Keys):
         if problems:
             raise RecipeError.of(problems)
         return document
-
-    def to_data(self) -> dict[str, Any]:
-        """The document as it was given, tidied: plain data that `from_data` reads back."""
-        return self.model_dump(mode="json", exclude_unset=True)
-
-    def to_yaml(self) -> str:
-        """`to_data` as text."""
-        return yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True)
 
     @property
     def count(self) -> int | None:
