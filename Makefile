@@ -2,9 +2,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+RUNNABLE := $(VENV)/runnable
+INSTALL = $(BIN)/python -m pip install --quiet --constraint requirements.lock
+# Otherwise each of the processes that tests and benchmarks start compiles all sources anew: a second or three.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow fuzz chaos golden recipes oracle bench bench-peer bench-scale bench-workers bench-cuda bench-hub bench-idle load science lint lock serve clean
+.PHONY: help setup demo test test-pages test-faults test-slow docker-smoke fuzz chaos golden recipes oracle bench bench-peer bench-scale bench-workers bench-cuda bench-hub bench-idle load science science-quick lint lock vendor screenshots serve clean
 PEER := .venv-peer
 
 help:  ## List the targets
@@ -12,21 +16,37 @@ help:  ## List the targets
 
 setup: $(READY)  ## Make the virtual environment with everything pinned
 
-$(READY): pyproject.toml requirements.lock
+$(RUNNABLE): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock torch
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	$(INSTALL) torch
+# Of the thousands of modules of transformers few are used: these are compiled when they are.
+	$(INSTALL) --no-compile --editable '.[demo]'
+	touch $@
+
+$(READY): $(RUNNABLE)
+	$(INSTALL) --editable '.[dev]'
 	$(BIN)/python -m merge_core.kernels
 	touch $@
 
-demo: $(READY)  ## Train four small models, merge them over HTTP by every method, print the accuracies
-	$(BIN)/python -m benchmarks.demo
+# Nobody who looks for the first time waits for kernels to be compiled: torch makes the same bytes.
+demo: $(RUNNABLE)  ## Open the page, train small models, merge them by every method, print how good the merges are
+	$(if $(wildcard $(READY)),,WEIGHTSMITH_KERNELS=plain) $(BIN)/python -m benchmarks.demo
 
-test: $(READY)  ## Run the whole test suite
+test: $(READY)  ## Run the tests but for those below; ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-test-slow: $(READY)  ## Run the tests that `make test` leaves out: workers that die, freeze and leave, a little chaos
+test-pages: $(READY)  ## Look at every page in a browser, in both themes and on a phone (CI does)
+	$(BIN)/python -m tests.browsers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'pages and not slow' --numprocesses 2 --dist loadfile
+
+test-faults: $(READY)  ## Run the tests in which services and workers are killed, hang or lose what they need (CI does)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'faults and not slow'
+
+test-slow: $(READY)  ## Run the tests that take minutes: many kills, a little chaos, large searches
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+docker-smoke: $(READY)  ## Build the images, merge through the composition, kill a worker, compare bytes (needs Docker)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.docker_smoke
 
 chaos: $(READY)  ## Merge while everything that can break does (SEED=…, MERGES=…; 15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MERGES),--merges $(MERGES))
@@ -70,14 +90,23 @@ bench-hub: $(READY)  ## Measure the disk and memory of a merge from a Hub to a H
 load: $(READY)  ## Queue 1,000 jobs at once from 16 clients, on each broker; count what is lost, doubled or wrong
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.load
 
-science: $(READY)  ## Train small models and hold what aligning, patching and transferring do to them against bars
-	$(BIN)/python -m benchmarks.science
+science: $(READY)  ## Reproduce what papers claim, hold it against bars, write benchmarks/science.md (NAMES=…: some; under 30 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.science $(NAMES)
+
+science-quick: $(READY)  ## Run a part of `make science` with a seed or two, in five minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.science --quick
 
 lint: $(READY)  ## Check style, types and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+screenshots: $(READY)  ## Take the pictures of the page in docs/
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.screenshots
+
+vendor: $(READY)  ## Renew the npm packages that the page uses, as their list says (needs npm)
+	$(BIN)/python -m tests.vendored
 
 lock: $(READY)  ## Renew requirements.lock within what pyproject.toml allows
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock

@@ -9,16 +9,20 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import exc
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
+from app import sessions
 from app.errors import HttpProblem, answers, problem_response
+from workers.credentials import NoSecretKey
 from workers.jobs import JobKind
 from workers.keys import EVERYTHING, PREFIX, KeyRing, Scope
 from workers.problems import problem_of
@@ -30,17 +34,21 @@ SCHEME = "key"
 _SAFE = ("GET", "HEAD", "OPTIONS", "TRACE")
 _JOBS = "|".join(kind.plural for kind in JobKind)
 _ANY = "any"
+PAGES = r"/|/(jobs|compare|settings)(/.*)?"
+"""What people look at, and need a key for."""
 _RULES: tuple[tuple[re.Pattern[str], Scope | str | None, Scope | str | None], ...] = tuple(
     (re.compile(path, re.DOTALL), reading, writing)
     for path, reading, writing in (
         # What is the same for everybody and tells nothing of anybody.
-        (r"/|/docs(/.*)?|/redoc|/openapi\.json|/healthz|/readyz|/v1/(methods|problems)(/.*)?", None, None),
+        (r"/openapi\.json|/healthz|/readyz|/v1/(methods|problems)(/.*)?", None, None),
+        (r"/(docs|sign-in|sign-out)|/(static|methods)(/.*)?", None, None),
+        (PAGES, Scope.MERGES_READ, Scope.MERGES_WRITE),
         (rf"/v1/({_JOBS})/[^/]+/files(/.*)?", Scope.FILES_READ, Scope.FILES_READ),
-        (rf"/v1/({_JOBS}|credentials)(/.*)?", Scope.MERGES_READ, Scope.MERGES_WRITE),
+        (rf"/v1/({_JOBS}|credentials|data)(/.*)?", Scope.MERGES_READ, Scope.MERGES_WRITE),
         (r"/hub/api/whoami-v2", _ANY, _ANY),
         # A POST there asks for paths; nothing can be written.
         (r"/hub/.*", Scope.FILES_READ, Scope.FILES_READ),
-        (r"/v1/recipes:[a-z]+", Scope.MERGES_READ, Scope.MERGES_READ),
+        (r"/v1/(recipes:[a-z]+|models)", Scope.MERGES_READ, Scope.MERGES_READ),
         # Who reads it can speak to the owner's webhooks as if they were us.
         (r"/v1/webhook-secret", Scope.MERGES_WRITE, Scope.MERGES_WRITE),
         (r"/v1/(api-keys(/.*)?|quota|system)", _ANY, _ANY),
@@ -93,6 +101,13 @@ def doors_for(settings: Settings, host: str | None) -> Doors:
     return Doors.LOOPBACK if host is not None and is_loopback(host) else Doors.KEYS
 
 
+def doors_of(app: FastAPI) -> Doors:
+    """Who is let in by an app."""
+    found = app.state.doors
+    assert isinstance(found, Doors)
+    return found
+
+
 def is_loopback(host: str) -> bool:
     """Whether a name or address is this machine's own, and no other can reach it."""
     host = host.lower().rstrip(".")
@@ -118,8 +133,8 @@ class Gate:
     It stands before the routes, so that none can be forgotten, and before their bodies are read.
     """
 
-    def __init__(self, app: ASGIApp, *, doors: Doors) -> None:
-        self.app, self.doors = app, doors
+    def __init__(self, app: ASGIApp, *, doors: Doors, settings: Settings) -> None:
+        self.app, self.doors, self.settings = app, doors, settings
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -128,6 +143,9 @@ class Gate:
         try:
             caller = await self._admit(scope)
         except HttpProblem as refused:
+            if refused.body["code"] == "unauthorized" and _is_looked_at(scope):
+                await _sign_in(scope)(scope, receive, send)
+                return
             await problem_response(refused.body, refused.headers)(scope, receive, send)
             return
         except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
@@ -146,7 +164,8 @@ class Gate:
             detail = "the address has a NUL character in it, which nothing here has"
             place = {"pointer": "#/path" if "\0" in path else "#/query", "detail": detail}
             raise HttpProblem("invalid-request", detail, errors=[place])
-        if self.doors is not Doors.KEYS:
+        session = None if "authorization" in headers else self._session(scope)
+        if self.doors is not Doors.KEYS or session is not None or re.fullmatch("/sign-(in|out)", path):
             self._refuse_other_sites(verb, headers)
         wanted = needed(verb, path)
         if wanted is None:
@@ -156,7 +175,7 @@ class Gate:
         if self.doors is not Doors.KEYS and not any(PREFIX in each for each in written):
             # Whatever else stands there is between the caller and a proxy.
             return Caller(LOCAL_OWNER)
-        caller = await self._holder(scope, written)
+        caller = await self._holder(scope, written or ([f"Bearer {session}"] if session else []))
         if not caller.may(wanted):
             detail = f"this key lacks the scope {wanted}; it has {', '.join(sorted(caller.scopes)) or 'none'}"
             challenge = f'Bearer realm="weightsmith", error="insufficient_scope", scope="{wanted}"'
@@ -182,8 +201,15 @@ class Gate:
             raise HttpProblem("unauthorized", detail, headers={"WWW-Authenticate": challenge})
         return Caller(key.owner, frozenset(map(Scope, key.scopes)), key.expires_at)
 
+    def _session(self, scope: Connection) -> str | None:
+        """The key that somebody signed in with on the page."""
+        try:
+            return sessions.secret_in(HTTPConnection(scope), self.settings)
+        except NoSecretKey:
+            return None
+
     def _refuse_other_sites(self, verb: str, headers: Headers) -> None:
-        """Without keys, a browser on this machine would ask in its owner's name for whatever page it shows."""
+        """Without keys, or signed in, a browser would ask in its owner's name for whatever page it shows."""
         host = headers.get("host", "")
         if self.doors is Doors.LOOPBACK and not is_loopback(_name(host)):
             detail = (
@@ -194,6 +220,18 @@ class Gate:
         origin = headers.get("origin")
         if verb not in _SAFE and origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             raise HttpProblem("forbidden", f"a page of {origin[:100]!r} cannot change anything here")
+
+
+def _is_looked_at(scope: Connection) -> bool:
+    """Whether a browser asks for a page."""
+    return scope["method"] in _SAFE and re.fullmatch(PAGES, scope["path"]) is not None
+
+
+def _sign_in(scope: Connection) -> RedirectResponse:
+    """Where one says who one is, and goes on from there."""
+    query = scope["query_string"].decode("latin-1")
+    wanted = scope["path"] + (f"?{query}" if query else "")
+    return RedirectResponse(f"/sign-in?next={quote(wanted, safe='/')}", 303)
 
 
 def _name(host: str) -> str:

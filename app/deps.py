@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
 import yaml
@@ -115,16 +115,26 @@ async def _card(request: Request) -> bytes:
 
 async def read_body(request: Request, most: int) -> bytes:
     """The body of a request, of at most so many bytes."""
+    return b"".join([part async for part in body_parts(request, most)])
+
+
+async def body_parts(request: Request, most: int, piece: int = 0) -> AsyncIterator[bytes]:
+    """The body of a request as it comes, at most so many bytes, in parts of `piece` or more but for the last."""
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         raise HttpProblem("unsupported-media-type", f"send the body as it is, without Content-Encoding: {coding[:60]}")
-    body = bytearray()
+    waiting, count = bytearray(), 0
     async for part in request.stream():
-        body += part
-        if len(body) > most:
+        waiting += part
+        count += len(part)
+        if count > most:
             detail = f"at most {most:,} bytes are read here"
             raise HttpProblem("payload-too-large", detail, headers={"Connection": "close"})
-    return bytes(body)
+        if len(waiting) > piece:
+            yield bytes(waiting)
+            waiting.clear()
+    if waiting:
+        yield bytes(waiting)
 
 
 def job_of(kind: JobKind) -> Callable[..., Job]:
@@ -156,10 +166,36 @@ _EXAMPLES: dict[JobKind, Any] = {
         "patches": [{"patch": "blur", "strength": 0.5}],
     },
     JobKind.VERIFICATION: {"model": "mistral-7b-merged", "sample": 20},
+    JobKind.SEARCH: {
+        "merge_method": "task_arithmetic",
+        "base_model": "mistral-7b",
+        "models": [{"model": "mistral-7b-chat", "parameters": {"weight": 1}}],
+        "search": {
+            "method": "tpe",
+            "trials": 40,
+            "space": {"lambda": {"low": 0, "high": 1}},
+            "evaluator": {"http": {"url": "https://evaluate.example.org"}},
+            "metrics": {"accuracy": "maximize"},
+        },
+    },
+    JobKind.CALIBRATION: {
+        "merge_method": "expert_merging",
+        "base_model": "mistral-7b",
+        "models": [{"model": "mistral-7b-chat"}, {"model": "mistral-7b-code"}],
+        "calibrate": {
+            "method": "expert_merging",
+            "data": [
+                {"model": "mistral-7b-chat", "file": "chat.jsonl"},
+                {"model": "mistral-7b-code", "file": "code.jsonl"},
+            ],
+        },
+        "limits": {"memory": "4GiB"},
+    },
     JobKind.VIEW: {
         "merge_method": "linear",
         "models": [{"model": name, "parameters": {"weight": 0.5}} for name in ("mistral-7b-chat", "mistral-7b-code")],
     },
+    JobKind.ANALYSIS: {"base_model": "mistral-7b", "models": ["mistral-7b-chat", "mistral-7b-code"], "density": 0.2},
 }
 
 

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
+from starlette.routing import BaseRoute
 
-from app import auth, errors
+from app import auth, errors, pages
+from app.armor import Armor
 from app.head import HeadAsGet
 from app.hub import InHubWords
 from app.repos import open_shelves
 from app.requests import Requests
-from app.routes import api_keys, credentials, health, hub, methods, metrics, problems, quota, recipes, system, webhooks
+from app.routes import (
+    api_keys,
+    credentials,
+    data,
+    health,
+    hub,
+    methods,
+    metrics,
+    models,
+    problems,
+    quota,
+    recipes,
+    system,
+    trials,
+    webhooks,
+)
 from app.routes.files import files_router
 from app.routes.jobs import jobs_router
 from app.routes.records import records_router
@@ -63,23 +81,38 @@ def create_app(settings: Settings | None = None, *, host: str | None = None) -> 
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
-        responses=errors.answers(*EVERYWHERE),
+        docs_url=None,  # the page has one of its own, without a CDN
+        redoc_url=None,
     )
     app.state.settings = settings
-    app.add_middleware(auth.Gate, doors=auth.doors_for(settings, host))
+    app.state.doors = auth.doors_for(settings, host)
+    app.add_middleware(auth.Gate, doors=app.state.doors, settings=settings)
     app.add_middleware(InHubWords)
     app.add_middleware(HeadAsGet)
+    app.add_middleware(Armor)
     app.add_middleware(Requests)
     app.state.guard = Guard(settings.webhook_allow)
     errors.install(app)
+    app.router.routes.extend(_routes())
+    return app
+
+
+@cache
+def _routes() -> Sequence[BaseRoute]:
+    """Every route. FastAPI prepares those of an app when the first of them is asked for, in a third of a second; here
+    all apps of a process share them.
+    """
+    app = FastAPI(responses=errors.answers(*EVERYWHERE), openapi_url=None)
     for kind in WORK:
         app.include_router(jobs_router(kind))
         app.include_router(records_router(kind))
         app.include_router(files_router(kind))
         app.include_router(webhooks.deliveries_router(kind))
-    for module in (recipes, methods, webhooks, problems, api_keys, system, health, metrics, credentials, quota, hub):
+    named = (recipes, methods, models, webhooks, problems, api_keys, system, health, metrics, credentials, data, quota)
+    for module in (*named, trials, hub):
         app.include_router(module.router)
-    return app
+    pages.install(app)
+    return app.routes
 
 
 class _Service(FastAPI):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from merge_core.errors import Problem, RecipeError
 from merge_core.shards import check_space
@@ -14,6 +15,10 @@ from workers.jobs import JobKind
 from workers.kinds import WORK, Document, Plan
 from workers.published import published_by
 from workers.settings import Settings
+
+if TYPE_CHECKING:
+    from merge_core.calibration.document import Calibration
+    from merge_core.search.document import Search
 
 REFUSALS = (
     *("invalid-recipe", "invalid-request", "model-not-found", "incompatible-models", "bad-checkpoint", "unsafe-format"),
@@ -31,7 +36,7 @@ def plan_for_service(kind: JobKind, document: Document, settings: Settings, hub:
     """
     work, limits = WORK[kind](), document.limits
     if limits.memory > settings.max_memory:
-        article = "an" if kind is JobKind.ALIGNMENT else "a"
+        article = "an" if kind in (JobKind.ALIGNMENT, JobKind.ANALYSIS) else "a"
         detail = f"this service gives {article} {kind} at most {settings.max_memory / 2**20:,.0f} MiB"
         raise RecipeError.of([Problem(detail, "#/limits/memory")])
     place = place_of(document)
@@ -43,6 +48,16 @@ def plan_for_service(kind: JobKind, document: Document, settings: Settings, hub:
     if kind is JobKind.VIEW:
         make = partial(make, memory=settings.memory_of_view)
     plan = make(document, roots=hub.roots, threads=limits.threads or settings.threads)
+    if kind is JobKind.SEARCH:
+        from workers.evaluators import check_evaluator
+        from workers.evaluators.data import Shelves
+
+        check_evaluator(cast("Search", document), Shelves(hub.store, hub.owner, hub.roots))
+    if kind is JobKind.CALIBRATION:
+        from workers.calibrating import check_models
+        from workers.evaluators.data import Shelves
+
+        check_models(cast("Calibration", document), Shelves(hub.store, hub.owner, hub.roots))
     planned = plan.to_dict()
     check_space(planned.get("bytes_on_disk", plan.output_bytes), settings.artifacts)
     if place is not None:

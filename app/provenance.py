@@ -15,15 +15,17 @@ PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:weightsmith:build:v1"
 MOST_BYTES = 64 * 2**20
 """The longest lock or report that is read into memory."""
+MOST_DRAWN = 16 * 2**20
+"""The longest report that a page draws; what is made of a longer one would take too much of the service's memory."""
 
 
-def read_json(artifacts: ArtifactStore, job: Job, name: str) -> dict[str, Any] | None:
-    """A small JSON file of a finished job; `name` may be a suffix. None: it has no such file.
+def read_json(artifacts: ArtifactStore, job: Job, name: str, *, most: int = MOST_BYTES) -> dict[str, Any] | None:
+    """A JSON file of a finished job, of at most so many bytes; `name` may be a suffix. None: it has no such file.
 
     Raises `FileNotFoundError` if the file is gone, `StorageFailed` if the store cannot be used.
     """
     file = next((file for file in job.files if file["path"].endswith(name)), None)
-    if file is None or file["size"] > MOST_BYTES:
+    if file is None or file["size"] > most:
         return None
     found = json.loads(b"".join(artifacts.read(job.id, file["path"], 0, file["size"])))
     return found if isinstance(found, dict) else None

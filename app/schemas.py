@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field
 
 from merge_core.method import Given
 from workers.jobs import JobKind, JobState, RecipeData
-from workers.tables import Event, Job
+from workers.tables import Event, Job, Trial
 
 PROBLEM_TYPES = "/v1/problems/"
 """Where a problem's `type` leads: to what it means."""
@@ -27,6 +27,7 @@ class Urls(BaseModel):
     files: str
     manifest: str
     report: str
+    tensors: str
 
 
 class Durations(BaseModel):
@@ -65,7 +66,7 @@ class JobRead(BaseModel):
     phase: str = Field(description="what the worker is doing; empty unless running")
     progress: dict[str, Any] = Field(
         description="tensors and bytes done of how many, those received and sent over the network, rate in bytes per "
-        "second, seconds left, tensor at work"
+        "second, seconds left, tensor at work, and `tensors_finished`: runs of places among the `tensors` of the job"
     )
     attempt: int
     error: dict[str, Any] | None = Field(description="the problem that a failed job ended in")
@@ -172,6 +173,43 @@ class EventPage(BaseModel):
     next: int
 
 
+class TrialRead(BaseModel):
+    """A trial of a search: `status` is open until it is done, pruned, or refused because nothing can be made of it."""
+
+    number: int
+    status: Literal["open", "done", "pruned", "refused"]
+    values: dict[str, Any] = Field(description="by the names in the search; of a soup: the numbers of its `models`")
+    metrics: dict[str, float]
+    steps: dict[str, float] = Field(description="the first metric on the way, by step")
+    detail: str | None = Field(description="why it is refused")
+    digest: str = Field(description="trials with the same digest come to the same, and are made once")
+    seconds: float | None = Field(description="merging and evaluating; null where another search had made it")
+    finished_at: datetime | None
+
+    @classmethod
+    def of(cls, row: Trial) -> Self:
+        outcome = row.outcome or {}
+        return cls(
+            number=row.number,
+            status=row.state,
+            values=row.tried,
+            metrics=outcome.get("metrics", {}),
+            steps=outcome.get("steps", {}),
+            detail=outcome.get("detail"),
+            digest=row.digest,
+            seconds=row.seconds,
+            finished_at=_moment(row.finished_at),
+        )
+
+
+class TrialPage(BaseModel):
+    """Trials, in order; `next` is the `after` of the following page."""
+
+    data: list[TrialRead]
+    has_more: bool
+    next: int | None
+
+
 class PhaseRead(BaseModel):
     """A phase of a job; `seconds` is null while it lasts."""
 
@@ -211,6 +249,18 @@ class Report(BaseModel):
         description="which files and tensors agree, differ, or were not checked"
     )
     error: dict[str, Any] | None
+
+
+class TensorsRead(BaseModel):
+    """The tensors that a job writes, in the order of its output, and which of them are whole.
+
+    Nothing is listed before a worker knows them, of jobs that were over in a moment, and of kinds that write no model.
+    """
+
+    names: list[str]
+    finished: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(
+        description="runs of places: the first, and the one after the last"
+    )
 
 
 class Digested(BaseModel):
@@ -325,6 +375,7 @@ class MethodRead(BaseModel):
     title: str
     summary: str
     description: str
+    equation: str = Field(description="formulas as text, and what they need to be understood; paragraphs of lines")
     paper: str
     base: str
     models: dict[str, int | None]
@@ -339,6 +390,30 @@ class MethodList(BaseModel):
     """Every merge method."""
 
     data: list[MethodRead]
+
+
+class ModelRead(BaseModel):
+    """A model in one of the service's folders; what its config does not say is null."""
+
+    name: str = Field(description="what recipes call it")
+    kind: Literal["model", "adapter", "file"] = Field(
+        description="a folder with weights, one with an adapter's, or a lone file of weights"
+    )
+    bytes: int = Field(description="of its files of weights")
+    architecture: str | None
+    dtype: str | None
+    layers: int | None
+    hidden_size: int | None
+    vocabulary: int | None
+
+
+class ModelPage(BaseModel):
+    """Models by name; `next` is the `after` of the following page."""
+
+    data: list[ModelRead]
+    has_more: bool
+    next: str | None
+    incomplete: bool = Field(description="whether the folders have more in them than is looked at")
 
 
 class Check(BaseModel):

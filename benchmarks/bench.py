@@ -202,9 +202,16 @@ def _peer(work: Path, size: str, recipe: Mapping[str, Any], models: Sequence[str
     if recipe["merge_method"] == "slerp":
         theirs["models"].insert(0, {"model": paths["base"]})
     (work / "peer.yml").write_text(yaml.safe_dump(theirs))
-    wall, cpu = _timed([str(PEER), str(work / "peer.yml"), str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [str(PEER), str(work / "peer.yml"), str(out)]
+    begun, before = time.perf_counter(), os.times()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    wall = time.perf_counter() - begun
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
     shutil.rmtree(out, ignore_errors=True)
-    return {"wall_s": wall, "cpu_s": cpu}
+    return {"wall_s": wall, "cpu_s": _children(os.times()) - _children(before), "rss_mb": used.ru_maxrss / 1024}
 
 
 def _timed(command: Sequence[str], **streams: Any) -> tuple[float, float]:
@@ -234,6 +241,7 @@ def _row(title: str, of: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
         "floor_s": round(median("floor", "wall_s") or 0, 2),
         "floor_write_s": round(median("floor", "write_s") or 0, 2),
         "peer_wall_s": median("peer", "wall_s"),
+        "peer_rss_mb": median("peer", "rss_mb"),
         "vs_floor": ratio("ours", "merge_s", "floor", "wall_s"),
         "vs_mergekit": ratio("peer", "wall_s", "ours", "wall_s"),
         "vs_torch": ratio("plain", "merge_s", "compiled", "merge_s"),
@@ -255,6 +263,7 @@ def _table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
         "floor s": "floor_s",
         "vs floor": "vs_floor",
         "vs mergekit": "vs_mergekit",
+        "its MB": "peer_rss_mb",
         "vs torch": "vs_torch",
     }
     for name in columns:

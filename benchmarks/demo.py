@@ -1,9 +1,11 @@
-"""`make demo`: train four small models on real data, merge them over HTTP by every method, and print how good each
-merge is.
+"""`make demo`: start the service, train four small models on real data, merge them over HTTP by every method, print how
+good each merge is; train a small language model, and let its merge be learned from a few texts; and leave the page open
+with larger models to play with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import webbrowser
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +27,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from app.client import Client, Job, ServiceError
+from app.client.jobs import Jobs
+from benchmarks import language
 from benchmarks.digits import FIRST_IMAGES, TASKS, Digits, accuracies, load_checkpoint, train_models
+from benchmarks.synthetic import SHAPES, build
 
 console = Console()
+PORT = 8000
+LARGER = {
+    "merge_method": "task_arithmetic",
+    "base_model": "llama/base",
+    "models": [{"model": f"llama/m{i}", "parameters": {"weight": 0.4}} for i in range(3)],
+    "dtype": "bfloat16",
+}
+"""Long enough to be watched."""
+SAMPLES = 10
+"""Texts of each expert that coefficients are learned from."""
+WEIGHT = 0.3
+BY_HAND, LEARNED = f"task arithmetic at {WEIGHT}", f"Expert Merging, {2 * SAMPLES} texts"
 AVERAGE, ARITHMETIC, TIES = "linear: plain average", "task_arithmetic, scale 1", "ties, whole model, scale 1"
 
 
@@ -67,48 +85,81 @@ def recipes(tuned: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def main() -> int:
-    """Run the demo; 0 if the merges compare as the papers say."""
+    """Run the demo; 0 if the merges compare as the papers say. On a terminal the service then goes on until Ctrl-C."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="weightsmith-demo-") as scratch:
         models, data, downloads = (Path(scratch) / name for name in ("models", "data", "downloads"))
         models.mkdir()
-        digits = Digits.load()
-        with console.status(
-            f"training: one base on {FIRST_IMAGES} images, four fine-tunes on {len(digits.images):,} …"
-        ):
-            names = train_models(models, digits)
-        console.print(f"trained {len(names)} models on scikit-learn's digits, saved as bf16 safetensors in shards")
-        wanted = recipes(names[1:])
-        console.print("\none of the recipes that are POSTed to /v1/merges:\n", style="bold")
-        console.print(yaml.safe_dump(wanted[TIES], sort_keys=False), markup=False, highlight=False)
-        with service(data, models) as url:
+        with service(data, models, port=PORT) as url:
+            invite(url)
             try:
-                merged = {title: run(url, title, recipe, downloads) for title, recipe in wanted.items()}
+                return play(url, models, downloads)
             except ServiceError as error:
                 console.print(f"[red]error:[/red] {error}")
                 return 1
-        return report(digits, {name: models / name for name in names}, merged)
+
+
+def invite(url: str) -> None:
+    """Show the way to the page; on a terminal with a screen, open it."""
+    console.print(f"Open [bold]{url}[/bold] in a browser: every merge shows up there while it runs.\n")
+    has_screen = sys.platform in ("darwin", "win32") or bool(
+        os.environ.get("DISPLAY") or "WAYLAND_DISPLAY" in os.environ
+    )
+    if sys.stdout.isatty() and has_screen:
+        webbrowser.open(url)
+
+
+def play(url: str, models: Path, downloads: Path) -> int:
+    """The models, the merges, and how good they are."""
+    with console.status("making four checkpoints in the shape of a Llama, of 0.1 billion random weights each …"):
+        build(models / "llama", SHAPES["0.1"], 3)
+    run(url, "0.1 billion weights", LARGER, downloads)
+    digits = Digits.load()
+    with console.status(f"training: one base on {FIRST_IMAGES} images, four fine-tunes on {len(digits.images):,} …"):
+        names = train_models(models, digits)
+    console.print(f"\ntrained {len(names)} models on scikit-learn's digits, saved as bf16 safetensors in shards")
+    wanted = recipes(names[1:])
+    console.print("\none of the recipes that are POSTed to /v1/merges:\n", style="bold")
+    console.print(yaml.safe_dump(wanted[TIES], sort_keys=False), markup=False, highlight=False)
+    merged = {title: run(url, title, recipe, downloads) for title, recipe in wanted.items()}
+    verdict = report(digits, {name: models / name for name in names}, merged)
+    verdict = max(verdict, report_losses(learn(url, models, downloads)))
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        console.print(
+            f"\nThe service goes on at [bold]{url}[/bold], with these models to merge on the page. Ctrl-C ends it."
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+    return verdict
 
 
 def run(url: str, title: str, recipe: Mapping[str, Any], downloads: Path) -> Path:
     """POST one recipe, watch its job, download the result."""
+    with Client(url) as client:
+        job = client.merges.submit(recipe, labels={"demo": title})
+        return _finished(client.merges, job, title, "tensors", downloads)
+
+
+def _finished(jobs: Jobs, job: Job, title: str, counted: str, downloads: Path) -> Path:
+    """Watch a job to its end and download what it made; `counted`: what its progress is told in."""
     columns = (
         TextColumn("{task.description:>34}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("tensors"),
+        TextColumn(counted),
         TimeElapsedColumn(),
     )
-    with Client(url) as client, Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console) as bar:
         shown = bar.add_task(title, total=None)
-        job = client.merges.submit(recipe)
 
         def follow(job: Job) -> None:
-            bar.update(shown, total=job.progress.tensors_total or None, completed=job.progress.tensors_done)
+            done, total = (getattr(job.progress, f"{counted}_{which}") for which in ("done", "total"))
+            if total:
+                bar.update(shown, total=total, completed=done)
 
-        client.merges.wait(job, progress=follow)
-        client.merges.download(job, downloads / job.id)
+        jobs.wait(job, progress=follow)
+        jobs.download(job, downloads / job.id)
     return downloads / job.id
 
 
@@ -140,12 +191,86 @@ def report(digits: Digits, alone: Mapping[str, Path], merged: Mapping[str, Path]
     return 0 if ahead else 1
 
 
+def learn(url: str, models: Path, downloads: Path, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Train a language model and two fine-tunes of it, merge them by task arithmetic and with coefficients learned from
+    a few texts without labels; what each loses on texts that nobody has seen, by the names of the table.
+    """
+    folder = models / "language"
+    known = language.texts()
+    with console.status("training a small language model: a base on C++, fine-tunes on Python and on English …"):
+        language.train_models(folder, known, seed)
+        language.write_samples(folder, known, SAMPLES, seed)
+    experts = [{"model": f"language/{name}"} for name in language.EXPERTS]
+    recipe = {"merge_method": "task_arithmetic", "base_model": "language/base", "models": experts}
+    made = {BY_HAND: run(url, BY_HAND, recipe | {"parameters": {"weight": WEIGHT}}, downloads)}
+    with Client(url) as client:
+        job = client.calibrations.submit(calibration(), labels={"demo": LEARNED})
+        console.print(f"its curve is drawn at [bold]{url}/jobs/{job.id}[/bold]", soft_wrap=True)
+        made[LEARNED] = _finished(client.calibrations, job, LEARNED, "steps", downloads)
+    alone = {name: folder / name for name in ("base", *language.EXPERTS)}
+    return {name: language.losses(each, known) for name, each in {**alone, **made}.items()}
+
+
+def report_losses(measured: Mapping[str, Mapping[str, float]]) -> int:
+    """Print what `learn` gave; 0 if the learned coefficients are ahead of those by hand."""
+    table = Table(title="loss on text that nobody has seen, in nats for each character")
+    table.add_column("model")
+    columns = (*language.EXPERTS, "mean")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name, found in measured.items():
+        style = "bold" if name == LEARNED else "" if name == BY_HAND else "dim"
+        row = (name, *(f"{found[each]:.3f}" for each in columns))
+        table.add_row(*row, style=style, end_section=name == language.EXPERTS[-1])
+    console.print()
+    console.print(table)
+    ours, theirs = measured[LEARNED]["mean"], measured[BY_HAND]["mean"]
+    verdict = "[green]ahead of[/green]" if ours < theirs else "[red]not ahead of[/red]"
+    console.print(f"\n{LEARNED} without labels ({ours:.3f}) is {verdict} {BY_HAND} ({theirs:.3f})")
+    return 0 if ours < theirs else 1
+
+
+def calibration() -> dict[str, Any]:
+    """What is POSTed to /v1/calibrations; what is held out there chooses nothing and only tells the curve."""
+    names = [f"language/{name}" for name in language.EXPERTS]
+    return {
+        "merge_method": "expert_merging",
+        "base_model": "language/base",
+        "models": [{"model": name} for name in names],
+        "limits": {"threads": 1},
+        "calibrate": {
+            "method": "expert_merging",
+            "data": [{"model": name, "file": f"{name}.jsonl"} for name in names],
+            "samples": SAMPLES,
+            "batch": SAMPLES,
+            "accumulate": len(names),
+            "steps": 40,
+            "rate": 0.1,
+            "schedule": "cosine",
+            "first": WEIGHT,
+            "anchor": 0,
+            "check": [{"model": name, "file": f"{name}-check.jsonl", "samples": language.CHECKED} for name in names],
+            "every": 4,
+            "choose": "last",
+            "compare": [WEIGHT],
+            "merge": True,
+        },
+    }
+
+
+def _free_port(wanted: int) -> int:
+    """That port, or another if it is taken."""
+    for port in (wanted, 0):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise SystemExit("no port can be listened on here")
+
+
 @contextmanager
-def service(data: Path, models: Path, **settings: str) -> Iterator[str]:
+def service(data: Path, models: Path, *, port: int = 0, **settings: str) -> Iterator[str]:
     """The embedded service in a process of its own; yields its URL. `settings` are environment variables."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port(port)
     command = [
         sys.executable,
         "-m",
@@ -165,7 +290,6 @@ def service(data: Path, models: Path, **settings: str) -> Iterator[str]:
     try:
         with console.status("starting the service …"):
             _wait_until_ready(url, process, log)
-        console.print(f"the service answers at {url}\n")
         yield url
     finally:
         process.terminate()
@@ -179,7 +303,8 @@ def service(data: Path, models: Path, **settings: str) -> Iterator[str]:
 def _own_environment() -> dict[str, str]:
     """The shell's environment without settings that would lead the demo to somebody's real service."""
     ours = ("WEIGHTSMITH_", "REDIS_URL", "DATABASE_URL")
-    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    kept = "WEIGHTSMITH_KERNELS"
+    return {name: value for name, value in os.environ.items() if name == kept or not name.startswith(ours)}
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -307,6 +307,10 @@ class Blocks:
             None if source.is_whole else read,
         )
 
+    def whole(self, step: Step, *, reads: float) -> Block:
+        """A whole tensor from all models, of which runs of rows are read when they are used, `reads` times in all."""
+        return self._block(step, (0, step.grains.count), check=False, reads=reads)
+
     def spans(self, step: Step) -> Iterator[Span]:
         """Runs of whole grains, as long as the plan's blocks."""
         grains = step.grains

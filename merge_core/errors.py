@@ -156,6 +156,25 @@ class NonFinite(WeightsmithError):
         super().__init__(message, [Problem(message, tensor=tensor, file=where)])
 
 
+class EvaluationFailed(WeightsmithError):
+    """What scores the candidates of a search did not: it was not there, took too long, or said what is no score. What
+    it said of other candidates is kept; a retry asks for the rest.
+    """
+
+    code = "evaluation-failed"
+    title = "A candidate was not evaluated"
+    retryable = True
+
+
+class CalibrationFailed(WeightsmithError):
+    """A calibration came to nothing: a model cannot be run, data cannot be read or lack what is needed, or what was
+    learned is no number. What is known by then is kept; a retry goes on from there.
+    """
+
+    code = "calibration-failed"
+    title = "The calibration failed"
+
+
 class Canceled(WeightsmithError):
     """Somebody asked for the merge to stop."""
 

@@ -128,6 +128,8 @@ class Execution:
         )
         self.warnings = list(self.writer.journal.get("warnings", []))
         self.progress.tensors_total = len(self.plan.steps)
+        self.progress.order = tuple(slot.name for unit in self.writer.units for slot in unit.slots)
+        self._places = {name: place for place, name in enumerate(self.progress.order)}
         self.progress.bytes_read_total = self.plan.input_bytes
         self.progress.bytes_written_total = sum(slot.nbytes for shard in self.plan.shards for slot in shard.slots)
         for stage in self.stages:
@@ -162,6 +164,7 @@ class Execution:
                 self.writer.end()
                 self.merged(self.plan.by_name[slot.name])
                 self.progress.tensors_done += 1
+                self.progress.finished.add(self._places[slot.name], self._places[slot.name] + 1)
             self._tick()
 
         with closing(self._measured(pool, known)) as tensors:
@@ -232,7 +235,7 @@ class Execution:
                     self._make_room()
                 self._expect_units(number)
                 read = self.progress.bytes_read
-                yield from writer.enter(units[number])
+                yield from self._enter(units[number])
                 if self._is_shared:
                     yield None
                     digests = writer.leave(units[number])
@@ -244,6 +247,13 @@ class Execution:
                     return
                 self.share.wait()
                 self._tick()
+
+    def _enter(self, unit: Unit) -> Sequence[Slot]:
+        """The tensors of a unit that are still to be written; what an earlier attempt wrote is finished."""
+        rest = self.writer.enter(unit)
+        first = self._places[unit.slots[0].name]
+        self.progress.finished.add(first, first + len(unit.slots) - len(rest))
+        return rest
 
     def _make_room(self) -> None:
         """Wait until the file that comes next is only the second on the disk; all before it must be handed on."""
@@ -410,6 +420,8 @@ class Execution:
         for slot in unit.slots:
             self.merged(self.plan.by_name[slot.name])
         self.progress.tensors_done += len(unit.slots)
+        first = self._places[unit.slots[0].name]
+        self.progress.finished.add(first, first + len(unit.slots))
         self.progress.bytes_written += unit.end - unit.begin
 
     # Around it.

@@ -35,9 +35,9 @@ class WrittenFile:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """A small file that is there."""
-        data = path.read_bytes()
-        return cls(path.name, len(data), hashlib.sha256(data).hexdigest())
+        """A file that is there."""
+        with path.open("rb") as file:
+            return cls(path.name, os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def is_held(folder: Path) -> bool:

@@ -38,6 +38,13 @@ def quick_imports() -> Iterator[None]:
             gc.enable()
 
 
+def whole_torch() -> None:
+    """Import what was left out of torch, for libraries that use more of it: in their own order it would not import."""
+    import torch  # noqa: F401 — which has to be there first
+
+    importlib.import_module(_NOT_NEEDED)
+
+
 class _Absent(ModuleType):
     """Stands for a module until something of it is wanted."""
 

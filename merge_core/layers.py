@@ -20,6 +20,16 @@ def stacks(names: Iterable[str]) -> dict[str, dict[int, int]]:
     return {prefix: {number: i for i, number in enumerate(sorted(numbers))} for prefix, numbers in found.items()}
 
 
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """The stack of a tensor in a layer, the layer's number, and what follows it; None outside of layers.
+
+    >>> layer_of("model.layers.3.mlp.up_proj.weight")
+    ('model.layers', 3, 'mlp.up_proj.weight')
+    """
+    layer = _LAYER.match(name)
+    return None if layer is None else (layer[1].removesuffix("."), int(layer[2]), layer[3])
+
+
 def place_of(name: str, stacks: Mapping[str, Mapping[int, int]]) -> float:
     """A tensor's place in the layers of its stack, 0 the first and 1 the last; 0 outside of them."""
     if (layer := _LAYER.match(name)) is None:

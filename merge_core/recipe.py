@@ -131,8 +131,10 @@ class Recipe(Keys):
 
         Raises `RecipeError` naming every key that is wrong.
         """
-        if isinstance(data, list):
-            return cls._of_documents(data)
+        return cls._of_documents(data) if isinstance(data, list) else cls._of_document(data)
+
+    @classmethod
+    def _of_document(cls, data: Any) -> Self:
         if not isinstance(data, Mapping):
             raise RecipeError("a recipe is a mapping with merge_method and models, slices or modules")
         if not {"models", "slices", "modules"} & set(data):
@@ -142,7 +144,11 @@ class Recipe(Keys):
         recipe = read_as(cls, data, missing={"merge_method": f"say which method: one of {', '.join(METHODS)}"})
         problems = [*recipe._structure()]
         if recipe.merge_method in METHODS:
-            unknown = [*unknown_keys(recipe, "#"), *recipe._unknown_parameters(), *recipe._unknown_statistics()]
+            unknown = [
+                *map(_hinted, unknown_keys(recipe, "#")),
+                *recipe._unknown_parameters(),
+                *recipe._unknown_statistics(),
+            ]
             if recipe.unknown_keys == "error":
                 problems += unknown
             else:
@@ -160,7 +166,7 @@ class Recipe(Keys):
         documents, problems = [], []
         for i, data in enumerate(written):
             try:
-                documents.append(cls.from_data(data if isinstance(data, Mapping) else None))
+                documents.append(cls._of_document(data if isinstance(data, Mapping) else None))
                 documents[-1]._pointer = f"#/{i}" if len(written) > 1 else "#"
             except RecipeError as error:
                 found = error.problems or [Problem(str(error), "#")]
@@ -362,6 +368,14 @@ class Recipe(Keys):
             if taken.base_model is not None and not self.method.own_bases:
                 detail = f"{self.merge_method} subtracts one base from all models: the recipe's base_model"
                 yield Problem(detail, f"{pointer}/base_model")
+
+
+def _hinted(problem: Problem) -> Problem:
+    others = {"#/search": ("a search", "a search"), "#/calibrate": ("calibrate", "a calibration")}
+    if problem.pointer not in others:
+        return problem
+    key, kind = others[problem.pointer]
+    return replace(problem, detail=f"a recipe with {key} makes no merge but {kind}, which is a job of its own kind")
 
 
 def referenced_models(recipe: Recipe) -> dict[ModelRef, str]:

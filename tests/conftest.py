@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,17 +99,23 @@ def kernels_in(form: str) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
-    """A folder with `base` and three fine-tunes `m0`, `m1`, `m2`, in two shards each; also `old`, what they might have
-    been tuned from, and files of numbers in each shape that a method may take (`Given.shape`).
-    """
-    folder = tmp_path / "models"
+@pytest.fixture(scope="session")
+def made_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `models` copies."""
+    folder = tmp_path_factory.mktemp("made") / "models"
     for seed, name in enumerate(["base", "m0", "m1", "m2"]):
         write_checkpoint(folder / name, mixed_tensors(seed), shards=2, config=CONFIG)
     write_checkpoint(folder / "old", mixed_tensors(4), config=CONFIG)
     write_numbers(folder, mixed_tensors(0))
     return folder
+
+
+@pytest.fixture
+def models(made_models: Path, tmp_path: Path) -> Path:
+    """A folder with `base` and three fine-tunes `m0`, `m1`, `m2`, in two shards each; also `old`, what they might have
+    been tuned from, and files of numbers in each shape that a method may take (`Given.shape`).
+    """
+    return shutil.copytree(made_models, tmp_path / "models", copy_function=shutil.copyfile)
 
 
 @pytest.fixture(scope="session")

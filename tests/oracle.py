@@ -53,7 +53,7 @@ class Trial:
     """One recipe, and how its outputs are compared.
 
     `numbers`: every number within one bf16 unit. Of tensors whose names contain a key of `differ`, so large a share may
-    be further away, for the reason `because`: words of the method's docstring, or of the README.
+    be further away, for the reason `because`: words of the method's docstring, or of docs/recipes.md.
     `counts`: as many numbers of each tensor differ from the base's. `chances`: what is random agrees on average.
     """
 

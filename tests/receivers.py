@@ -22,6 +22,7 @@ class Received:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 received.requests.append((self.path, headers, body))
+                self.message = (headers, body)
                 received.answer(self)
 
             def log_message(self, *_: object) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ from app.cli import main
 from merge_core import kernels
 from tests.conftest import method_recipe
 from tests.services import running_service
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *arguments: object, cwd: Path, status: int = 1) -> str:
+    """What a command says that cannot be, without a process of its own."""
+    monkeypatch.chdir(cwd)
+    ran = CliRunner().invoke(main, list(map(str, arguments)))
+    assert ran.exit_code == status, ran.output
+    assert ran.exception is None or isinstance(ran.exception, SystemExit)
+    return ran.stderr
 
 
 def weightsmith(
@@ -88,20 +98,20 @@ def test_patches_go_on_and_come_off(models: Path, monkeypatch: pytest.MonkeyPatc
     assert "replace/0: no tensor's name contains" in ran("extract", "more", *asked, "--replace", "odd", status=1)
 
 
-def test_mistakes_are_one_message(models: Path, recipe: Path) -> None:
+def test_mistakes_are_one_message(models: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe.write_text(recipe.read_text().replace("ties", "tise"))
     assert weightsmith("merge", recipe, "out", cwd=models, status=1).stderr == (
         "error: merge_method: there is no method 'tise'; did you mean ties?\n"
     )
     assert not (models / "out").exists()
-    assert "is not a size" in weightsmith("merge", recipe, "out", "--memory", "lots", cwd=models, status=2).stderr
+    told = partial(refused, monkeypatch, cwd=models)
+    assert "is not a size" in told("merge", recipe, "out", "--memory", "lots", status=2)
     recipe.write_text(yaml.safe_dump(method_recipe("ties-paper", outputs={"hub": {"repo": "alice/merged"}})))
-    assert "outputs/hub: a service" in weightsmith("merge", recipe, "out", cwd=models, status=1).stderr
-    refused = weightsmith("submit", recipe, "--url", "http://127.0.0.1:1", cwd=models, status=1).stderr
-    assert "cannot be reached" in refused
+    assert "outputs/hub: a service" in told("merge", recipe, "out")
+    assert "cannot be reached" in told("submit", recipe, "--url", "http://127.0.0.1:1")
 
 
-def test_what_cannot_be_read_or_reached_is_one_message(models: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_read_or_reached_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bytes.yml").write_bytes(b"\xff\xfe\xfa")
     (tmp_path / "file").touch()
     good = tmp_path / "good.yml"
@@ -114,13 +124,13 @@ def test_what_cannot_be_read_or_reached_is_one_message(models: Path, tmp_path: P
         ["submit", good, "--url", "http://[::1"],
         ["serve", "--data", "file"],
     ):
-        refused = weightsmith(*arguments, cwd=tmp_path, status=1)
-        assert refused.stderr.startswith("error: "), refused.stderr
-    weightsmith("merge", good, "out", "--shard-size", "0", cwd=tmp_path, status=2)
-    weightsmith("submit", good, "--url", "http://127.0.0.1:1", "--download", "file", cwd=tmp_path, status=2)
+        told = refused(monkeypatch, *arguments, cwd=tmp_path)
+        assert told.startswith("error: "), told
+    refused(monkeypatch, "merge", good, "out", "--shard-size", "0", cwd=tmp_path, status=2)
+    refused(monkeypatch, "submit", good, "--url", "http://127.0.0.1:1", "--download", "file", cwd=tmp_path, status=2)
 
 
-def test_a_server_that_is_not_ours_is_told_apart(tmp_path: Path) -> None:
+def test_a_server_that_is_not_ours_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Html(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -135,9 +145,9 @@ def test_a_server_that_is_not_ours_is_told_apart(tmp_path: Path) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         (tmp_path / "r.yml").write_text("{}")
         url = f"http://127.0.0.1:{server.server_port}"
-        refused = weightsmith("submit", "r.yml", "--url", url, cwd=tmp_path, status=1)
+        told = refused(monkeypatch, "submit", "r.yml", "--url", url, cwd=tmp_path)
         server.shutdown()
-    assert "does not answer like Weightsmith" in refused.stderr
+    assert "does not answer like Weightsmith" in told
 
 
 @pytest.mark.xdist_group("service")

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from merge_core.alignment.permutations import Permutations
+from merge_core.analysis.document import AnalysisDocument, analyse
 from merge_core.merge import merge
 from merge_core.recipe import Recipe
 from tests.conftest import method_recipe, write_checkpoint, write_numbers
@@ -110,6 +111,16 @@ def test_a_merge_is_verified_and_a_view_of_its_recipe_has_its_bytes(service: Ser
     assert {path: hashlib.sha256(data).hexdigest() for path, data in read.items()} == weights
 
 
+def test_an_analysis_is_the_library_s(service: Service, llamas: Path, tmp_path: Path) -> None:
+    document = {"base_model": "base", "models": ["m0", "m1"], "density": 0.3}
+    job = service.ended(service.http.post("/v1/analyses", json=document).json())
+    assert job["status"] == "succeeded", job["error"]
+    assert job["progress"]["tensors_done"] == job["plan"]["tensors"]
+
+    artifact = analyse(AnalysisDocument.from_data(document), tmp_path / "out", roots=[llamas])
+    assert service.files(job)["analysis.json"] == {file.path: file.sha256 for file in artifact.files}["analysis.json"]
+
+
 OF_EACH_KIND = (
     *("linear", "slerp", "passthrough", "ties", "ties-model", "ties-paper", "dare_ties", "dare_linear-paper", "della"),
     *("breadcrumbs", "model_stock", "nuslerp", "sce", "pcb", "widen", "iso_c", "arcee_fusion", "half_reset"),
@@ -183,7 +194,7 @@ def test_a_webhook_hears_of_the_job_and_the_log_of_no_secret(service: Service) -
 
 def test_progress_is_on_the_row(large: Path, tmp_path: Path) -> None:
     with running_service(tmp_path / "data", large, **SLOWLY) as service:
-        job = service.post(method_recipe("ties-paper"))
+        job = service.post(method_recipe("linear"))
         running = eventually(lambda: (found := service.job(job))["progress"].get("bytes_read", 0) > 0 and found)
         assert running["status"] == "running" and running["phase"] and running["progress"]["bytes_read_total"] > 0
         assert running["started_at"] >= running["created_at"]
@@ -191,19 +202,18 @@ def test_progress_is_on_the_row(large: Path, tmp_path: Path) -> None:
         assert ended["progress"]["tensors_done"] == 12 and ended["progress"]["fraction"] == 1.0
 
 
-def test_a_failed_job_says_why_and_leaves_nothing(tmp_path: Path) -> None:
-    models = tmp_path / "models"
-    write_checkpoint(models / "m0", {"good": torch.ones(5), "bad": torch.tensor([1.0, float("nan")])})
-    with running_service(tmp_path / "data", models) as service:
-        job = service.ended(
-            service.post({"merge_method": "linear", "models": [{"model": "m0"}], "parameters": {"weight": 1}})
-        )
-        assert job["status"] == "failed" and job["error"]["code"] == "non-finite"
-        assert "bad of m0 holds NaN or infinity at element 1" in job["error"]["detail"]
-        assert job["error"]["errors"][0]["tensor"] == "bad"
-        assert service.artifacts() == []
+def test_a_failed_job_says_why_and_leaves_nothing(service: Service) -> None:
+    write_checkpoint(service.models / "nan", {"good": torch.ones(5), "bad": torch.tensor([1.0, float("nan")])})
+    before = service.artifacts()
+    recipe = {"merge_method": "linear", "models": [{"model": "nan"}], "parameters": {"weight": 1}}
+    job = service.ended(service.post(recipe))
+    assert job["status"] == "failed" and job["error"]["code"] == "non-finite"
+    assert "bad of nan holds NaN or infinity at element 1" in job["error"]["detail"]
+    assert job["error"]["errors"][0]["tensor"] == "bad"
+    assert service.artifacts() == before
 
 
+@pytest.mark.faults
 def test_cancel_takes_less_than_two_seconds_at_any_moment(large: Path, tmp_path: Path, broker: dict[str, str]) -> None:
     with running_service(tmp_path / "data", large, **SLOWLY, **broker) as service:
         for wait in (0.0, 0.7, 2.0, 3.0):
@@ -222,6 +232,7 @@ def _whole(large: Path, tmp_path: Path, recipe: dict[str, Any]) -> dict[str, str
     return {file.path: file.sha256 for file in artifact.files}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_kill_9_of_the_worker_at_random_points(large: Path, tmp_path: Path, broker: dict[str, str], seed: int) -> None:
     """The supervisor starts another worker, and the job goes on to the same bytes; nobody submits it again."""
@@ -241,6 +252,7 @@ def test_kill_9_of_the_worker_at_random_points(large: Path, tmp_path: Path, brok
         assert service.artifacts() == [job["id"]]
 
 
+@pytest.mark.faults
 def test_kill_9_of_the_child_alone(large: Path, tmp_path: Path) -> None:
     """The worker lives and its child dies, as the kernel kills for memory: the job goes on when its lease runs out."""
     recipe = method_recipe("ties")
@@ -255,6 +267,7 @@ def test_kill_9_of_the_child_alone(large: Path, tmp_path: Path) -> None:
         assert service.files(job) == _whole(large, tmp_path, recipe)
 
 
+@pytest.mark.faults
 def test_a_child_that_hangs_is_replaced(large: Path, tmp_path: Path) -> None:
     """Stopped, as by a dead disk: its supervisor ends it when its lease has run out."""
     with running_service(tmp_path / "data", large, **SLOWLY, WEIGHTSMITH_LEASE_SECONDS="2") as service:
@@ -266,6 +279,7 @@ def test_a_child_that_hangs_is_replaced(large: Path, tmp_path: Path) -> None:
         assert service.artifacts() == [job["id"]]
 
 
+@pytest.mark.faults
 def test_no_worker_outlives_a_service_killed_at_its_start(llamas: Path, tmp_path: Path) -> None:
     with running_service(tmp_path / "data", llamas) as service:
         service.kill_worker()
@@ -275,6 +289,7 @@ def test_no_worker_outlives_a_service_killed_at_its_start(llamas: Path, tmp_path
         eventually(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 20)
 
 
+@pytest.mark.faults
 def test_a_database_locked_for_long_stops_nothing_for_good(llamas: Path, tmp_path: Path) -> None:
     with running_service(tmp_path / "data", llamas) as service:
         lock = sqlite3.connect(tmp_path / "data" / "jobs.sqlite", isolation_level=None)
@@ -288,6 +303,7 @@ def test_a_database_locked_for_long_stops_nothing_for_good(llamas: Path, tmp_pat
         assert service.ended(service.post(method_recipe("linear")))["status"] == "succeeded"
 
 
+@pytest.mark.faults
 def test_kill_9_of_the_whole_service_then_a_new_one(large: Path, tmp_path: Path) -> None:
     recipe, temporary = method_recipe("ties-paper"), tmp_path / "tmp"
     short = {"WEIGHTSMITH_LEASE_SECONDS": "2", "TMPDIR": str(temporary)}
@@ -305,6 +321,7 @@ def test_kill_9_of_the_whole_service_then_a_new_one(large: Path, tmp_path: Path)
         assert service.files(job) == _whole(large, tmp_path, recipe)
 
 
+@pytest.mark.faults
 def test_a_lost_message_is_sent_again(llamas: Path, tmp_path: Path) -> None:
     """The job is in the database and its message nowhere, as after a worker died with it in hand."""
     from workers.jobs import JobStore
@@ -318,6 +335,7 @@ def test_a_lost_message_is_sent_again(llamas: Path, tmp_path: Path) -> None:
         assert service.ended({"urls": {"self": f"/v1/merges/{lost.id}"}})["status"] == "succeeded"
 
 
+@pytest.mark.faults
 def test_an_artifact_whose_job_did_not_hear_of_it_is_adopted(llamas: Path, tmp_path: Path) -> None:
     """The worker died after the artifact appeared and before the row said so."""
     from workers.jobs import JobStore
@@ -339,6 +357,7 @@ def test_an_artifact_whose_job_did_not_hear_of_it_is_adopted(llamas: Path, tmp_p
         assert service.files(adopted).keys() == {path.name for path in artifact.folder.iterdir()}
 
 
+@pytest.mark.faults
 def test_stopping_the_service_hands_its_job_to_the_next(large: Path, tmp_path: Path) -> None:
     recipe = method_recipe("ties-paper")
     with running_service(tmp_path / "data", large, **SLOWLY) as service:
@@ -389,6 +408,7 @@ def test_an_artifact_in_s3(large: Path, tmp_path: Path) -> None:
         assert "not-to-be-printed" not in service.log.read_text()
 
 
+@pytest.mark.faults
 def test_postgresql_and_redis_that_go_and_come_back(large: Path, tmp_path: Path, postgres: Postgres) -> None:
     """Every connection to the database dropped again and again; then a Redis that is killed while a worker has a
     message to acknowledge, and comes back empty.

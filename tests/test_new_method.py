@@ -17,39 +17,8 @@ from safetensors.torch import load_file
 from tests.conftest import CONFIG, mixed_tensors, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
-ONE_FILE = '''"""Halfway: stop between the base and each model in turn (nobody, 2026).
-
-θ = θ₀ + s (θ₁ − θ₀)
-"""
-
-from __future__ import annotations
-
-from typing import ClassVar
-
-from pydantic import Field
-from torch import Tensor
-
-from merge_core import kernels
-from merge_core.method import Block, Known, MergeMethod
-
-
-class Halfway(MergeMethod):
-    """Go part of the way to the model.
-
-    >>> Halfway().merge(Block.of([[3.0, 1.0]], base=[1.0, 1.0]), {})
-    tensor([2., 1.])
-    """
-
-    name: ClassVar[str] = "halfway"
-    title: ClassVar[str] = "Halfway"
-    paper: ClassVar[str] = "https://example.org/halfway"
-    count: ClassVar[tuple[int, int | None]] = (1, 1)
-
-    share: float = Field(0.5, description="s: how far to go", examples=[0.25])
-
-    def merge(self, block: Block, known: Known) -> Tensor:
-        return kernels.combine(block.task_vectors, scale=self.share)
-'''
+PAGE = (ROOT / "docs" / "writing-a-method.md").read_text()
+ONE_FILE = PAGE.partition("```python method\n")[2].partition("```\n")[0]
 LOOK = """
 import json, sys
 from pathlib import Path

@@ -14,8 +14,9 @@ from merge_core.methods import find_method
 from merge_core.recipe import Recipe
 from tests import oracle
 from tests.oracle import Trial, compare, main, shapes, trials, units, write_models
-from tests.test_docs import README
+from tests.test_docs import ROOT
 
+RECIPES_PAGE = ROOT / "docs" / "recipes.md"
 OF_MERGEKIT = (
     "arcee_fusion breadcrumbs breadcrumbs_ties dare_linear dare_ties della della_linear karcher linear model_stock",
     "multislerp nearswap nuslerp passthrough ram ramplus_tl sce slerp task_arithmetic ties",
@@ -41,10 +42,10 @@ def test_every_method_of_mergekit_is_tried_and_every_trial_plans(tiny: Path) -> 
     assert len({trial.title for trial in found}) == len(found)
 
 
-def test_what_differs_is_explained_in_the_docstring_or_in_the_readme() -> None:
+def test_what_differs_is_explained_in_the_docstring_or_in_the_docs() -> None:
     for trial in trials():
         method = find_method(trial.documents[-1]["merge_method"], "mergekit")
-        explained = " ".join(f"{method.__doc__} {README.read_text()}".split())
+        explained = " ".join(f"{method.__doc__} {RECIPES_PAGE.read_text()}".split())
         assert bool(trial.differ) == bool(trial.because) and trial.because in explained, trial.title
 
 

@@ -20,7 +20,7 @@ from merge_core.recipe import Recipe
 from tests.conftest import method_recipe, write_checkpoint
 from tests.services import Service, eventually, running_service
 
-pytestmark = pytest.mark.xdist_group("service")
+pytestmark = [pytest.mark.xdist_group("service"), pytest.mark.faults]
 SLOWLY = {"WEIGHTSMITH_KERNELS": "plain"}
 HANDED_BACK = 3.0
 GONE = 10.0

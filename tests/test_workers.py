@@ -112,6 +112,7 @@ def whole(models: Path, out: Path, recipe: dict[str, Any]) -> dict[str, str]:
     return {file.path: file.sha256 for file in merge(Recipe.from_data(recipe), out, roots=[models]).files}
 
 
+@pytest.mark.faults
 def test_workers_share_a_merge(models: Path, tmp_path: Path) -> None:
     recipe = method_recipe("ties-model", outputs={"max_shard_size": "1MB"})
     with watched(tmp_path, models, WEIGHTSMITH_WORKERS="2") as world:

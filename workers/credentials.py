@@ -143,6 +143,25 @@ class Vault:
             )
 
 
+def reseal(store: JobStore) -> tuple[int, list[tuple[str, str]]]:
+    """Seal every credential anew under the first key, so that the others can go: how many, and owner and name of those
+    that no key opens. What changes meanwhile stays as it was changed. Raises `NoSecretKey`.
+    """
+    fernet, lost = seal_of(store.settings), []
+    with store.reading() as session:
+        found = session.execute(select(Credential.owner, Credential.name, Credential.sealed)).all()
+    for owner, name, sealed in found:
+        try:
+            again = fernet.rotate(sealed)
+        except InvalidToken:
+            lost.append((owner, name))
+            continue
+        with store.session() as session:
+            same = (*_named(owner, name), Credential.sealed == sealed)
+            session.execute(update(Credential).where(*same).values(sealed=again))
+    return len(found) - len(lost), lost
+
+
 def open_credential(store: JobStore, owner: str, name: str) -> HubToken | S3Keys:
     """A credential, open. Raises `CredentialNotFound`, `CredentialSealed` or `NoSecretKey`, which name it and no more.
 
@@ -158,7 +177,7 @@ def open_credential(store: JobStore, owner: str, name: str) -> HubToken | S3Keys
         f"the credential {name[:64]!r} was sealed under another key than WEIGHTSMITH_SECRET_KEY has now; store it anew"
     )
     try:
-        written = json.loads(_fernet(store.settings).decrypt(found.sealed))
+        written = json.loads(seal_of(store.settings).decrypt(found.sealed))
     except (InvalidToken, ValueError):
         raise lost from None
     if (written["owner"], written["name"]) != (owner, name):
@@ -171,11 +190,11 @@ def _seal(settings: Settings, owner: str, name: str, secrets: HubToken | S3Keys)
         key: value.get_secret_value() if isinstance(value, SecretStr) else value
         for key, value in secrets.model_dump().items()
     }
-    return _fernet(settings).encrypt(json.dumps({"owner": owner, "name": name, "secrets": plain}).encode())
+    return seal_of(settings).encrypt(json.dumps({"owner": owner, "name": name, "secrets": plain}).encode())
 
 
-def _fernet(settings: Settings) -> MultiFernet:
-    """Seals under the first key and opens under any."""
+def seal_of(settings: Settings) -> MultiFernet:
+    """What seals under the first key and opens under any. Raises `NoSecretKey`."""
     if settings.secret_key is None:
         return MultiFernet([Fernet(_key_in_file(settings))])
     keys = settings.secret_key.get_secret_value().replace(",", " ").split()

@@ -42,6 +42,7 @@ CACHED_SECONDS = 30 * DAY
 _JOB = re.compile(rf"\.?((?:{'|'.join(kind.prefix for kind in JobKind)})[0-9A-HJKMNP-TV-Z]{{26}})(?:\..*)?")
 _MANY = 500
 _Row: TypeAlias = "Row[str, str, float | None, float | None]"
+_ACTIVE = select(Job.id).where(Job.state.not_in(FINISHED))
 log = logging.getLogger(__name__)
 
 
@@ -79,13 +80,14 @@ class Janitor:
             self.sweep_artifacts()
 
     def sweep_rows(self) -> None:
-        """Remove old events and keys, and let artifacts expire."""
+        """Remove old events and keys, candidates of searches that ended, and let artifacts expire."""
         now = time.time()
         of_done = select(Job.id).where(
             Job.id == Unit.job_id, or_(Job.state == JobState.SUCCEEDED, Job.deleted_at.is_not(None))
         )
         with self._store.session() as session:
             session.execute(delete(Unit).where(of_done.exists()))
+            session.execute(delete(Job).where(Job.parent.is_not(None), Job.parent.not_in(_ACTIVE)))
             session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < now - REMEMBERED_SECONDS))
             for job_id in _expire(session, now):
                 log.info("its artifact expired and is removed", extra={"job_id": job_id})

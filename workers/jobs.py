@@ -6,12 +6,14 @@ a worker whose lease has passed to another writes nothing (fencing).
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -34,7 +36,7 @@ from workers.states import FINISHED as FINISHED
 from workers.states import MOVES as MOVES
 from workers.states import JobKind as JobKind
 from workers.states import JobState as JobState
-from workers.tables import LOCAL_OWNER, Event, Job, Unit
+from workers.tables import LOCAL_OWNER, Event, Job, Layout, Trial, Unit
 from workers.webhooks import deliveries
 
 RecipeData = dict[str, Any] | list[dict[str, Any]]
@@ -212,7 +214,7 @@ class JobStore:
         """An owner's jobs of a kind, newest first, older than the id `before`, in one of the states (any, if none is
         given) and with all these labels.
         """
-        theirs = select(Job).where(Job.owner == owner, Job.kind == kind, Job.deleted_at.is_(None))
+        theirs = select(Job).where(Job.owner == owner, Job.kind == kind, Job.deleted_at.is_(None), Job.parent.is_(None))
         query = theirs.order_by(Job.id.desc()).limit(limit)
         if states:
             query = query.where(Job.state.in_(states))
@@ -222,6 +224,23 @@ class JobStore:
             query = query.where(Job.id < before)
         with self.reading() as session:
             return session.scalars(query).all()
+
+    def newest(
+        self,
+        *,
+        owner: str = LOCAL_OWNER,
+        kinds: Iterable[JobKind] = JobKind,
+        states: Collection[JobState] = (),
+        labels: Mapping[str, str] = MappingProxyType({}),
+        limit: int = 50,
+        before: str | None = None,
+    ) -> list[Job]:
+        """As `page`, of several kinds together. `before` is an id of any kind: behind the kind all ids sort by age."""
+        found: list[Job] = []
+        for kind in kinds:
+            older = kind.prefix + _age(before) if before else None
+            found += self.page(owner=owner, kind=kind, states=states, labels=labels, limit=limit, before=older)
+        return sorted(found, key=lambda job: _age(job.id), reverse=True)[:limit]
 
     def counts(self) -> dict[JobState, int]:
         """How many jobs are in each state that is not an end, whoever asked for them."""
@@ -238,6 +257,12 @@ class JobStore:
             query = query.where(Event.kind.in_(kinds))
         with self.reading() as session:
             return session.scalars(query).all()
+
+    def order(self, job_id: str) -> list[str]:
+        """The tensors that a job writes, in the order of its output, as far as a worker has told them."""
+        with self.reading() as session:
+            packed = session.scalars(select(Layout.names).where(Layout.job_id == job_id)).one_or_none()
+        return [] if packed is None else [str(name) for name in json.loads(zlib.decompress(packed))]
 
     def pulses(self, job_ids: Collection[str]) -> dict[str, Pulse]:
         """What changes of these jobs while somebody watches them; the deleted ones too."""
@@ -324,11 +349,29 @@ class JobStore:
             if session.execute(forgotten).first() is not None:
                 session.execute(delete(Event).where(Event.job_id == job_id))
                 session.execute(delete(Unit).where(Unit.job_id == job_id))
+                session.execute(delete(Trial).where(Trial.job_id == job_id))
+                session.execute(delete(Layout).where(Layout.job_id == job_id))
                 return True
             job = session.get(Job, job_id)
         if job is None or job.deleted_at is not None:
             return False
         raise IllegalMove(job_id, job.state, "deleted; cancel it first")
+
+    # Candidates of searches.
+
+    def add_candidate(self, job_id: str, parent: Lease, plan: Mapping[str, Any], **fields: Any) -> None:
+        """Show a candidate of a search as a view that is prepared, for as long as the search wants it."""
+        now, nothing = time.time(), {"state": JobState.SUCCEEDED, "kind": JobKind.VIEW, "parent": parent.job_id}
+        about = {"owner": parent.owner, "resolved": list(parent.resolved), "hub": parent.hub}
+        times = dict.fromkeys(("created_at", "started_at", "finished_at"), now)
+        with self.session() as session:
+            session.add(Job(id=job_id, plan=dict(plan), **nothing, **about, **times, **fields))
+
+    def forget_candidates(self, *which: ColumnElement[bool]) -> list[str]:
+        """Forget such candidates; their ids, for whoever removes their files."""
+        with self.session() as session:
+            gone = delete(Job).where(Job.parent.is_not(None), *which).returning(Job.id)
+            return list(session.scalars(gone))
 
     # What workers do.
 
@@ -408,6 +451,13 @@ class JobStore:
             if number is None:
                 raise LeaseLost(lease.job_id)
             session.add(Event(job_id=lease.job_id, seq=number, at=time.time(), kind=kind, data=dict(data)))
+
+    def keep_order(self, lease: Lease, names: Sequence[str]) -> None:
+        """Remember the tensors that a job writes, in the order of its output. Raises `LeaseLost`."""
+        packed = zlib.compress(json.dumps(list(names)).encode())
+        with self.session() as session:
+            self.lock(session, lease)
+            session.merge(Layout(job_id=lease.job_id, names=packed))
 
     def succeed(
         self,
@@ -566,6 +616,11 @@ class JobStore:
     def _held(lease: Lease) -> ColumnElement[bool]:
         mine = and_(Job.id == lease.job_id, Job.holder == lease.holder, Job.attempt == lease.attempt)
         return and_(mine, Job.state.in_(AT_WORK))
+
+
+def _age(job_id: str) -> str:
+    """What of an id sorts by age, of whichever kind."""
+    return job_id.partition("_")[2]
 
 
 def _in_order(*which: ColumnElement[bool]) -> Update:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 from workers.jobs import JobKind, RecipeData
 
@@ -82,24 +82,28 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one kind. `in_stages`: whether several documents may make one job; `is_shared`: whether several
-    workers may make it, so that `run` takes a `share`; `reads_jobs`: whether a document may name a finished
-    job, so that `plan` and `run` take what that `published`.
+    """The work of one kind. `in_stages`: whether several documents may make one job; `assist`: how other workers take
+    a part in it, where they may, so that `run` takes a `share`; `reads_jobs`: whether a document may name a finished
+    job, so that `plan` and `run` take what that `published`; `evaluates`: whether candidates are scored, so that `run`
+    and `assist` take an `evaluator`, and `kept` for what it said; `runs_models`: whether `run` takes `models`, which
+    loads whole ones and runs them on data.
     """
 
     document: type[Document]
     plan: MakePlan
     run: Run
     in_stages: bool = False
-    is_shared: bool = False
+    assist: Callable[..., None] | None = None
     reads_jobs: bool = False
+    evaluates: bool = False
+    runs_models: bool = False
 
 
 def _merge() -> Work:
-    from merge_core.merge import merge, plan_only
+    from merge_core.merge import assist, merge, plan_only
     from merge_core.recipe import Recipe
 
-    return Work(Recipe, plan_only, merge, in_stages=True, is_shared=True)
+    return Work(Recipe, plan_only, merge, in_stages=True, assist=assist)
 
 
 def _alignment() -> Work:
@@ -127,10 +131,37 @@ def _view() -> Work:
     return Work(Recipe, plan_view, prepare_view, in_stages=True)
 
 
+def _analysis() -> Work:
+    from merge_core.analysis.document import AnalysisDocument, analyse, plan_analysis
+
+    return Work(AnalysisDocument, plan_analysis, analyse)
+
+
+def _search() -> Work:
+    from merge_core.search.document import Search
+    from merge_core.search.plan import plan_search
+    from merge_core.search.run import assist, search
+
+    run = cast(Run, search)  # which takes an evaluator too
+    return Work(Search, plan_search, run, in_stages=True, assist=assist, evaluates=True)
+
+
+def _calibration() -> Work:
+    from merge_core.calibration.document import Calibration
+    from merge_core.calibration.plan import plan_calibration
+    from merge_core.calibration.run import calibrate
+
+    run = cast(Run, calibrate)  # which takes models too
+    return Work(Calibration, plan_calibration, run, runs_models=True)
+
+
 WORK: Mapping[JobKind, Callable[[], Work]] = {
     JobKind.MERGE: _merge,
     JobKind.ALIGNMENT: _alignment,
     JobKind.PATCH: _patch,
     JobKind.VERIFICATION: _verification,
     JobKind.VIEW: _view,
+    JobKind.ANALYSIS: _analysis,
+    JobKind.SEARCH: _search,
+    JobKind.CALIBRATION: _calibration,
 }

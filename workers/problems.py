@@ -51,6 +51,8 @@ _TYPES = (
     _of(errors.StorageFailed, 503),
     _of(errors.DeviceNotFound, 500),
     _of(errors.OutputExists, 500),
+    _of(errors.EvaluationFailed, 502),
+    _of(errors.CalibrationFailed, 422),
     _of(errors.Canceled, 409),
     _of(errors.WeightsmithError, 500),
     ProblemType("bad-request", 400, "Not understood", "The request is not HTTP as it should be."),

@@ -17,14 +17,14 @@ from sqlalchemy.orm import Session, aliased
 from merge_core.errors import WeightsmithError
 from workers.settings import Settings
 from workers.states import AT_WORK, FINISHED, JobState
-from workers.tables import LOCAL_OWNER, ApiKey, Job, Owner
+from workers.tables import LOCAL_OWNER, ApiKey, Job, Owner, Upload
 
 LIMITS: Mapping[str, str] = {
     "running_jobs": "jobs that are being worked at; further ones wait in the queue",
     "queued_jobs": "jobs that wait",
     "job_bytes": "bytes that one job reads and writes",
     "daily_bytes": "bytes that the jobs of the last 24 hours read and write",
-    "disk_bytes": "bytes of finished artifacts, and of what is promised to jobs that are not finished",
+    "disk_bytes": "bytes of finished artifacts and of data that were sent, and what is promised to unfinished jobs",
 }
 """What is limited. A service has a limit for everybody in `WEIGHTSMITH_QUOTA_…`, which an owner's row replaces."""
 UNLIMITED = -1
@@ -83,9 +83,11 @@ def used(session: Session, owner: str) -> dict[str, int]:
     waiting = func.coalesce(func.sum(case((Job.state == JobState.QUEUED, 1), else_=0)), 0)
     there = select(at_work, waiting, held).where(Job.owner == owner, Job.deleted_at.is_(None))
     running, queued, disk = session.execute(there).one()
+    sent = session.scalars(select(func.coalesce(func.sum(Upload.size), 0)).where(Upload.owner == owner)).one()
     lately = and_(Job.owner == owner, Job.created_at > time.time() - _DAY)
     daily = session.scalars(select(func.coalesce(func.sum(Job.asked_bytes), 0)).where(lately)).one()
-    return {"running_jobs": running, "queued_jobs": queued, "daily_bytes": int(daily), "disk_bytes": int(disk)}
+    disk = int(disk) + int(sent)
+    return {"running_jobs": running, "queued_jobs": queued, "daily_bytes": int(daily), "disk_bytes": disk}
 
 
 def admit(session: Session, settings: Settings, owner: str, *, asked: int, disk: int) -> None:
@@ -127,6 +129,17 @@ def admit_again(session: Session, settings: Settings, owner: str) -> None:
     _require_queue(allowed["queued_jobs"], now["queued_jobs"] - 1)
     disk_full = "with this job {used} of {allowed} would be in use: delete what you need no more"
     _require("disk_bytes", allowed["disk_bytes"], now["disk_bytes"], 0, disk_full)
+
+
+def admit_upload(session: Session, settings: Settings, owner: str, size: int, *, instead_of: int) -> None:
+    """Let an owner keep a file of data in place of one, in the transaction that does. Raises `QuotaTooSmall`."""
+    allowed = limits(session, settings, owner)["disk_bytes"]
+    if allowed is None:
+        return
+    _one_after_the_other(session, owner)
+    has = used(session, owner)["disk_bytes"] - instead_of
+    disk_full = "with these {asked} more than {allowed} would be in use, {used} are: delete what you need no more"
+    _require("disk_bytes", allowed, has, size, disk_full)
 
 
 def may_run_more(settings: Settings) -> ColumnElement[bool]:

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+)
 from sqlalchemy import URL
 
 from merge_core.sizes import Bytes
@@ -44,6 +50,12 @@ def _check_place(written: str) -> str:
 def _check_hub(written: str) -> str:
     if written and not written.startswith(("https://", "http://")):
         raise ValueError("it is like https://huggingface.co, or empty for no Hub at all")
+    return written.rstrip("/")
+
+
+def _check_url(written: str) -> str:
+    if not written.startswith(("https://", "http://")):
+        raise ValueError("it is like https://merges.example.org")
     return written.rstrip("/")
 
 
@@ -93,6 +105,11 @@ class Settings(BaseSettings):
         None,
         validation_alias=AliasChoices("database_url", "DATABASE_URL"),
         description="PostgreSQL as the database (default: SQLite in the data folder)",
+    )
+    secrets: Path | None = Field(
+        None,
+        description="a folder of files with settings that nobody is to see, such as Docker's /run/secrets; each is "
+        "named like its variable in small letters: `database_url`, `weightsmith_secret_key`",
     )
     artifact_store: Annotated[str, AfterValidator(_check_place)] | None = Field(
         None,
@@ -182,16 +199,52 @@ class Settings(BaseSettings):
         gt=0,
         description="how long after a failed delivery the first retry comes; further ones take 4 times longer",
     )
+    public_url: Annotated[str, AfterValidator(_check_url)] | None = Field(
+        None,
+        description="where this service is reached, such as https://merges.example.org: what evaluators are told "
+        "(default: where `weightsmith serve` listens)",
+    )
+    evaluator_allow: Annotated[list[str], NoDecode, BeforeValidator(_split_words)] = Field(
+        [],
+        description="hosts, addresses and networks that evaluators of searches may be at although they are not "
+        "public, or speak http",
+    )
+    evaluator_commands: dict[str, list[str]] = Field(
+        {},
+        description="commands that evaluate candidates of searches on the workers, by the names that recipes have for "
+        'them: `{"arc": ["python3", "/srv/arc.py"]}` (default: none)',
+    )
+    evaluator_data_bytes: Bytes = Field(2**30, description="the largest file of data that an evaluator reads")
     redeliver_seconds: float = Field(10.0, gt=0, description="how long a queued job waits before it is announced again")
     keep_days: float | None = Field(
         None, gt=0, description="how long finished artifacts are kept (default: until somebody deletes them)"
     )
     event_days: float = Field(30.0, gt=0, description="how long what happened to a job that has ended is kept")
+    alive_file: Path | None = Field(
+        None, description="a file that a supervisor touches every ten seconds while all its workers live"
+    )
     disk_reserve: Bytes = Field(64 * 2**20, description="disk that is given to no job")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least of what is logged")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`json`: one object a line; `console`: for eyes; `auto`: that on a terminal, else JSON"
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What was given, then the environment, then the files in `secrets`, if that is named in the environment."""
+        folder = os.environ.get(f"{cls.model_config['env_prefix']}SECRETS")
+        if not folder:
+            return init_settings, env_settings
+        if not Path(folder).is_dir():
+            raise ValueError(f"WEIGHTSMITH_SECRETS: there is no folder {folder}")
+        return init_settings, env_settings, SecretsSettingsSource(settings_cls, secrets_dir=folder)
 
     @property
     def roots(self) -> list[Path]:
@@ -201,6 +254,11 @@ class Settings(BaseSettings):
     def artifacts(self) -> Path:
         """Where work grows, and where what is finished stays unless an artifact store is named."""
         return self.data.absolute() / "artifacts"
+
+    @property
+    def uploads(self) -> Path:
+        """Files of data that owners sent."""
+        return self.data.absolute() / "uploads"
 
     @property
     def cache(self) -> Path:

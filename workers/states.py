@@ -14,6 +14,9 @@ class JobKind(StrEnum):
     PATCH = "patch"
     VERIFICATION = "verification"
     VIEW = "view"
+    ANALYSIS = "analysis"
+    SEARCH = "search"
+    CALIBRATION = "calibration"
 
     @property
     def prefix(self) -> str:
@@ -23,7 +26,9 @@ class JobKind(StrEnum):
     @property
     def plural(self) -> str:
         """Many of them, as the service's paths say it."""
-        return {JobKind.PATCH: "patches", JobKind.VERIFICATION: "verify"}.get(self, f"{self}s")
+        odd = {JobKind.PATCH: "patches", JobKind.VERIFICATION: "verify", JobKind.ANALYSIS: "analyses"}
+        odd |= {JobKind.SEARCH: "searches"}
+        return odd.get(self, f"{self}s")
 
 
 _PREFIXES: Mapping[JobKind, str] = {
@@ -32,6 +37,9 @@ _PREFIXES: Mapping[JobKind, str] = {
     JobKind.PATCH: "pat_",
     JobKind.VERIFICATION: "vrf_",
     JobKind.VIEW: "viw_",
+    JobKind.ANALYSIS: "anl_",
+    JobKind.SEARCH: "sch_",
+    JobKind.CALIBRATION: "cal_",
 }
 
 

@@ -117,6 +117,12 @@ class Supervisor:
             if worker.is_running and time.monotonic() - worker.reported >= alive.REPORT_SECONDS:
                 alive.report(self._store, worker.name, device=worker.device)
                 worker.reported = time.monotonic()
+                self._show_life()
+
+    def _show_life(self) -> None:
+        """Touch the file by which a container's health is known, if all workers live; the database has heard of it."""
+        if self.settings.alive_file is not None and all(worker.is_running for worker in self.workers):
+            self.settings.alive_file.touch()
 
     def _keep(self, worker: _Worker) -> None:
         """Start a worker again that has ended, later the more often it did."""

@@ -24,7 +24,8 @@ class Job(Base):
 
     `owner` asked for it, `holder` is the worker that is at it. `version` grows with every change of the row, `events`
     is the number of the latest event. `resolved`: what names of Hub models in the document meant when it was accepted;
-    `hub`: by which credential, named, and at which endpoint; `published`: where on it the result is.
+    `hub`: by which credential, named, and at which endpoint; `published`: where on it the result is. `parent`: the
+    search that a view is a candidate of; such a view is in no list.
     """
 
     __tablename__ = "jobs"
@@ -32,6 +33,7 @@ class Job(Base):
         Index("jobs_by_state", "state", "id"),
         Index("jobs_by_owner", "owner", "kind", "id"),
         Index("jobs_by_expiry", "expires_at"),
+        Index("jobs_by_parent", "parent"),
     )
 
     id: Mapped[str] = mapped_column(_ID, primary_key=True)
@@ -61,6 +63,7 @@ class Job(Base):
     stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     asked_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     site: Mapped[str | None] = mapped_column(_NAME, default=None)
+    parent: Mapped[str | None] = mapped_column(_ID, default=None)
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     deaths: Mapped[int] = mapped_column(Integer, default=0)
     holder: Mapped[str | None] = mapped_column(_NAME, default=None)
@@ -102,6 +105,33 @@ class Unit(Base):
     runs: Mapped[int] = mapped_column(Integer, default=0)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
     finished_at: Mapped[float | None] = mapped_column(Float, default=None)
+
+
+class Trial(Base):
+    """A trial of a search: `outcome` is what it came to, known of every trial of its owner's with this `digest`."""
+
+    __tablename__ = "trials"
+    __table_args__ = (Index("trials_by_digest", "owner", "digest"),)
+
+    job_id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    owner: Mapped[str] = mapped_column(_NAME)
+    digest: Mapped[str] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(_STATE, default="open")
+    tried: Mapped[dict[str, Any]] = mapped_column(JSON)
+    outcome: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
+    seconds: Mapped[float | None] = mapped_column(Float, default=None)
+    created_at: Mapped[float] = mapped_column(Float)
+    finished_at: Mapped[float | None] = mapped_column(Float, default=None)
+
+
+class Layout(Base):
+    """The names of the tensors that a job writes, in the order of its output: compressed JSON."""
+
+    __tablename__ = "layouts"
+
+    job_id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    names: Mapped[bytes] = mapped_column(LargeBinary)
 
 
 class WorkerProcess(Base):
@@ -154,6 +184,18 @@ class Credential(Base):
     kind: Mapped[str] = mapped_column(_STATE)
     sealed: Mapped[bytes] = mapped_column(LargeBinary)
     created_at: Mapped[float] = mapped_column(Float)
+    changed_at: Mapped[float] = mapped_column(Float)
+
+
+class Upload(Base):
+    """A file of data that an owner sent; its bytes lie in the data folder under their `sha256`."""
+
+    __tablename__ = "uploads"
+
+    owner: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    name: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    size: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
     changed_at: Mapped[float] = mapped_column(Float)
 
 

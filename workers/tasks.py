@@ -10,11 +10,11 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from celery.signals import worker_process_init
 from sqlalchemy.exc import SQLAlchemyError
@@ -24,12 +24,13 @@ from merge_core.files import is_held
 from merge_core.imports import quick_imports
 from workers import reservations
 from workers.artifacts import open_artifacts
+from workers.candidates import forget_candidates
 from workers.celery_app import celery_app
 from workers.database import TROUBLE, DatabaseUnavailable, persistently, said
 from workers.hub.access import place_of
 from workers.hub.opening import HubOptions, JobHub
 from workers.hub.upload import Publication
-from workers.jobs import FINISHED, JobState, JobStore, Lease, LeaseLost
+from workers.jobs import FINISHED, JobKind, JobState, JobStore, Lease, LeaseLost
 from workers.kinds import WORK
 from workers.logs import logs_of
 from workers.problems import problem, problem_of
@@ -41,6 +42,7 @@ from workers.units import Assisting, Leading, NothingToDo, UnitStore
 
 if TYPE_CHECKING:
     from merge_core.artifact import Artifact
+    from merge_core.calibration.document import Calibration
     from merge_core.progress import Progress
 
 INTERNAL_ERROR = problem_of("internal-error", "an unexpected error, which the worker's log describes")
@@ -92,21 +94,26 @@ def _assist(settings: Settings, store: JobStore, job: Job, holder: str) -> None:
     log.info("assists another worker", extra={"job_id": job.id})
     with Assisting(store, job.id, holder) as share, contextlib.suppress(NothingToDo):
         with quick_imports():
-            from merge_core.merge import assist
-            from merge_core.recipe import Recipe
+            work = WORK[JobKind(job.kind)]()
 
-        recipe = Recipe.from_data(job.recipe)
+        document = work.document.from_data(job.recipe)
         folders = partial_folders(settings, job.id)
-        if not folders:
+        if not folders or work.assist is None:
             return
+        help_with = work.assist
+        roots = JobHub(store, job.owner, HubOptions.of(job.hub), job.resolved, share.stop).roots
+        if work.evaluates:
+            about = (job.owner, job.recipe, job.request_id, job.resolved, job.hub)
+            led = Lease(job.id, holder, job.attempt, JobKind(job.kind), *about)
+            help_with = partial(help_with, **_scoring(settings, store, led, document, roots))
         try:
-            assist(
-                recipe,
+            help_with(
+                document,
                 folders[max(folders)],
                 share,
-                roots=JobHub(store, job.owner, HubOptions.of(job.hub), job.resolved, share.stop).roots,
-                memory=min(recipe.limits.memory, settings.max_memory),
-                threads=recipe.limits.threads or settings.threads,
+                roots=roots,
+                memory=min(document.limits.memory, settings.max_memory),
+                threads=document.limits.threads or settings.threads,
                 device=settings.device,
                 stop=share.stop,
             )
@@ -161,6 +168,10 @@ def _end(settings: Settings, keeper: Keeper, move: Callable[[Lease], None], *, k
         return
     job_id, artifacts = keeper.lease.job_id, open_artifacts(settings)
     remove_partial(settings, job_id)
+    if keeper.lease.kind is JobKind.SEARCH:
+        # What cannot be removed now, the janitor removes later.
+        with contextlib.suppress(*TROUBLE, StorageFailed):
+            forget_candidates(keeper.store, Job.parent == job_id)
     out = artifact_folder(settings, job_id)
     if not keep:
         # What cannot be removed now, the janitor removes later.
@@ -224,17 +235,26 @@ def _run(
         return adopt(out)
     document = work.document.from_data(lease.recipe)
     run: Callable[..., Artifact] = work.run
-    if work.is_shared:
+    if work.assist is not None:
         wake = partial(Queue(store, celery_app).wake, lease.job_id)
         run = partial(run, share=Leading(store, lease, stop=keeper.stop, prove=keeper.prove, wake=wake))
     if work.reads_jobs:
         run = partial(run, published=published_by(store, open_artifacts(settings), lease.owner, document))
     if publication is not None:
         run = partial(run, delivery=publication)
+    roots = JobHub(store, lease.owner, HubOptions.of(lease.hub), lease.resolved, keeper.stop).roots
+    if work.evaluates:
+        run = partial(run, **_scoring(settings, store, lease, document, roots))
+    if work.runs_models:
+        from workers.calibrating import TransformersModels
+        from workers.evaluators.data import Shelves
+
+        shelves = Shelves(store, lease.owner, roots)
+        run = partial(run, models=TransformersModels(cast("Calibration", document), shelves))
     return run(
         document,
         out,
-        roots=JobHub(store, lease.owner, HubOptions.of(lease.hub), lease.resolved, keeper.stop).roots,
+        roots=roots,
         partial=partial_output,
         memory=min(document.limits.memory, settings.max_memory),
         threads=document.limits.threads or settings.threads,
@@ -243,6 +263,15 @@ def _run(
         report=keeper.report if publication is None else publication.telling(keeper.report),
         stop=keeper.stop,
     )
+
+
+def _scoring(settings: Settings, store: JobStore, lease: Lease, document: Any, roots: Any) -> dict[str, Any]:
+    """What scores the candidates of a search, and remembers what they came to."""
+    from workers.evaluators import Around, evaluator_of
+    from workers.trials import TrialStore
+
+    around = Around(settings, store, lease, document, roots)
+    return {"evaluator": evaluator_of(around), "kept": TrialStore(store, lease.job_id, lease.owner)}
 
 
 def _take_over(settings: Settings, lease: Lease, keeper: Keeper) -> Path:
@@ -265,11 +294,13 @@ class Keeper:
     """Keeps a lease alive from a thread of its own, stores the progress, and learns of cancels."""
 
     def __init__(self, store: JobStore, lease: Lease) -> None:
-        self._store, self.lease = store, lease
+        self.store, self.lease = store, lease
         self._progress: Progress | None = None
         self._state = JobState.RUNNING
         self._phase, self._since, self._told = "starting", time.monotonic(), "starting"
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._writes: Progress | None = None
+        self._told_order: Sequence[str] = ()
         self._lost = False
         self._done = threading.Event()
         self._writing = threading.Lock()
@@ -286,12 +317,14 @@ class Keeper:
         self._thread.join()
         self._enter("")
         try:
-            self._store.count_phases(self.lease.kind, self._seconds)
+            self.store.count_phases(self.lease.kind, self._seconds)
         except SQLAlchemyError as failed:
             log.warning("how long its phases took could not be counted: %s", failed)
 
     def report(self, progress: Progress) -> None:
         self._progress = progress
+        if progress.order:
+            self._writes = progress  # which of its tensors are done holds while they are stored, too
         if progress.phase != self._phase:
             self._enter(progress.phase)
 
@@ -310,13 +343,14 @@ class Keeper:
     def prove(self) -> None:
         """Raise `LeaseLost` unless the lease is good at this moment."""
         phase = self._progress.phase if self._progress else "starting"
-        beat = partial(self._store.heartbeat, self.lease, phase=phase, progress=self.snapshot())
-        self._state = persistently(beat, self._store.settings.lease_seconds)
+        beat = partial(self.store.heartbeat, self.lease, phase=phase, progress=self.snapshot())
+        self._state = persistently(beat, self.store.settings.lease_seconds)
 
     def snapshot(self) -> dict[str, Any]:
         progress = self._progress
         if progress is None:
             return {}
+        is_search, in_steps = progress.trials_total > 0, progress.steps_total > 0
         return {
             "tensors_done": progress.tensors_done,
             "tensors_total": progress.tensors_total,
@@ -326,10 +360,13 @@ class Keeper:
             "bytes_written_total": progress.bytes_written_total,
             "bytes_received": progress.bytes_received,
             "bytes_sent": progress.bytes_sent,
+            **({"trials_done": progress.trials_done, "trials_total": progress.trials_total} if is_search else {}),
+            **({"steps_done": progress.steps_done, "steps_total": progress.steps_total} if in_steps else {}),
             "fraction": round(progress.fraction, 4),
             "bytes_per_second": round(progress.rate),
             "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left, 1),
             "tensor": progress.tensor,
+            "tensors_finished": None if self._writes is None else self._writes.finished.runs(),
         }
 
     def finish(self, move: Callable[[Lease], None]) -> bool:
@@ -337,7 +374,7 @@ class Keeper:
         with self._writing:
             self._done.set()
             try:
-                persistently(partial(move, self.lease), self._store.settings.lease_seconds)
+                persistently(partial(move, self.lease), self.store.settings.lease_seconds)
             except LeaseLost:
                 log.warning("%s passed to another worker before its end was recorded", self.lease.job_id)
                 return False
@@ -348,18 +385,22 @@ class Keeper:
             with self._writing:
                 if not self._done.is_set():
                     self._beat()
-            self._done.wait(self._store.settings.heartbeat_seconds)
+            self._done.wait(self.store.settings.heartbeat_seconds)
 
     def _beat(self) -> None:
         phase = self._progress.phase if self._progress else "starting"
         try:
-            self._state = self._store.heartbeat(self.lease, phase=phase, progress=self.snapshot())
+            self._state = self.store.heartbeat(self.lease, phase=phase, progress=self.snapshot())
+            if self._writes is not None and self._writes.order is not self._told_order:
+                order = self._writes.order
+                self.store.keep_order(self.lease, order)
+                self._told_order = order
             if phase != self._told:
-                self._store.tell(self.lease, "phase", {"phase": phase})
+                self.store.tell(self.lease, "phase", {"phase": phase})
                 self._told = phase
             if self._state is JobState.CANCELING and self._progress is None:
                 # Nothing has been begun, so there is nothing to wait for: importing torch alone can take seconds.
-                self._store.confirm_cancel(self.lease)
+                self.store.confirm_cancel(self.lease)
         except LeaseLost:
             self._lost = self._state is not JobState.CANCELING
         except TROUBLE as error:

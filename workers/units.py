@@ -20,6 +20,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from merge_core.errors import Canceled
 from workers.alive import living
 from workers.choosing import may_start
+from workers.database import TROUBLE, said
 from workers.jobs import JobState, JobStore, Lease, LeaseLost, held_units
 from workers.settings import Settings
 from workers.states import AT_WORK, UnitState
@@ -370,6 +371,8 @@ class Assisting:
                         self._renewed = at
                     else:
                         self._is_over = True
+            except TROUBLE as error:
+                log.warning("a unit of %s could not be kept, trying again: %s", self._job_id, said(error))
             except Exception:
                 log.exception("a unit of %s could not be kept; trying again", self._job_id)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import delete, select, update
 
+from workers.database import TROUBLE, said
 from workers.states import JobKind, JobState
 from workers.tables import Delivery, Job
 
@@ -107,6 +108,8 @@ class Courier:
                 delivery = self.claim()
                 if rounds % 3600 == 0:
                     self.forget()
+            except TROUBLE as error:
+                log.warning("the database cannot be used, trying again: %s", said(error))
             except Exception:
                 log.exception("deliveries cannot be read; trying again")
             if delivery is None:
@@ -119,6 +122,10 @@ class Courier:
     def _deliver_and_free(self, delivery: Delivery) -> None:
         try:
             self.deliver(delivery)
+        except TROUBLE as error:
+            log.warning(
+                "what came of %s could not be written down; it will be sent again: %s", delivery.id, said(error)
+            )
         except Exception:
             log.exception("what came of %s could not be written down; it will be sent again", delivery.id)
         finally:

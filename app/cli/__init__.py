@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from app.cli import alignments, jobs, keys, merging, owners, patches, service, verifying
+from app.cli import alignments, comparing, jobs, keys, merging, owners, patches, service, verifying
 from merge_core import __version__
 
 
@@ -15,7 +15,9 @@ def main() -> None:
 
 
 for _command in (
-    *(service.serve, service.worker, merging.merge, merging.plan, merging.import_, verifying.verify),
-    *(patches.patch, alignments.align, alignments.permutations, jobs.submit, jobs.jobs, keys.keys, owners.owners),
+    *(service.serve, service.worker, service.migrate, service.reseal),
+    *(merging.merge, merging.plan, merging.import_, verifying.verify),
+    *(patches.patch, alignments.align, alignments.permutations, comparing.inspect),
+    *(jobs.submit, jobs.jobs, keys.keys, owners.owners),
 ):
     main.add_command(_command)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from app.cli.terminal import RECIPE, URL, failures_told, shown_bytes
+from app.cli.terminal import RECIPE, URL, failures_told
+from app.words import shown_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from app.client import Client, Job, Jobs
 
-KINDS = ("merges", "alignments", "patches", "verify", "views")
+KINDS = ("merges", "alignments", "patches", "verify", "views", "analyses", "searches", "calibrations")
 KEY = click.option("--key", envvar="WEIGHTSMITH_API_KEY", show_envvar=True, help="API key, where one is needed.")
 KIND = click.option("--as", "kind", type=click.Choice(KINDS), default="merges", show_default=True)
 LABELS = click.option("--label", "labels", multiple=True, metavar="NAME:VALUE", help="Repeatable.")

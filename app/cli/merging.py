@@ -16,11 +16,11 @@ from app.cli.terminal import (
     model_places,
     progress_bar,
     read_recipe,
-    shown_bytes,
     size_of,
     tell_alignment,
     tell_of,
 )
+from app.words import shown_bytes
 from merge_core.imports import quick_imports
 
 

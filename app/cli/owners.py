@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from app.cli.keys import opened
-from app.cli.terminal import DATA, failures_told, shown_bytes, size_of
+from app.cli.terminal import DATA, failures_told, size_of
+from app.words import shown_bytes
 
 _HELP = "a number, `none`, or `usual`: as the service has it for everybody"
 

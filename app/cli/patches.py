@@ -14,10 +14,10 @@ from app.cli.terminal import (
     failures_told,
     model_places,
     progress_bar,
-    shown_bytes,
     size_of,
     tell_of,
 )
+from app.words import shown_bytes
 from merge_core.imports import quick_imports
 
 

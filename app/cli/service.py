@@ -1,4 +1,4 @@
-"""`weightsmith serve | worker`."""
+"""`weightsmith serve | worker | migrate | reseal`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...], wor
         from workers.supervisor import Supervisor
 
         settings = settings_of(data, models, workers=workers)
+        if settings.public_url is None and port:
+            reached = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 — where others find it they say
+            settings = settings.model_copy(update={"public_url": f"http://{reached}:{port}"})
         configure_logs(settings, "service")
         doors = doors_for(settings, host)
         if doors is Doors.OPEN and not is_loopback(host):
@@ -52,7 +55,7 @@ def serve(host: str, port: int, data: Path | None, models: tuple[Path, ...], wor
         supervisor = Supervisor(settings)
         server = Server(create_app(settings, host=host), host, port, supervisor)
         with closing(server.config.bind_socket()) as listening, _supervised(supervisor):
-            _tell_start(settings, f"http://{host}:{listening.getsockname()[1]}/docs")
+            _tell_start(settings, f"http://{host}:{listening.getsockname()[1]}")
             if doors is Doors.KEYS:
                 log.info("API keys are asked for; `weightsmith keys create OWNER` makes one")
             server.run(sockets=[listening])
@@ -78,6 +81,38 @@ def worker(data: Path | None, models: tuple[Path, ...], workers: int | None) -> 
         supervisor = Supervisor(settings)
         with _supervised(supervisor):
             supervisor.wait()
+
+
+@click.command()
+@DATA
+def migrate(data: Path | None) -> None:
+    """Bring the database's tables up to date. `serve` and `worker` do so too when they start; this is for who wants it
+    done before, once.
+    """
+    with failures_told():
+        from workers import database
+
+        settings = settings_of(data, ())
+        settings.prepare()
+        engine = database.open_database(settings)
+        click.echo(f"{database.shown(engine.url)}: tables at revision {database.revision(engine)}")
+        engine.dispose()
+
+
+@click.command()
+@DATA
+def reseal(data: Path | None) -> None:
+    """Seal stored credentials anew under the first key in WEIGHTSMITH_SECRET_KEY, so that those behind it can go."""
+    with failures_told():
+        from workers import credentials
+        from workers.jobs import JobStore
+
+        with closing(JobStore(settings_of(data, ()))) as store:
+            done, lost = credentials.reseal(store)
+    click.echo(f"{done} sealed anew")
+    for owner, name in lost:
+        click.echo(f"error: no key opens the credential of {owner}: {name}; it is to be stored anew", err=True)
+    sys.exit(1 if lost else 0)
 
 
 def _tell_start(settings: Settings, url: str) -> None:

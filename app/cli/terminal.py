@@ -12,6 +12,7 @@ import click
 from pydantic import SecretStr, ValidationError
 
 from app.bars import terminal_bar
+from app.words import shown_bytes
 from merge_core.errors import WeightsmithError
 
 if TYPE_CHECKING:
@@ -118,15 +119,6 @@ def size_of(written: str | None) -> int | None:
     if size == 0:
         raise click.UsageError("a size of nothing leaves no room for anything")
     return size
-
-
-def shown_bytes(count: float) -> str:
-    """Such as `1.5 GB`."""
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count /= 1000
-        units.pop(0)
-    return f"{count:.0f} bytes" if units[0] == "bytes" else f"{count:.1f} {units[0]}"
 
 
 def _tell_settings(error: ValidationError) -> None:

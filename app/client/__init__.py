@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from app.client.access import ApiKeys, Credentials
+from app.client.data import Data, DataFile
 from app.client.errors import (
     Damaged,
     JobCanceled,
@@ -26,14 +27,15 @@ from app.client.errors import (
     ServiceError,
     Unreachable,
 )
-from app.client.jobs import Jobs
+from app.client.jobs import Jobs, Searches
 from app.client.objects import Event, File, Job, Plan, Progress
-from app.client.service import Methods, Recipes, System
+from app.client.service import Methods, Models, Recipes, System
 from app.client.transport import Transport
 
 __all__ = [
     "Client",
     "Damaged",
+    "DataFile",
     "Event",
     "File",
     "Job",
@@ -72,8 +74,13 @@ class Client:
         self.patches = Jobs(self._transport, "patches")
         self.verify = Jobs(self._transport, "verify")
         self.views = Jobs(self._transport, "views")
+        self.analyses = Jobs(self._transport, "analyses")
+        self.searches = Searches(self._transport, "searches")
+        self.calibrations = Jobs(self._transport, "calibrations")
         self.recipes = Recipes(self._transport)
         self.methods = Methods(self._transport)
+        self.models = Models(self._transport)
+        self.data = Data(self._transport)
         self.credentials = Credentials(self._transport)
         self.api_keys = ApiKeys(self._transport)
         self.system = System(self._transport)
@@ -90,8 +97,19 @@ class Client:
         self.close()
 
     def jobs_of(self, job_id: str) -> Jobs:
-        """`merges`, `alignments`, `patches`, `verify` or `views`: those that a job with this id is of."""
-        kinds = {"mrg": self.merges, "aln": self.alignments, "pat": self.patches, "vrf": self.verify, "viw": self.views}
+        """`merges`, `alignments`, `patches`, `verify`, `views`, `analyses`, `searches` or `calibrations`: those that a
+        job with this id is of.
+        """
+        kinds = {
+            "mrg": self.merges,
+            "aln": self.alignments,
+            "pat": self.patches,
+            "vrf": self.verify,
+            "viw": self.views,
+            "anl": self.analyses,
+            "sch": self.searches,
+            "cal": self.calibrations,
+        }
         try:
             return kinds[job_id.partition("_")[0]]
         except KeyError:

@@ -159,6 +159,10 @@ class Jobs:
         """What was measured on the way."""
         return self._transport.json("GET", f"{self._path(job)}/report")
 
+    def tensors(self, job: Job | str) -> dict[str, Any]:
+        """The tensors that it writes, and which places among these are whole, as runs."""
+        return self._transport.json("GET", f"{self._path(job)}/tensors")
+
     def _path(self, job: Job | str) -> str:
         job_id = job if isinstance(job, str) else job.id
         if not job_id:
@@ -170,6 +174,14 @@ class Jobs:
         wait = WAIT_SECONDS if seconds is None else max(0, min(WAIT_SECONDS, math.ceil(seconds)))
         timeout = self._transport.timeout + wait
         return Job.of(self._transport.json("GET", self._path(job), params={"wait": wait}, timeout=timeout))
+
+
+class Searches(Jobs):
+    """`client.searches`: jobs that have trials."""
+
+    def trials(self, job: Job | str) -> Iterator[dict[str, Any]]:
+        """What was tried so far and what it came to, in order."""
+        yield from self._transport.pages(f"{self._path(job)}/trials", [("limit", 1000)])
 
 
 def _asked(

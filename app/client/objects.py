@@ -40,6 +40,10 @@ class Progress(_Answer):
     bytes_read_total: int = 0
     bytes_written: int = 0
     bytes_written_total: int = 0
+    trials_done: int = 0
+    trials_total: int = 0
+    steps_done: int = 0
+    steps_total: int = 0
     fraction: float = 0.0
     bytes_per_second: float = 0.0
     seconds_left: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -26,6 +26,17 @@ class Methods:
 
     def _read(self, path: str) -> Sequence[Method]:
         return [Method.of(each) for each in self._transport.many(path)]
+
+
+class Models:
+    """`client.models`: the models in the service's folders."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def list(self) -> Iterator[dict[str, Any]]:
+        """Each with the `name` that recipes have for it, its kind, size and architecture, by name."""
+        return self._transport.pages("/v1/models")
 
 
 class Recipes:

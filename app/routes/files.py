@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: the routes' annotations name dependencies of the function they are made in.
 
+import functools
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -16,6 +17,7 @@ from workers.jobs import JobKind, JobState
 from workers.tables import Job
 
 
+@functools.cache
 def files_router(kind: JobKind) -> APIRouter:
     """The routes of the files of a kind's jobs."""
     router = APIRouter(prefix=f"/v1/{kind.plural}/{{job_id}}/files", tags=["files"])

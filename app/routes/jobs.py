@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: the routes' annotations name dependencies of the function they are made in.
 
+import functools
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -36,6 +37,7 @@ WaitQuery = Annotated[int | None, Query(ge=0, le=MAX_WAIT_SECONDS, description="
 PreferHeader = Annotated[str | None, Header(description="`wait=n`: the same as `?wait=n`")]
 
 
+@functools.cache
 def jobs_router(kind: JobKind) -> APIRouter:
     """The routes of the jobs of a kind."""
     prefix = f"/v1/{kind.plural}"

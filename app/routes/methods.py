@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 
 from fastapi import APIRouter
 
@@ -37,6 +38,7 @@ def _read(method: type[MergeMethod]) -> MethodRead:
         title=method.title,
         summary=description.partition("\n\n")[0].replace("\n", " "),
         description=description,
+        equation=_equation(method),
         paper=method.paper,
         base=method.base,
         models={"min": fewest, "max": most},
@@ -46,3 +48,9 @@ def _read(method: type[MergeMethod]) -> MethodRead:
         statistics=dict(method.statistics),
         parameters=method.model_json_schema(by_alias=True),
     )
+
+
+def _equation(method: type[MergeMethod]) -> str:
+    """What stands in the method's file below its first sentence, by which files begin."""
+    text = inspect.cleandoc(sys.modules[method.__module__].__doc__ or "")
+    return inspect.cleandoc(text.partition("\n\n")[2])

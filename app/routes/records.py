@@ -2,21 +2,22 @@
 
 # No `from __future__ import annotations`: the routes' annotations name dependencies of the function they are made in.
 
+import functools
 import json
 from typing import Annotated, Any
 
-import yaml
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse
 
 from app import provenance
 from app.deps import QueueDep, SettingsDep, WatchDep, job_of
+from app.documents import written
 from app.errors import HttpProblem, answers
 from app.events import line, stream
 from app.head import is_head
 from app.headers import is_known, next_link, preferred_type
 from app.ranges import wanted_parts
-from app.schemas import EventPage, EventRead, Report
+from app.schemas import EventPage, EventRead, Report, TensorsRead
 from workers.artifacts import LOCK_SUFFIX
 from workers.jobs import FINISHED, JobKind, JobState
 from workers.tables import Job
@@ -28,6 +29,7 @@ _DOCUMENT: dict[str, Any] = {"schema": {"type": ["object", "array"]}}
 _TEXT: dict[str, Any] = {"schema": {"type": "string"}}
 
 
+@functools.cache
 def records_router(kind: JobKind) -> APIRouter:
     """The routes of what is kept of a kind's jobs."""
     router = APIRouter(prefix=f"/v1/{kind.plural}/{{job_id}}", tags=[kind.plural])
@@ -134,9 +136,7 @@ def records_router(kind: JobKind) -> APIRouter:
         headers = {"Vary": "Accept"}
         if preferred_type(request, *kinds) == kinds[1]:
             return _json(job.recipe, kinds[1], headers)
-        documents = job.recipe if isinstance(job.recipe, list) else [job.recipe]
-        text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
-        return Response(text, headers=headers, media_type=kinds[0])
+        return Response(written(job.recipe), headers=headers, media_type=kinds[0])
 
     @router.get(
         "/manifest",
@@ -177,6 +177,13 @@ def records_router(kind: JobKind) -> APIRouter:
         except FileNotFoundError:
             lock, alignment, verification = None, None, None
         return {**provenance.report(job, events, lock, alignment), "verification": verification}
+
+    @router.get("/tensors", name=f"list_{kind}_tensors", responses=answers("not-found"))
+    def list_tensors(job: JobDep, queue: QueueDep) -> TensorsRead:
+        """Which tensors a job writes and which of them are whole. The names stay the same while it runs; what is whole
+        then is in its `progress` too.
+        """
+        return TensorsRead(names=queue.store.order(job.id), finished=job.progress.get("tensors_finished") or [])
 
     return router
 

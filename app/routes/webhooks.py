@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: the routes' annotations name dependencies of the function they are made in.
 
+import functools
 import json
 from typing import Annotated
 
@@ -30,6 +31,7 @@ def read_webhook_secret(caller: CallerDep, settings: SettingsDep) -> WebhookSecr
         raise HttpProblem("not-found", str(error)) from None
 
 
+@functools.cache
 def deliveries_router(kind: JobKind) -> APIRouter:
     """What webhooks were told of the jobs of a kind."""
     router = APIRouter(prefix=f"/v1/{kind.plural}/{{job_id}}", tags=[kind.plural])

@@ -1,6 +1,5 @@
-"""Weight matching (https://arxiv.org/abs/2209.04836): networks trained from different seeds can be averaged once their
-neurons are in the same order. With it the analysis of Ito et al. (https://arxiv.org/abs/2402.04051): they hardly come
-closer, but their strong directions agree.
+"""Weight matching: networks trained from different seeds can be averaged once their neurons are in the same order. With
+it the analysis of Ito et al.: they hardly come closer, but their strong directions agree.
 """
 
 from __future__ import annotations
@@ -12,9 +11,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from app.drawing.svg import Drawing
 from benchmarks.digits import Digits
-from benchmarks.science.harness import Experiment, Numbers, Row, at_least, at_most, mean
+from benchmarks.science.harness import (
+    Claim,
+    Experiment,
+    Numbers,
+    Row,
+    at_least,
+    at_most,
+    claimed,
+    compared,
+    each,
+    mean,
+    number,
+    several,
+)
 from benchmarks.science.nets import Mlp, accuracy, loaded, merged, save, train
+from benchmarks.science.plots import curves, scores
 from merge_core.alignment.derive import derive
 from merge_core.alignment.matching import match
 from merge_core.alignment.permutations import Permutations, Permuted
@@ -23,7 +37,8 @@ from merge_core.alignment.spec import PermutationSpec
 from merge_core.checkpoint import Checkpoint
 from merge_core.weights import Weights
 
-WIDTH, WIDE = 256, 512
+WIDTHS = (64, 256, 512)
+WIDTH, WIDE = WIDTHS[1:]
 HIDDEN = "layers.1.weight"
 
 
@@ -55,10 +70,18 @@ def _evaluator(width: int, digits: Digits) -> Callable[[Mapping[str, Tensor]], d
 
 
 def run_pair(seed: int, folder: Path) -> Numbers:
-    """Two networks: train, match, store the permutations and read them again, walk the line."""
+    """Two networks of each width: train, match, store the permutations and read them again, walk the line."""
     digits = Digits.load()
-    evaluate = _evaluator(WIDTH, digits)
-    first, second = _models(folder, WIDTH, (2 * seed, 2 * seed + 1), digits)
+    return {
+        f"{width} {name}": value
+        for width in WIDTHS
+        for name, value in _matched(width, seed, folder / str(width), digits).items()
+    }
+
+
+def _matched(width: int, seed: int, folder: Path, digits: Digits) -> Numbers:
+    evaluate = _evaluator(width, digits)
+    first, second = _models(folder, width, (2 * seed, 2 * seed + 1), digits)
     spec = _spec(first)
     found = match(spec, first, second, seed=seed)
     Permutations(spec, {"second": found.indexed}).save(folder / "alignment.safetensors")
@@ -66,53 +89,99 @@ def run_pair(seed: int, folder: Path) -> Numbers:
     aligned = Permuted(second, spec, indexed)
     naive, line = (interpolation(evaluate, first, other) for other in (second, aligned))
     report = analyse(first, second, spec, indexed, top=10)
-    (hidden,) = (each for each in report.tensors if each.tensor == HIDDEN)
+    (hidden,) = (one for one in report.tensors if one.tensor == HIDDEN)
     assert hidden.before is not None
     assert hidden.after is not None
     with torch.no_grad():
-        before, after = (loaded(Mlp(WIDTH), _tensors(each))(digits.test_images) for each in (second, aligned))
+        before, after = (loaded(Mlp(width), _tensors(one))(digits.test_images) for one in (second, aligned))
+    middle = len(line.values["accuracy"]) // 2
     return {
         "naive barrier": naive.barrier(),
         "barrier": line.barrier(),
-        "naive midpoint": naive.values["accuracy"][5],
-        "midpoint": line.values["accuracy"][5],
+        "naive midpoint": naive.values["accuracy"][middle],
+        "midpoint": line.values["accuracy"][middle],
         "single": (line.values["accuracy"][0] + line.values["accuracy"][-1]) / 2,
         "function": float((before - after).abs().max()),
         "l2 before": found.l2_before,
         "l2 after": found.l2_after,
+        "l2 drop": 1 - found.l2_after / found.l2_before,
         "overlap before": hidden.before.left,
         "overlap after": hidden.after.left,
         "R before": hidden.before.overlap,
         "R after": hidden.after.overlap,
+        **{f"naive loss {place}": loss for place, loss in enumerate(naive.values["loss"])},
+        **{f"loss {place}": loss for place, loss in enumerate(line.values["loss"])},
     }
 
 
-def judge_pair(runs: Sequence[Numbers]) -> Sequence[Row]:
-    """The table's bars, the worst seed where it says so."""
-    one = {name: mean(runs, name) for name in runs[0]}
-    drop = 1 - one["l2 after"] / one["l2 before"]
-    grown = one["overlap after"] / one["overlap before"]
-    turned = f"R {one['R before']:.3f} → {one['R after']:.3f}"
-    ratio = max(run["barrier"] / run["naive barrier"] for run in runs)
+def judge_line(runs: Sequence[Numbers]) -> Sequence[Row]:
+    """Hardly a barrier is left; the worst seed counts."""
+    barriers = (f"{WIDTH} naive barrier", f"{WIDTH} barrier")
+    midpoints = (f"{WIDTH} naive midpoint", f"{WIDTH} midpoint")
+    narrow, wide = (each(runs, f"{width} barrier") for width in (WIDTHS[0], WIDTHS[-1]))
     return [
         at_most(
-            "barrier by the naive one, worst seed", ratio, 0.1, f"  ({one['naive barrier']:.3f} → {one['barrier']:.3f})"
+            "barrier by the naive one, worst seed",
+            [run[f"{WIDTH} barrier"] / run[f"{WIDTH} naive barrier"] for run in runs],
+            0.1,
+            _from_to(runs, *barriers),
+            of=max,
         ),
         at_least(
             "midpoint, beside a single network",
-            one["midpoint"] - one["single"],
+            each(runs, f"{WIDTH} midpoint", f"{WIDTH} single"),
             -0.015,
-            f"  ({one['naive midpoint']:.3f} → {one['midpoint']:.3f}; single {one['single']:.3f})",
+            _from_to(runs, *midpoints),
         ),
-        at_most("change of the permuted network's outputs", max(run["function"] for run in runs), 1e-4),
-        at_most("drop of the distance", drop, 0.4, f"  ({one['l2 before']:.1f} → {one['l2 after']:.1f})"),
-        at_least(
-            "growth of the strong subspaces' overlap",
-            grown,
-            5,
-            f"  ({one['overlap before']:.3f} → {one['overlap after']:.3f}; {turned})",
+        at_most("change of the permuted network's outputs, worst seed", each(runs, f"{WIDTH} function"), 1e-4, of=max),
+        claimed(
+            f"barrier at width {WIDTHS[0]}, above that at {WIDTHS[-1]}",
+            [one - other for one, other in zip(narrow, wide, strict=True)],
+            0.0,
+            several(runs, {str(width): f"{width} barrier" for width in WIDTHS}),
         ),
     ]
+
+
+def judge_directions(runs: Sequence[Numbers]) -> Sequence[Row]:
+    """The distance stays, the strong directions agree."""
+    before, after = (mean(runs, f"{WIDTH} overlap {when}") for when in ("before", "after"))
+    grown = [run[f"{WIDTH} overlap after"] / run[f"{WIDTH} overlap before"] for run in runs]
+    return [
+        at_most(
+            "drop of the distance",
+            each(runs, f"{WIDTH} l2 drop"),
+            0.4,
+            _from_to(runs, f"{WIDTH} l2 before", f"{WIDTH} l2 after"),
+        ),
+        at_least("growth of the ten strongest directions' overlap", [after / before], 5, f"{before:.3f} → {after:.3f}"),
+        compared("the same by seed", ", ".join(map(number, grown))),
+        compared("R", _from_to(runs, f"{WIDTH} R before", f"{WIDTH} R after")),
+    ]
+
+
+def _from_to(runs: Sequence[Numbers], before: str, after: str) -> str:
+    return f"{number(mean(runs, before))} → {number(mean(runs, after))}"
+
+
+def pair_plots(runs: Sequence[Numbers]) -> Mapping[str, Drawing]:
+    """The line between two networks, and the barrier by width."""
+    places = range(sum(name.startswith(f"{WIDTH} loss") for name in runs[0]))
+    share = {place: place / (len(places) - 1) for place in places}
+    lines = {
+        "as they are": {share[place]: f"{WIDTH} naive loss {place}" for place in places},
+        "matched": {share[place]: f"{WIDTH} loss {place}" for place in places},
+    }
+    widths = {
+        "as they are": {float(width): f"{width} naive barrier" for width in WIDTHS},
+        "matched": {float(width): f"{width} barrier" for width in WIDTHS},
+    }
+    return {
+        "line": curves(
+            runs, lines, f"Loss between two networks of width {WIDTH}", across="from one to the other", up="loss"
+        ),
+        "width": curves(runs, widths, "Barrier by width", across="width", up="barrier", log_x=True, log_y=True),
+    }
 
 
 def run_four(seed: int, folder: Path) -> Numbers:
@@ -135,21 +204,65 @@ def run_four(seed: int, folder: Path) -> Numbers:
 
 def judge_four(runs: Sequence[Numbers]) -> Sequence[Row]:
     """MergeMany is far ahead of plain averaging."""
-    one = {name: mean(runs, name) for name in runs[0]}
-    told = f"  ({one['naive']:.3f} → {one['many']:.3f}; single {one['single']:.3f})"
     return [
-        Row("mean of four aligned to the first", f"{one['to the first']:.3f}"),
-        at_least("MergeMany, beside the naive mean", one["many"] - one["naive"], 0.15, told),
+        at_least("MergeMany, ahead of the naive mean", each(runs, "many", "naive"), 0.15, f"{mean(runs, 'many'):.3f}"),
+        compared(
+            "others", several(runs, {"naive": "naive", "aligned to the first": "to the first", "single": "single"})
+        ),
     ]
+
+
+def four_plots(runs: Sequence[Numbers]) -> Mapping[str, Drawing]:
+    """Averages beside single networks."""
+    names = {"naive": "as they are", "to the first": "aligned to the first", "many": "MergeMany", "single": "single"}
+    return {"accuracy": scores(runs, names, "Accuracy of the average of four networks", across="accuracy")}
 
 
 def _tensors(weights: Weights) -> Mapping[str, Tensor]:
     return Segment(weights, weights, 0.0)
 
 
+_SETUP = (
+    "Networks 64-w-w-10 learn 1,257 digits from different seeds: Adam at 1e-3 with a weight decay of 1e-2, 40 epochs. "
+)
+
 PAIR = Experiment(
-    f"Two networks of width {WIDTH}, matched", "https://arxiv.org/abs/2209.04836", run_pair, range(4), judge_pair
+    "pair",
+    "Two networks, matched",
+    f"{_SETUP}Losses are those on 540 other images, at 11 points of the line; bars hold for w = {WIDTH}.",
+    run_pair,
+    range(4),
+    (
+        Claim(
+            "Git Re-Basin",
+            "https://arxiv.org/abs/2209.04836",
+            "Once their units are permuted, independently trained networks can be averaged: no barrier is left "
+            "between wide ResNets on CIFAR-10; and the wider, the lower it is.",
+            judge_line,
+        ),
+        Claim(
+            "Analysis of weight matching",
+            "https://arxiv.org/abs/2402.04051",
+            "Matching does not bring networks much closer; it aligns the singular vectors of large singular values.",
+            judge_directions,
+        ),
+    ),
+    pair_plots,
+    quick=1,
 )
 FOUR = Experiment(
-    f"Four networks of width {WIDE}, matched", "https://arxiv.org/abs/2209.04836", run_four, range(2), judge_four
+    "four",
+    "Four networks, matched",
+    f"{_SETUP}Four of width {WIDE}, averaged by recipes.",
+    run_four,
+    range(4),
+    (
+        Claim(
+            "Git Re-Basin, many models",
+            "https://arxiv.org/abs/2209.04836",
+            "Matching each network to the mean of the others merges several at once.",
+            judge_four,
+        ),
+    ),
+    four_plots,
 )

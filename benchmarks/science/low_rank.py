@@ -1,23 +1,27 @@
-"""EoRA (https://arxiv.org/abs/2410.21271): of a task vector reduced to few directions, which weigh the inputs gives
+"""EoRA: of a task vector reduced to few directions, which weigh the inputs gives
 outputs that are nearer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from app.drawing.svg import Drawing
 from benchmarks.digits import Digits
-from benchmarks.science.harness import Experiment, Numbers, Row, at_most, mean
+from benchmarks.science.harness import Claim, Experiment, Numbers, Row, at_most, compared, mean, several
 from benchmarks.science.nets import merged, save
-from benchmarks.science.transfer import base, fine_tuned
+from benchmarks.science.plots import curves
+from benchmarks.science.transfer import TASK, base, fine_tuned
+from merge_core.measuring import Examples, grams
 
 WEIGHT = "trunk.2.weight"
-RANKS = (2, 8)
+RANKS = (2, 4, 8, 16)
 
 
 def run(seed: int, folder: Path) -> Numbers:
@@ -27,9 +31,10 @@ def run(seed: int, folder: Path) -> Numbers:
     tuned = fine_tuned(start, digits)
     save(start, folder / "base")
     save(tuned, folder / "tuned")
+    covariances = dict(grams(tuned, partial(tuned, task=TASK), [Examples(digits.images)]))
+    save_file({WEIGHT: covariances[WEIGHT]}, folder / "covariance.safetensors")
     with torch.no_grad():
-        known, held_out = (tuned.trunk[:2](images) for images in (digits.images, digits.test_images))
-    save_file({WEIGHT: known.T @ known / len(known)}, folder / "covariance.safetensors")
+        held_out = tuned.trunk[:2](digits.test_images)
     whole = _delta(folder / "base", folder / "tuned")
     return {
         f"{method} {rank}": _error(whole, _delta(folder / "base", _reduced(folder, method, rank)), held_out)
@@ -61,12 +66,38 @@ def _error(whole: Tensor, reduced: Tensor, inputs: Tensor) -> float:
 
 def judge(runs: Sequence[Numbers]) -> Sequence[Row]:
     """At rank 8 EoRA's error is much the smaller one."""
-    told = {name: f"{mean(runs, name):.3f}" for name in runs[0]}
-    ratio = mean(runs, "eora 8") / mean(runs, "low_rank 8")
+    errors = {name: mean(runs, name) for name in runs[0]}
+    told = f"{errors['low_rank 8']:.3f} → {errors['eora 8']:.3f}"
     return [
-        Row("error at rank 2: SVD, EoRA", f"{told['low_rank 2']}, {told['eora 2']}"),
-        at_most("rank 8: EoRA's error by SVD's", ratio, 0.7, f"  ({told['low_rank 8']} → {told['eora 8']})"),
+        at_most("rank 8: EoRA's error by SVD's", [run["eora 8"] / run["low_rank 8"] for run in runs], 0.7, told),
+        compared("error by rank, SVD", several(runs, {str(rank): f"low_rank {rank}" for rank in RANKS})),
+        compared("error by rank, EoRA", several(runs, {str(rank): f"eora {rank}" for rank in RANKS})),
     ]
 
 
-EXPERIMENT = Experiment("Low-rank task vectors (EoRA)", "https://arxiv.org/abs/2410.21271", run, range(4), judge)
+def plots(runs: Sequence[Numbers]) -> Mapping[str, Drawing]:
+    """Errors by rank."""
+    titles = {"low_rank": "SVD", "eora": "EoRA"}
+    lines = {title: {float(rank): f"{name} {rank}" for rank in RANKS} for name, title in titles.items()}
+    return {"rank": curves(runs, lines, "Error of outputs by rank", across="rank", up="relative error", log_x=True)}
+
+
+EXPERIMENT = Experiment(
+    "low-rank",
+    "Low-rank task vectors",
+    "The trunk of the four tasks, fine-tuned for digits. Of the second layer's task vector a few directions are "
+    "kept; the error is that of the layer's outputs on 540 images that were not used to find them.",
+    run,
+    range(4),
+    (
+        Claim(
+            "EoRA",
+            "https://arxiv.org/abs/2410.21271",
+            "Low-rank matrices found in the eigenspace of the inputs recover more than those of earlier "
+            "training-free methods: 10.84 % on ARC-Challenge for LLaMA3-8B at 3 bits.",
+            judge,
+        ),
+    ),
+    plots,
+    quick=1,
+)

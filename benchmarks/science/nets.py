@@ -50,13 +50,31 @@ class Cnn(nn.Module):
 
 
 def train(
-    net: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, optimizer: torch.optim.Optimizer, batch: int
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    optimizer: torch.optim.Optimizer,
+    batch: int,
+    smoothing: float = 0.0,
+    mixing: float = 0.0,
 ) -> None:
-    """Minimise the cross entropy, images in a new random order in every epoch."""
+    """Minimise the cross entropy, images in a new random order in every epoch; with smoothed labels, or with each image
+    mixed with another one (Mixup; the share of the first is drawn from Beta(mixing, mixing)).
+    """
     for _ in range(epochs):
         for chosen in torch.randperm(len(images)).split(batch):
             optimizer.zero_grad()
-            cross_entropy(net(images[chosen]), labels[chosen]).backward()  # type: ignore[no-untyped-call]
+            shown, known = images[chosen], labels[chosen]
+            if mixing:
+                share = float(torch.distributions.Beta(mixing, mixing).sample())
+                other = torch.randperm(len(chosen))
+                outputs = net(share * shown + (1 - share) * shown[other])
+                loss = share * cross_entropy(outputs, known) + (1 - share) * cross_entropy(outputs, known[other])
+            else:
+                loss = cross_entropy(net(shown), known, label_smoothing=smoothing)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.science.harness import Experiment, Numbers, Row, at_least
+from app.drawing.svg import Drawing
+from benchmarks.science.harness import Claim, Experiment, Numbers, Row, at_least, at_most, compared, each, several
+from benchmarks.science.plots import curves
 from benchmarks.science.signatures import patched
 from benchmarks.science.sparse import round_trip
 
@@ -78,20 +80,47 @@ def run(seed: int, folder: Path) -> Numbers:
     return found
 
 
-def judge(runs: Sequence[Numbers]) -> Sequence[Row]:
-    """A thirteenth at most; smaller than the model wherever less than a third changed."""
-    (found,) = runs
-    sizes = [found[f"size {share}"] for share in CHANGED]
-    is_smaller = all(size < 1 for share, size in zip(CHANGED, sizes, strict=True) if share < 1 / 3)
+def judge_signature(runs: Sequence[Numbers]) -> Sequence[Row]:
+    """A thirteenth at most."""
+    return [at_least(f"ResNet-50 by its first {LAYERS} layers at 256 levels", each(runs, "signature"), 13)]
+
+
+def judge_sparse(runs: Sequence[Numbers]) -> Sequence[Row]:
+    """Smaller than the model wherever less than a third changed."""
+    small = [run[f"size {share}"] for run in runs for share in CHANGED if share < 1 / 3]
+    sizes = several(runs, {f"{share:g}": f"size {share}" for share in CHANGED})
     return [
-        at_least(f"ResNet-50 beside its first {LAYERS} layers at 256 levels", found["signature"], 13),
-        Row(
-            f"bfloat16 with {', '.join(f'{share:g}' for share in CHANGED)} changed: sparse beside dense",
-            ", ".join(f"{size:.2f}" for size in sizes),
-            "< 1 below 1/3",
-            is_smaller,
-        ),
+        at_most("the largest of those with less than 1/3 changed, beside dense", small, 0.999, of=max),
+        compared("sparse beside dense, by the share that changed", sizes),
     ]
 
 
-EXPERIMENT = Experiment("Sizes", "https://arxiv.org/abs/2302.12480", run, range(1), judge)
+def plots(runs: Sequence[Numbers]) -> Mapping[str, Drawing]:
+    """Where a sparse delta stops being smaller."""
+    sizes = {"sparse delta of bfloat16": {share: f"size {share}" for share in CHANGED}}
+    return {"sparse": curves(runs, sizes, "Size by what changed", across="share that changed", up="size beside dense")}
+
+
+EXPERIMENT = Experiment(
+    "sizes",
+    "Sizes of small artifacts",
+    "Random numbers in the shapes of ResNet-50, and in a matrix of 1024 × 2048 of which a part was changed.",
+    run,
+    range(1),
+    (
+        Claim(
+            "Size of a signature",
+            "https://arxiv.org/abs/2302.12480",
+            "Signatures of the first layers, quantised, are up to 13 times smaller than the model.",
+            judge_signature,
+        ),
+        Claim(
+            "Size of a sparse delta",
+            "https://arxiv.org/abs/2505.11711",
+            "Reinforcement learning updates just 5 % to 30 % of the parameters.",
+            judge_sparse,
+        ),
+    ),
+    plots,
+    quick=1,
+)

@@ -1,13 +1,10 @@
-"""Sparse updates (https://arxiv.org/abs/2505.11711): reinforcement learning at its low rates leaves most numbers of a
-bfloat16 model as they were, so that the difference can be stored small and without loss.
-
-The base is trained further by policy gradients, one digit guessed and one reward for each image: Adam on a float32
-copy, stored in bfloat16.
+"""Sparse updates: reinforcement learning at its low rates leaves most numbers of a bfloat16 model as they were, so that
+the difference can be stored small and without loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,9 +12,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from app.drawing.svg import Drawing
 from benchmarks.digits import Digits, Net
-from benchmarks.science.harness import Experiment, Numbers, Row, mean
+from benchmarks.science.harness import (
+    Claim,
+    Experiment,
+    Numbers,
+    Row,
+    at_most,
+    claimed,
+    compared,
+    each,
+    exactly,
+    several,
+)
 from benchmarks.science.nets import loaded, merged, save
+from benchmarks.science.plots import curves
 from benchmarks.science.transfer import TASK, base
 
 RATES = (1e-6, 3e-6, 1e-5, 1e-4)
@@ -81,21 +91,45 @@ def _unchanged(start: Path, tuned: Path) -> float:
 
 def judge(runs: Sequence[Numbers]) -> Sequence[Row]:
     """The higher the rate the fewer stay; nothing is lost; small where two thirds stay."""
-    unchanged = [mean(runs, f"unchanged {rate}") for rate in RATES]
+    shares, sizes = (several(runs, {f"{rate:g}": f"{what} {rate}" for rate in RATES}) for what in ("unchanged", "size"))
     falls = all(run[f"unchanged {low}"] > run[f"unchanged {high}"] for run in runs for low, high in pairwise(RATES))
-    sparse = [(run[f"unchanged {rate}"], run[f"size {rate}"]) for run in runs for rate in RATES]
-    largest = max(size for share, size in sparse if share > 2 / 3)
     is_same = all(run[f"same {rate}"] for run in runs for rate in RATES)
-    shares = ", ".join(f"{share:.2f}" for share in unchanged)
-    sizes = ", ".join(f"{mean(runs, f'size {rate}'):.2f}" for rate in RATES)
-    rates = ", ".join(f"{rate:g}" for rate in RATES)
+    small = [run[f"size {rate}"] for run in runs for rate in RATES if run[f"unchanged {rate}"] > 2 / 3]
     return [
-        Row(f"unchanged at rates {rates}", shares, "falls", falls),
-        Row("base and delta are the model", "bit for bit" if is_same else "not the same", "bit for bit", is_same),
-        Row("size beside the model, more than 2/3 unchanged", f"{largest:.2f}  ({sizes})", "< 1", largest < 1),
+        exactly("what stays unchanged, as the rate grows", falls, "falls on every seed", "does not fall"),
+        exactly("base and delta", is_same, "are the model, bit for bit", "are not the model"),
+        at_most("the largest of those with more than 2/3 unchanged, beside the model", small, 0.999, of=max),
+        claimed(f"unchanged at a rate of {RATES[0]:g}", each(runs, f"unchanged {RATES[0]}"), 0.7),
+        compared("unchanged, by rate", shares),
+        compared("size beside the model, by rate", sizes),
     ]
 
 
+def plots(runs: Sequence[Numbers]) -> Mapping[str, Drawing]:
+    """What stays, and what the difference takes."""
+    lines = {
+        "unchanged": {rate: f"unchanged {rate}" for rate in RATES},
+        "size of the sparse delta": {rate: f"size {rate}" for rate in RATES},
+    }
+    return {"rate": curves(runs, lines, "What stays by learning rate", across="learning rate", up="share", log_x=True)}
+
+
 EXPERIMENT = Experiment(
-    "Sparse updates of reinforcement learning", "https://arxiv.org/abs/2505.11711", run, range(3), judge
+    "sparse",
+    "Reinforcement learning changes little",
+    "The trunk of the four tasks goes on by policy gradients, one digit guessed and one reward for each of 64 "
+    f"images in {STEPS} steps: Adam on a float32 copy, stored in bfloat16.",
+    run,
+    range(3),
+    (
+        Claim(
+            "Sparse updates",
+            "https://arxiv.org/abs/2505.11711",
+            "Reinforcement learning updates just 5 % to 30 % of a language model's parameters; the others stay as "
+            "they are.",
+            judge,
+        ),
+    ),
+    plots,
+    quick=1,
 )

@@ -112,14 +112,14 @@ class Kernel:
 
     def _compiled(self, kind: str, arguments: tuple[Any, ...]) -> bytes:
         file = f"{self._symbol(kind)}.o"
-        for folder in _folders():
+        for folder in folders():
             with contextlib.suppress(OSError):
                 kept = (folder / file).read_bytes()
                 seal, code = kept[:_SEAL], kept[_SEAL:]
                 if seal == hashlib.sha256(code).digest():
                     return code
         made = _compile(self.module, self.name, arguments, self._symbol(kind))
-        for folder in _folders():
+        for folder in folders():
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 new = folder / f".{uuid.uuid4()}"
@@ -222,7 +222,7 @@ def _machine() -> Any:
 
 
 @functools.cache
-def _folders() -> tuple[Path, ...]:
+def folders() -> tuple[Path, ...]:
     """Where machine code of these sources is kept, the first that can be written."""
     stamp = hashlib.sha256()
     for source in _SOURCES:
@@ -230,7 +230,7 @@ def _folders() -> tuple[Path, ...]:
     versions = [importlib.metadata.version(package) for package in ("numba", "llvmlite")]
     processor = llvm.get_host_cpu_name() + llvm.get_host_cpu_features().flatten()
     stamp.update(repr([_FORMAT, _HEAP, *versions, llvm.get_process_triple(), processor]).encode())
-    folders = [_HERE / "__pycache__"]
+    places = [_HERE / "__pycache__"]
     with contextlib.suppress(RuntimeError):  # nobody's home is known
-        folders.append(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "weightsmith")
-    return tuple(folder / f"kernels-{stamp.hexdigest()[:16]}" for folder in folders)
+        places.append(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "weightsmith")
+    return tuple(folder / f"kernels-{stamp.hexdigest()[:16]}" for folder in places)

@@ -27,7 +27,7 @@ from workers.jobs import JobKind
 from workers.settings import Settings
 
 JOB = {"id": "mrg_1", "status": "queued", "progress": {}, "warnings": [], "created_at": "2026-01-02T03:04:05Z"}
-KINDS = ("merges", "alignments", "patches", "verify", "views")
+KINDS = ("merges", "alignments", "patches", "verify", "views", "analyses", "searches", "calibrations")
 KEY = "wsk_" + "s3cret" * 5
 
 
@@ -87,16 +87,26 @@ def test_a_document_may_be_data_text_or_a_file(tmp_path: Path) -> None:
 
 
 def test_the_client_has_a_word_for_every_route(tmp_path: Path) -> None:
-    anything = {**JOB, "data": [], "status": "succeeded", "name": "x", "plan": {}, "secret": "x"}
+    anything = {
+        **JOB,
+        "data": [],
+        "status": "succeeded",
+        "name": "x",
+        "plan": {},
+        "secret": "x",
+        "size": 1,
+        "sha256": "x",
+    }
     with faulty_server(answers(Answer(200, anything))) as server, Client(server.url) as client:
         for jobs in (getattr(client, plural) for plural in KINDS):
             jobs.submit({})
             list(jobs.list())
             for word in (jobs.get, jobs.cancel, jobs.retry, jobs.delete, jobs.logs, jobs.recipe, jobs.manifest):
                 word("x")
-            for word in (jobs.report, jobs.files, jobs.deliveries):
+            for word in (jobs.report, jobs.files, jobs.deliveries, jobs.tensors):
                 word("x")
             jobs.download("x", tmp_path)
+        assert list(client.searches.trials("x")) == []
         client.recipes.validate({})
         client.recipes.import_("")
         client.methods.list()
@@ -104,10 +114,14 @@ def test_the_client_has_a_word_for_every_route(tmp_path: Path) -> None:
         client.api_keys.create()
         client.api_keys.get("x")
         client.api_keys.delete("x")
+        (tmp_path / "x").write_bytes(b"x")
+        client.data.put(tmp_path / "x")
+        client.data.get("x")
+        client.data.delete("x")
         client.credentials.put("x", kind="hub", token="x")
         client.credentials.get("x")
         client.credentials.delete("x")
-        assert [*client.api_keys.list(), *client.credentials.list()] == []
+        assert [*client.api_keys.list(), *client.credentials.list(), *client.data.list(), *client.models.list()] == []
         client.system.get()
         client.system.quota()
         client.system.webhook_secret()

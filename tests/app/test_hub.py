@@ -35,7 +35,7 @@ from merge_core.recipe import Recipe
 from tests.app.faulty import Answer, Asked, faulty_server
 from tests.conftest import method_recipe, write_checkpoint
 from tests.services import served, sha256_of
-from tests.test_docs import README
+from tests.test_docs import ROOT
 from workers.artifacts import FolderStore
 from workers.jobs import JobStore
 from workers.keys import USUAL, KeyRing, Scope
@@ -369,8 +369,8 @@ print("equal:", len(files))
 
 
 def shown(shop: Shop, pattern: str) -> str:
-    """What the README shows, with this service's address, key and merge in place of its own."""
-    (found,) = re.findall(pattern, README.read_text(), re.DOTALL | re.MULTILINE)
+    """What the docs show, with this service's address, key and merge in place of its own."""
+    (found,) = re.findall(pattern, (ROOT / "docs" / "hub.md").read_text(), re.DOTALL | re.MULTILINE)
     ours = {"http://127.0.0.1:8000": shop.url, "wsk_…": shop.keys["ann"], "merges/mrg_01M7ZD…": shop.repo}
     for theirs, here in ours.items():
         found = found.replace(theirs, here)
@@ -387,15 +387,15 @@ def run_client(shop: Shop, home: Path, *command: str) -> str:
     return found.stdout
 
 
-def test_transformers_loads_a_merge_as_the_readme_says(shop: Shop, tmp_path: Path) -> None:
+def test_transformers_loads_a_merge_as_the_docs_say(shop: Shop, tmp_path: Path) -> None:
     snippet = shown(shop, r"```python\n([^`]*HF_ENDPOINT.*?)```")
     checks = SAME_WEIGHTS.replace("FOLDER", repr(str(shop.merged.folder)))
     said = run_client(shop, tmp_path, sys.executable, "-c", snippet + checks)
     assert said.strip().endswith(f"equal: {len(tiny_llama(0))}")
 
 
-def test_the_hf_command_downloads_a_merge_as_the_readme_says(shop: Shop, tmp_path: Path) -> None:
-    exported, command = shown(shop, r"^(export HF_ENDPOINT=.*?\nhf download [^\n]*)").split("\n")
+def test_the_hf_command_downloads_a_merge_as_the_docs_say(shop: Shop, tmp_path: Path) -> None:
+    exported, command = shown(shop, r"^(export HF_ENDPOINT=[^\n]* HF_TOKEN=[^\n]*\nhf download [^\n]*)").split("\n")
     assert exported == f"export HF_ENDPOINT={shop.endpoint} HF_TOKEN={shop.keys['ann']}", "as `run_client` sets them"
     program, *arguments = command.split()
     run_client(shop, tmp_path, str(Path(sys.executable).parent / program), *arguments)

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import insert, update
+from sqlalchemy import String, cast, insert, inspect, literal, select, update
 
+from app.cli import main
 from app.main import create_app
-from workers import alive
-from workers.jobs import JobKind, JobStore, new_id
+from workers import alive, database
+from workers.jobs import JobKind, JobStore
 from workers.settings import Settings
+from workers.supervisor import Supervisor
 from workers.tables import Job
 
 
@@ -126,9 +129,13 @@ def test_a_scrape_costs_the_same_after_100_000_jobs(client: TestClient, store: J
         **{"reserved_bytes": 0, "stored_bytes": 1, "attempt": 1, "deaths": 0, "announced": 1, "announced_at": 0.0},
         "created_at": 0.0,
     }
-    rows = [{**ended, "id": new_id("mrg_")} for _ in range(100_000)]
+    numbers = select(literal(1).label("number")).cte(recursive=True)
+    numbers = numbers.union_all(select(numbers.c.number + 1).where(numbers.c.number < 100_000))
+    columns = {each.name: each for each in inspect(Job).columns} | {"id": "mrg_many" + cast(numbers.c.number, String)}
     with store.engine.begin() as connection:
-        connection.execute(insert(Job), rows)
+        connection.execute(insert(Job).values({**ended, "id": "mrg_one"}))
+        copies = select(*columns.values()).join(numbers, literal(True)).where(Job.id == "mrg_one")
+        connection.execute(insert(Job).from_select(list(columns), copies))
     assert cost() < 3 * few + 0.01
     assert metrics(client)["queue_depth",] == 1 and metrics(client)["disk_reserved_bytes",] == 5
 
@@ -171,3 +178,28 @@ def test_not_ready_where_nothing_can_be_written(client: TestClient, settings: Se
         lock.execute("ROLLBACK")
     assert status == 503 and body["checks"]["database"]["status"] == "failing"
     assert readiness(client)[0] == 200
+
+
+def test_tables_may_be_made_before_anything_starts(settings: Settings) -> None:
+    for _ in range(2):
+        made = CliRunner().invoke(main, ["migrate", "--data", str(settings.data)])
+        assert made.exit_code == 0 and f"tables at revision {database.head()}" in made.output
+    with TestClient(create_app(settings)) as client:
+        assert client.get("/readyz").status_code == 200
+
+
+def test_a_file_is_touched_as_long_as_all_workers_live(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which a container without HTTP is known to be well."""
+    file = tmp_path / "alive"
+    monkeypatch.setattr(alive, "REPORT_SECONDS", 0)
+    supervisor = Supervisor(settings.model_copy(update={"alive_file": file, "workers": 2}))
+    running = dict.fromkeys(supervisor.workers, False)
+    monkeypatch.setattr(type(supervisor.workers[0]), "is_running", property(running.__getitem__))
+    for how_many, is_touched in ((0, False), (1, False), (2, True)):
+        for worker in supervisor.workers[:how_many]:
+            running[worker], worker.name = True, f"worker-{id(worker)}"
+        supervisor._report()
+        assert file.exists() == is_touched
+    supervisor._store.close()

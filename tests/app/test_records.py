@@ -23,7 +23,7 @@ from merge_core.merge import merge
 from merge_core.recipe import Recipe
 from tests.conftest import method_recipe
 from tests.services import running_service
-from workers.jobs import JobStore
+from workers.jobs import JobStore, LeaseLost
 from workers.problems import problem_of
 from workers.queue import artifact_folder
 from workers.settings import Settings
@@ -215,6 +215,25 @@ def test_a_report_tells_how_it_went(client: TestClient, finished: dict[str, Any]
     store.fail(lease, problem_of("storage-failed", "no disk"))
     told = client.get(failing["urls"]["report"]).json()
     assert told["error"]["code"] == "storage-failed" and told["sources"] is None and told["phases"][0]["seconds"] >= 0
+
+
+def test_the_tensors_that_a_job_writes_and_those_that_are_whole(client: TestClient, store: JobStore) -> None:
+    job = client.post("/v1/merges", json=method_recipe("linear")).json()
+    where = job["urls"]["tensors"]
+    assert client.get(where).json() == {"names": [], "finished": []}
+    lease = store.claim(job["id"], "w/1")
+    assert lease is not None
+    names = [f"model.layers.{layer}.ünd" for layer in range(30_000)]
+    store.keep_order(lease, names)
+    store.heartbeat(lease, phase="merging", progress={"tensors_finished": [[0, 7], [29_000, 30_000]]})
+    assert client.get(where).json() == {"names": names, "finished": [[0, 7], [29_000, 30_000]]}
+    store.keep_order(lease, names[:2])
+    assert client.get(where).json()["names"] == names[:2], "another attempt may write others"
+    store.fail(lease, problem_of("storage-failed", "no disk"))
+    with pytest.raises(LeaseLost):
+        store.keep_order(lease, names)
+    assert client.delete(job["urls"]["self"]).status_code == 204
+    assert store.order(job["id"]) == []
 
 
 def test_the_service_tells_of_itself(client: TestClient, settings: Settings) -> None:

@@ -47,6 +47,15 @@ DOCUMENTS: dict[JobKind, Any] = {
     JobKind.PATCH: {"operation": "extract", "base_model": "base", "clean": "m0", "corrupted": ["m1"], "layers": 1},
     JobKind.VERIFICATION: {"model": "made", "sample": 2},
     JobKind.VIEW: method_recipe("linear"),
+    JobKind.SEARCH: method_recipe("linear")
+    | {"search": {"method": "greedy_soup", "evaluator": {"command": {"name": "a"}}, "metrics": {"a": "maximize"}}},
+    JobKind.ANALYSIS: {"base_model": "base", "models": ["m0", "m1"]},
+    JobKind.CALIBRATION: {
+        "merge_method": "atlas",
+        "base_model": "base",
+        "models": [{"model": "m0"}],
+        "calibrate": {"method": "atlas", "data": [{"file": "data.txt"}]},
+    },
 }
 ENDS = (JobState.QUEUED, JobState.RUNNING, JobState.CANCELING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED)
 
@@ -103,7 +112,7 @@ class World:
 def _examples(path: str) -> int:
     """How many requests to try: less of what other kinds of jobs have too."""
     has_them_too = any(f"/{kind.plural}" in path for kind in JobKind if kind is not JobKind.MERGE)
-    return EXAMPLES or (3 if has_them_too else 10)
+    return EXAMPLES or (2 if has_them_too else 5)
 
 
 def test_no_request_is_an_internal_error(models: Path, tmp_path: Path) -> None:

@@ -78,7 +78,9 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repo. `gated`: False, `auto` or `manual`; `granted` are the names of those whom it was opened to."""
+    """A model repo, or that of a data set, `datasets/org/name`. `gated`: False, `auto` or `manual`; `granted` are the
+    names of those whom it was opened to.
+    """
 
     id: str
     private: bool = False
@@ -91,7 +93,7 @@ class Repo:
 
     @property
     def owner(self) -> str:
-        return self.id.partition("/")[0]
+        return self.id.split("/")[-2]
 
     def resolve(self, revision: str) -> str | None:
         """The commit that a branch, tag, `refs/…` or sha names."""
@@ -485,10 +487,10 @@ def _hub_app(hub: Hub) -> FastAPI:
                 return JSONResponse({"errors": [{"message": str(error)}], "warnings": []}, 400)
         return {"errors": [], "warnings": []}
 
-    @app.get("/api/models/{owner}/{name}")
-    @app.get("/api/models/{owner}/{name}/revision/{revision}")
-    async def model(owner: str, name: str, request: Request, revision: str = "main") -> Any:
-        repo = hub.repo(f"{owner}/{name}", request)
+    @app.get("/api/{kind}/{owner}/{name}")
+    @app.get("/api/{kind}/{owner}/{name}/revision/{revision}")
+    async def about(kind: str, owner: str, name: str, request: Request, revision: str = "main") -> Any:
+        repo = hub.repo(_repo_id(kind, owner, name), request)
         commit = hub.commit_of(repo, unquote(revision))
         with_blobs = request.query_params.get("blobs", "").lower() in ("1", "true")
         siblings = [_told(entry, sibling=True) for entry in _all(commit)]
@@ -509,10 +511,10 @@ def _hub_app(hub: Hub) -> FastAPI:
             "siblings": siblings if with_blobs else [{"rfilename": each["rfilename"]} for each in siblings],
         }
 
-    @app.get("/api/models/{owner}/{name}/auth-check")
-    @app.get("/api/models/{owner}/{name}/auth-check/write")
-    async def auth_check(owner: str, name: str, request: Request) -> Any:
-        hub.repo(f"{owner}/{name}", request, content=True, write=request.url.path.endswith("/write"))
+    @app.get("/api/{kind}/{owner}/{name}/auth-check")
+    @app.get("/api/{kind}/{owner}/{name}/auth-check/write")
+    async def auth_check(kind: str, owner: str, name: str, request: Request) -> Any:
+        hub.repo(_repo_id(kind, owner, name), request, content=True, write=request.url.path.endswith("/write"))
         return {}
 
     @app.get("/api/models/{owner}/{name}/tree/{revision}")
@@ -659,15 +661,16 @@ def _hub_app(hub: Hub) -> FastAPI:
         }
         return JSONResponse(told, headers=headers)
 
+    @app.api_route("/{kind}/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
     @app.api_route("/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
-    async def resolve(owner: str, name: str, revision: str, path: str, request: Request) -> Any:
-        repo = hub.repo(f"{owner}/{name}", request, content=True)
+    async def resolve(owner: str, name: str, revision: str, path: str, request: Request, kind: str = "models") -> Any:
+        repo = hub.repo(_repo_id(kind, owner, name), request, content=True)
         commit = hub.commit_of(repo, unquote(revision))
         entry, told = commit.files.get(unquote(path)), {"X-Repo-Commit": commit.sha}
         if entry is None:
             raise Refused(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit.sha)
         if not entry.is_lfs:
-            place = f"/api/resolve-cache/models/{repo.id}/{commit.sha}/{quote(entry.path)}"
+            place = f"/api/resolve-cache/{kind}/{owner}/{name}/{commit.sha}/{quote(entry.path)}"
             return Response(status_code=307, headers=told | {"Location": place})
         size = entry.size if entry.told_size is None else entry.told_size
         told |= {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{entry.told_sha256 or entry.sha256}"'}
@@ -677,14 +680,19 @@ def _hub_app(hub: Hub) -> FastAPI:
             told |= {"X-Xet-Hash": entry.xet_hash, "Link": f'<{route}>; rel="xet-auth"'}
         return Response(status_code=302, headers=told)
 
-    @app.api_route("/api/resolve-cache/models/{owner}/{name}/{sha}/{path:path}", methods=["GET", "HEAD"])
-    async def small(owner: str, name: str, sha: str, path: str, request: Request) -> Any:
-        repo = hub.repo(f"{owner}/{name}", request, content=True)
+    @app.api_route("/api/resolve-cache/{kind}/{owner}/{name}/{sha}/{path:path}", methods=["GET", "HEAD"])
+    async def small(kind: str, owner: str, name: str, sha: str, path: str, request: Request) -> Any:
+        repo = hub.repo(_repo_id(kind, owner, name), request, content=True)
         entry = repo.commits[sha].files[unquote(path)]
         headers = {"X-Repo-Commit": sha, "ETag": f'"{entry.git_oid}"'}
         return _file(hub, request, entry.sha256, headers, told_size=entry.told_size)
 
     return app
+
+
+def _repo_id(kind: str, owner: str, name: str) -> str:
+    """As repositories are called here: those of models by their ids alone."""
+    return f"{owner}/{name}" if kind == "models" else f"{kind}/{owner}/{name}"
 
 
 def _card(hub: Hub, commit: Commit) -> dict[str, Any]:

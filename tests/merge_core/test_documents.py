@@ -53,7 +53,7 @@ def test_a_stage_by_any_method_is_what_it_would_be_on_disk(models: Path, tmp_pat
 @pytest.mark.parametrize(
     ("title", "form"),
     [(title, "compiled") for title in ("ties", "ties-paper", "dare_ties", "slerp", "linear", "passthrough")]
-    + [("ties-paper", "plain"), ("slerp", "plain")],
+    + [pytest.param(title, "plain", marks=pytest.mark.slow) for title in ("ties-paper", "slerp")],
 )
 def test_any_method_reads_stages_of_stages(models: Path, tmp_path: Path, title: str, form: str) -> None:
     last = method_recipe(title)

@@ -32,7 +32,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[str]]:
 
     def keep_in(folder: Path) -> list[str]:
         made: list[str] = []
-        before = machine_code._folders()
+        before = machine_code.folders()
 
         def compile_(module: str, name: str, arguments: object, symbol: str) -> bytes:
             made.append(name)
@@ -40,7 +40,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[str]]:
             return kept.read_bytes()[machine_code._SEAL :]
 
         assert first_nonfinite() == 1
-        monkeypatch.setattr(machine_code, "_folders", lambda: (folder,))
+        monkeypatch.setattr(machine_code, "folders", lambda: (folder,))
         monkeypatch.setattr(machine_code, "_compile", compile_)
         return made
 
@@ -74,7 +74,7 @@ def test_code_of_other_sources_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp
     for source in ("", *machine_code._SOURCES):
         if source:
             (tmp_path / f"{source}.py").write_text((tmp_path / f"{source}.py").read_text() + "# changed\n")
-        names.append(machine_code._folders.__wrapped__()[0].name)
+        names.append(machine_code.folders.__wrapped__()[0].name)
     assert len(set(names)) == len(names)
 
 

@@ -111,13 +111,15 @@ def merge_alone() -> Iterator[MergeAlone]:
         process.communicate()
 
 
-WHOLE_MATRICES = {name for name, of in METHODS.items() for method in of.values() if issubclass(method, MatrixMethod)}
+WHOLE_MATRICES = {
+    name for name, of in METHODS.items() for method in of.values() if issubclass(method, MatrixMethod)
+} | {"regmean"}
 
 
 OF_EACH_KIND = (
     *("linear", "slerp", "nuslerp", "model_stock", "ram", "dare_ties", "della", "breadcrumbs", "breadcrumbs-paper"),
     *("ties", "ties-model", "ties-paper", "ties-paper-norms", "graft", "pcb", "sce", "arcee_fusion", "widen", "darex"),
-    *("transfer", "ssd", "half_reset", "expert_merging"),
+    *("transfer", "ssd", "half_reset", "expert_merging", "fisher"),
 )
 """Every way to measure and to merge; the contract tests hold each method to its workspace."""
 
@@ -137,6 +139,9 @@ def test_whole_matrices_take_five_times_a_tensor_in_float32(
     merge_alone(narrow, tmp_path / "out", method_recipe(title, limits={"memory": memory}))
 
 
+LATER = [pytest.param(title, marks=pytest.mark.slow) for title in ("ties", "dare_linear")]
+
+
 def test_so_it_does_with_adapters(large: Path, tmp_path: Path, merge_alone: MergeAlone) -> None:
     parts = {"lora_A.weight": torch.ones(32, 1000), "lora_B.weight": torch.ones(24_000, 32)}
     parts |= {"lora_magnitude_vector": torch.ones(24_000)}
@@ -147,13 +152,15 @@ def test_so_it_does_with_adapters(large: Path, tmp_path: Path, merge_alone: Merg
     merge_alone(large, tmp_path / "out", recipe | {"models": [{"model": "m0+one"}, {"model": "m1+two"}]})
 
 
-@pytest.mark.parametrize("title", ["linear", "slerp", "ties", "dare_ties"])
+@pytest.mark.parametrize(
+    "title", ["linear", "slerp", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ties", "dare_ties"))]
+)
 def test_so_it_does_with_plain_kernels(narrow: Path, tmp_path: Path, title: str, merge_alone: MergeAlone) -> None:
     """What these hold depends on the block, which is a fifteenth of these tensors."""
     merge_alone(narrow, tmp_path / "out", method_recipe(title, limits={"memory": "512MiB"}), "plain")
 
 
-@pytest.mark.parametrize("title", ["linear", "ties", "ties-model", "dare_linear"])
+@pytest.mark.parametrize("title", ["linear", "ties-model", *LATER])
 def test_so_it_does_with_many_models(large: Path, tmp_path: Path, title: str, merge_alone: MergeAlone) -> None:
     """A gigabyte where all ten are held in float32."""
     names = [f"m{i}" for i in range(9)]
@@ -164,7 +171,7 @@ def test_so_it_does_with_many_models(large: Path, tmp_path: Path, title: str, me
     merge_alone(large, tmp_path / "out", recipe | {"models": [{"model": name} for name in names]})
 
 
-@pytest.mark.parametrize("title", ["linear", "ties", "ties-model", "dare_linear"])
+@pytest.mark.parametrize("title", ["linear", "ties-model", *LATER])
 def test_so_it_does_with_a_tensor_larger_than_the_limit(tmp_path: Path, title: str, merge_alone: MergeAlone) -> None:
     """600 MB each, in files that are all holes but for their headers."""
     shape, names = (75_000, 4000), ["base", "m0"]
@@ -180,7 +187,9 @@ def test_so_it_does_with_a_tensor_larger_than_the_limit(tmp_path: Path, title: s
     merge_alone(tmp_path / "models", tmp_path / "out", recipe | {"models": [{"model": name} for name in names[1:]]})
 
 
-@pytest.mark.parametrize(("form", "size"), [("plain", "narrow"), ("compiled", "large")])
+@pytest.mark.parametrize(
+    ("form", "size"), [pytest.param("plain", "narrow", marks=pytest.mark.slow), ("compiled", "large")]
+)
 def test_so_do_stages_of_stages(
     tmp_path: Path, form: str, size: str, request: pytest.FixtureRequest, merge_alone: MergeAlone
 ) -> None:

@@ -12,11 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,7 +36,7 @@ from merge_core.errors import (
     WeightsmithError,
 )
 from merge_core.merge import merge, plan_only
-from merge_core.progress import Progress
+from merge_core.progress import Finished, Progress
 from merge_core.recipe import Recipe
 from merge_core.shards import ShardWriter
 from tests.conftest import (
@@ -261,6 +264,7 @@ def test_progress_only_grows_and_ends_complete(models: Path, tmp_path: Path, tit
 
     run(models, tmp_path / "out", title, report=watch, threads=1)
     assert seen == sorted(seen) and last[0].fraction == 1.0 and last[0].tensors_done == 20
+    assert len(last[0].order) == 20 and last[0].finished.runs() == [(0, 20)]
 
 
 def test_an_output_is_never_overwritten(models: Path, tmp_path: Path) -> None:
@@ -320,6 +324,34 @@ def test_an_interrupted_merge_goes_on_to_the_same_bytes(models: Path, tmp_path: 
     assert blocks == 1 or resumed.resumed_tensors > 0
     for path in (tmp_path / "whole").glob("*.safetensors*"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_progress_tells_which_tensors_an_earlier_attempt_finished(models: Path, tmp_path: Path) -> None:
+    kill_after(7, models, tmp_path / "out", "linear")
+    found: list[list[tuple[int, int]]] = []
+
+    def watch(progress: Progress) -> None:
+        if progress.tensors_done:
+            found.append(progress.finished.runs())
+
+    resumed = run_again(models, tmp_path / "out", report=watch)
+    assert resumed > 1 and found[0] == [(0, resumed + 1)], "what was there, and the first that is new"
+
+
+def run_again(models: Path, out: Path, **options: Any) -> int:
+    """Go on with what `kill_after` left of `linear`; how many tensors it had finished."""
+    return merge(Recipe.from_data(method_recipe("linear")), out, roots=[models], **options).resumed_tensors
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 8)), max_size=40))
+def test_finished_places_are_the_fewest_runs(added: list[tuple[int, int]]) -> None:
+    finished, places = Finished(), set[int]()
+    for begin, length in added:
+        finished.add(begin, begin + length)
+        places |= set(range(begin, begin + length))
+    runs = finished.runs()
+    assert [place for begin, end in runs for place in range(begin, end)] == sorted(places)
+    assert all(end < following for (_, end), (following, _) in pairwise(runs))
 
 
 def test_what_a_killed_merge_left_is_proved_before_it_is_used(models: Path, tmp_path: Path) -> None:

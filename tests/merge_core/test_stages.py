@@ -76,7 +76,7 @@ def keep_first(deltas: Tensor, wanted: int, cut_off: int = 0) -> Tensor:
     return left
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.integers(1, 400), st.integers(0, 400), st.booleans(), st.integers(1, 60), st.integers(1, 9), st.integers(0, 9999)
 )

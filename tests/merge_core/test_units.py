@@ -351,15 +351,17 @@ def test_what_an_assistant_wrote_is_proved_and_made_again(models: Path, tmp_path
 def test_progress_counts_what_all_have_done(models: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int, int]] = []
     phases: list[str] = []
+    finished: list[tuple[int, int]] = []
 
     def watch(progress: Progress) -> None:
         seen.append((progress.tensors_done, progress.bytes_read, progress.bytes_written))
         phases.append(progress.phase.partition(":")[0])
+        finished[:] = progress.finished.runs()
         assert 0 <= progress.fraction <= 1
 
     recipe = Recipe.from_data(method_recipe("ties-model"))
     shared(recipe, models, tmp_path / "out", report=watch)
-    assert seen == sorted(seen)
+    assert seen == sorted(seen) and finished == [(0, 20)]
     assert seen[-1][0] == 20 and list(dict.fromkeys(phases)) == ["measuring", "merging", "finishing"]
 
 

@@ -8,15 +8,18 @@ import os
 import pickle
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from cryptography.fernet import Fernet
 from fastapi.testclient import TestClient
 from pydantic import SecretStr, ValidationError
 from sqlalchemy import update
 
+from app.cli import main
 from app.main import create_app
 from merge_core.errors import WeightsmithError
 from workers.credentials import (
@@ -34,6 +37,7 @@ from workers.problems import problem
 from workers.settings import Settings
 from workers.tables import Credential
 
+KEY = "WEIGHTSMITH_SECRET_KEY"
 TOKEN = "hf_" + "SecretOfTheHub" * 3
 S3 = {"kind": "s3", "access_key_id": "AKIAIOSFODNN7EXAMPLE", "secret_access_key": "wJalrXUtnFEMI/K7MDENG+bPxRfiCY"}
 SECRETS = (TOKEN, S3["access_key_id"], S3["secret_access_key"])
@@ -104,6 +108,24 @@ def test_keys_are_changed_one_after_the_other(settings: Settings) -> None:
     assert "nonsense" not in str(refused.value)
     for store in stores:
         store.close()
+
+
+def test_all_are_sealed_anew_under_the_new_key(settings: Settings) -> None:
+    old, new, other = (Fernet.generate_key().decode() for _ in range(3))
+    for key, name in ((old, "first"), (old, "second"), (other, "lost")):
+        with closing(opened(settings, secret_key=SecretStr(key))) as store:
+            Vault(store).put("ann", name, hub(name))
+
+    said = CliRunner().invoke(main, ["reseal", "--data", str(settings.data)], env={KEY: f"{new},{old}"})
+
+    assert said.exit_code == 1 and said.output.startswith("2 sealed anew")
+    assert "ann: lost" in said.output and "first" not in said.output
+    with closing(opened(settings, secret_key=SecretStr(new))) as store:
+        for name in ("first", "second"):
+            assert open_credential(store, "ann", name) == hub(name)
+        Vault(store).delete("ann", "lost")
+    said = CliRunner().invoke(main, ["reseal", "--data", str(settings.data)], env={KEY: new})
+    assert said.exit_code == 0
 
 
 def test_a_key_of_the_other_alphabet_is_one_too(settings: Settings) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +189,21 @@ def test_a_database_that_cannot_be_used_is_told_in_words(tmp_path: Path, url: st
         JobStore(Settings(data=tmp_path, database_url=url))
     told = "".join(traceback.format_exception(raised.value))
     assert SECRET not in told and quote(SECRET, "") not in told
+
+
+def test_a_new_database_is_waited_for_while_somebody_writes_in_it(tmp_path: Path) -> None:
+    """The switch to the write-ahead log is refused at once where somebody else has the lock."""
+    writer = sqlite3.connect(tmp_path / "new.db", isolation_level=None, check_same_thread=False)
+    writer.execute("BEGIN EXCLUSIVE")
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    with pytest.raises(OperationalError, match="locked"):
+        open_engine(url, 0.1).connect()
+    release = threading.Timer(0.3, writer.rollback)
+    release.start()
+    with open_engine(url, 30).connect() as connection:
+        assert connection.execute(text("PRAGMA journal_mode")).scalar_one() == "wal"
+    release.join()
+    writer.close()
 
 
 def test_a_driver_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,10 +193,22 @@ def test_pages(store: JobStore) -> None:
 
 def test_jobs_of_each_kind_are_lists_of_their_own(store: JobStore) -> None:
     jobs = {kind: store.add({"of": kind}, {}, kind=kind) for kind in JobKind}
-    assert [job.id[:4] for job in jobs.values()] == ["mrg_", "aln_", "pat_", "vrf_", "viw_"]
+    assert [job.id[:4] for job in jobs.values()] == ["mrg_", "aln_", "pat_", "vrf_", "viw_", "anl_", "sch_", "cal_"]
     for kind, job in jobs.items():
         assert [found.id for found in store.page(kind=kind)] == [job.id]
         assert claimed(store, job).kind is kind
+
+
+def test_jobs_of_all_kinds_are_one_list_by_age(store: JobStore) -> None:
+    made = []
+    for kind in [*JobKind, *reversed(JobKind)]:
+        made.append(store.add({}, {}, kind=kind).id)
+        time.sleep(0.002)
+    newest, found = made[::-1], [job.id for job in store.newest(limit=4)]
+    assert found == newest[:4]
+    assert [job.id for job in store.newest(limit=100, before=found[-1])] == newest[4:]
+    views = [job.id for job in store.newest(kinds=[JobKind.VIEW], before=newest[0])]
+    assert views == [each for each in newest if each.startswith("viw_")]
 
 
 def test_pages_of_labels_and_states(store: JobStore) -> None:

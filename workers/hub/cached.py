@@ -220,13 +220,16 @@ class HubCache:
         api = client.api
         from huggingface_hub import hf_hub_download
 
+        *kind, owner, name = file.repo.split("/")
+
         if not (found := self._pointer(file)).exists():
             self._make_room(file, in_use())
             in_use()
             with client.told(file.name):
                 got = hf_hub_download(
-                    file.repo,
+                    f"{owner}/{name}",
                     file.path,
+                    repo_type="dataset" if kind else "model",
                     revision=file.commit,
                     cache_dir=self.folder,
                     endpoint=client.endpoint,
@@ -247,7 +250,8 @@ class HubCache:
 
     def _pointer(self, file: RemoteFile) -> Path:
         """Where huggingface_hub puts a file of a commit."""
-        return self.folder / f"models--{file.repo.replace('/', '--')}" / "snapshots" / file.commit / file.path
+        repo = file.repo if file.repo.count("/") > 1 else f"models/{file.repo}"
+        return self.folder / repo.replace("/", "--") / "snapshots" / file.commit / file.path
 
     def _prove(self, place: Path, file: RemoteFile, received: Callable[[int], None]) -> None:
         """Raise `HubLied`, and remove the file, if it is not what the Hub lists; what was proved once stays so."""
@@ -296,7 +300,7 @@ class HubCache:
     def _blobs(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Every file's place, and what is known of it. What nobody finished downloading goes."""
         now = time.time()
-        for blob in self.folder.glob("models--*/blobs/*"):
+        for blob in self.folder.glob("*--*/blobs/*"):
             with contextlib.suppress(FileNotFoundError):
                 found = blob.stat()
                 if blob.name.endswith(".incomplete") and now - found.st_mtime > YOUNG_SECONDS:

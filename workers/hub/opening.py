@@ -146,5 +146,5 @@ def _has_room(folder: Path, size: int) -> bool:
 
     from merge_core.files import nearest_existing
 
-    cached = sum(blob.stat().st_size for blob in (folder / "cache").glob("models--*/blobs/*") if blob.exists())
+    cached = sum(blob.stat().st_size for blob in (folder / "cache").glob("*--*/blobs/*") if blob.exists())
     return size <= shutil.disk_usage(nearest_existing(folder)).free // 2 + cached

@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,6 +27,7 @@ from merge_core.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from merge_core.artifact import LOCK_NAME
 from merge_core.cards import CARD_NAME, MAX_CARD_BYTES
 from merge_core.checkpoint import COMPANIONS, MAX_COMPANION_BYTES, PICKLED
+from merge_core.errors import Canceled
 from merge_core.files import disk_error
 from merge_core.headers import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_INDEX_BYTES, MAX_JSON_BYTES, clip
 from merge_core.patches.delta import DELTA_NAME
@@ -37,7 +38,9 @@ from workers.hub.errors import HubLied, HubNotFound
 from workers.hub.ranges import RangeReader, RemoteFile, never
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
+    from huggingface_hub import DatasetInfo, ModelInfo
+
+    from workers.hub.cached import HubCache
 
 PLANNING_PATIENCE = 20.0
 """Seconds for which a Hub that does not answer is asked again while somebody waits for a plan."""
@@ -60,6 +63,8 @@ _SMALL: Mapping[str, int] = {
 _OPTIONAL = frozenset((*COMPANIONS, CARD_NAME))
 """Small files that are left away where they are too large."""
 _AT_ONCE = 8
+DATASETS = "datasets"
+"""Leads the names of data sets, as in the Hub's own addresses."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,25 @@ class Place:
 
     @classmethod
     def of(cls, path: str) -> Place | None:
-        """None for what is no name of a repository, such as the path of a local folder."""
+        """None for what is no name of a repository, such as the path of a local folder; `datasets/org/name` is one."""
         parts = path.split("/")
+        leading = parts[:1] if parts[0] == DATASETS else []
+        del parts[: len(leading)]
         is_plain = all(part and part not in (".", "..") and part.isprintable() and "\\" not in part for part in parts)
         if len(parts) < 2 or not is_plain or len(path) > 500:
             return None
         if not all(_NAME.fullmatch(part) and ".." not in part and "--" not in part for part in parts[:2]):
             return None
-        return cls("/".join(parts[:2]), "/".join(parts[2:]))
+        return cls("/".join([*leading, *parts[:2]]), "/".join(parts[2:]))
+
+    @property
+    def is_dataset(self) -> bool:
+        return is_dataset(self.repo)
+
+
+def is_dataset(repo: str) -> bool:
+    """Whether a repository is a data set's."""
+    return repo.startswith(f"{DATASETS}/")
 
 
 class HubLibrary:
@@ -146,10 +162,30 @@ class HubLibrary:
         with self._lock:
             if (path, revision) not in self._found:
                 place = Place.of(path)
-                if place is None or (self._is_pinned and (path, revision) not in self._pinned):
+                if place is None or place.is_dataset or (self._is_pinned and (path, revision) not in self._pinned):
                     return None
                 self._found[path, revision] = self._resolve(path, revision, place)
             return self._found[path, revision]
+
+    def data(self, path: str, revision: str | None) -> tuple[Path, RemoteFile | None] | None:
+        """A file of a data set, `datasets/org/name/file`: where it is, or the stand-in of its size and what that stands
+        for (`fetched`). None for what is no such name, or was not one when the job was accepted.
+        """
+        place = Place.of(path)
+        if place is None or not place.is_dataset or (self._is_pinned and (path, revision) not in self._pinned):
+            return None
+        with self._lock:
+            _, target = self._resolve(path, revision, place)
+        return target, self.files.get(target)
+
+    def fetched(self, file: RemoteFile, cache: HubCache) -> Path:
+        """A large file of a data set whole and proved, in the cache."""
+
+        def received(_: int) -> None:
+            if self._stop():
+                raise Canceled("canceled while data were fetched")
+
+        return cache.fetch(self.client, file, received)
 
     def _resolve(self, path: str, revision: str | None, place: Place) -> tuple[Snapshot, Path]:
         name = f"{path}@{revision}" if revision else path
@@ -188,14 +224,16 @@ class _Listing:
     def of(cls, client: HubClient, name: str, repo: str, revision: str | None) -> _Listing:
         """Ask the Hub. Raises one of `workers.hub.errors`, also where the files of what is listed may not be read."""
         api = client.api
+        kind, repo_id = ("dataset", repo.removeprefix(f"{DATASETS}/")) if is_dataset(repo) else ("model", repo)
+        ask = api.dataset_info if kind == "dataset" else api.model_info
         with client.told(name):
-            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=PLANNING_PATIENCE)
+            info = ask(repo_id, revision=revision, files_metadata=True, timeout=PLANNING_PATIENCE)
             if info.gated:
-                api.auth_check(repo)
+                api.auth_check(repo_id, repo_type=kind)
         return cls._of_info(name, info)
 
     @classmethod
-    def _of_info(cls, name: str, info: ModelInfo) -> _Listing:
+    def _of_info(cls, name: str, info: ModelInfo | DatasetInfo) -> _Listing:
         if not isinstance(info.sha, str) or not re.fullmatch("[0-9a-f]{40}", info.sha):
             raise HubLied(name, "has no commit that the Hub would name")
         files: dict[str, _Listed] = {}
@@ -321,6 +359,8 @@ class _Building:
         }
         if only:
             here = {only: here[only]}
+        if is_dataset(self.maker.meant.repo):
+            return self._data(only, here)
         small = {name for name in here if name in _SMALL or name.endswith(_INDEX) or (only and not _is_weights(name))}
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="hub") as pool:
             list(pool.map(lambda name: self._small(name, here[name]), sorted(small)))
@@ -350,6 +390,18 @@ class _Building:
                 return alone  # whoever opens the index says what is wrong with it
             return sorted({*alone, *(shards & set(weights))})
         return sorted(weights)
+
+    def _data(self, only: str, here: Mapping[str, _Listed]) -> dict[str, tuple[int, str]]:
+        """A file of a data set: a stand-in that holds nothing, or the whole file, if it is small and has no sha256."""
+        if not only:
+            raise HubNotFound(self.maker.name, f"is a folder; name a file in it, such as {_like(here)}")
+        listed = here[only]
+        if listed.sha256 is None:
+            self._weights(only, listed)
+            return {}
+        (self.folder / only).touch()
+        os.truncate(self.folder / only, listed.size)
+        return {only: (listed.size, listed.sha256)}
 
     def _remote(self, name: str, listed: _Listed) -> RemoteFile:
         meant, path = self.maker.meant, _joined(self.directory, name)
@@ -397,6 +449,12 @@ class _Building:
         if data:
             self.reader.read(file, begin, [memoryview(data)])
         return bytes(data)
+
+
+def _like(names: Iterable[str]) -> str:
+    """A file that somebody may have meant."""
+    found = sorted(name for name in names if name.endswith((".jsonl", ".ndjson", ".parquet", ".txt")))
+    return clip(found[0]) if found else "data.jsonl"
 
 
 def _is_weights(name: str) -> bool:

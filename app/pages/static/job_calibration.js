@@ -1,0 +1,5 @@
+// What a calibration came to.
+
+import { keepShown } from "./part.js";
+
+keepShown("calibrated");
