@@ -6,7 +6,7 @@ import contextlib
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from merge_core.merge import merge
 from merge_core.recipe import Recipe
@@ -52,9 +53,10 @@ class Watched:
 
     service: Service
     store: JobStore
+    hasty: JobStore
 
     def units(self, job: Job) -> list[Unit]:
-        with self.store.session() as session:
+        with self.store.reading() as session:
             return list(session.scalars(select(Unit).where(Unit.job_id == job["id"])))
 
     def ended(self, job: Job) -> tuple[Job, list[Unit]]:
@@ -69,7 +71,7 @@ class Watched:
         return dict(eventually(end, 120)), units
 
     def leader(self, job: Job) -> psutil.Process:
-        with self.store.session() as session:
+        with self.store.reading() as session:
             holder = session.scalars(select(Row.holder).where(Row.id == job["id"])).one()
         return psutil.Process(int(str(holder).partition("/")[2]))
 
@@ -83,29 +85,27 @@ class Watched:
         """Hold the leader back as soon as it has opened a phase, until another has come to assist; who it was."""
         eventually(lambda: self.units(job))
         leader = self.leader(job)
-        for _ in range(6):
-            leader.suspend()  # perhaps inside of a transaction, so that nobody else can write
-            with contextlib.suppress(AssertionError):
-                came = eventually(lambda: self.assistants(job), 15)
-                break
-            leader.resume()
-            time.sleep(0.3)
-        else:
-            raise AssertionError("nobody came to assist")
+        eventually(lambda: self._suspended_outside_of_a_transaction(leader))
         try:
-            yield came
+            yield eventually(lambda: self.assistants(job))
         finally:
             leader.resume()
+
+    def _suspended_outside_of_a_transaction(self, process: psutil.Process) -> bool:
+        """Inside of one it would keep everybody else from writing, and nobody could assist."""
+        process.suspend()
+        with contextlib.suppress(OperationalError), self.hasty.session():
+            return True
+        process.resume()
+        return False
 
 
 @contextmanager
 def watched(tmp_path: Path, models: Path, **settings: str) -> Iterator[Watched]:
     with running_service(tmp_path / "data", models, **SHARED | settings) as service:
-        store = JobStore(Settings(data=tmp_path / "data"))
-        try:
-            yield Watched(service, store)
-        finally:
-            store.close()
+        here = Settings(data=tmp_path / "data")
+        with closing(JobStore(here)) as store, closing(JobStore(here, patience=0.5)) as hasty:
+            yield Watched(service, store, hasty)
 
 
 def whole(models: Path, out: Path, recipe: dict[str, Any]) -> dict[str, str]:
