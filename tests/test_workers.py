@@ -85,9 +85,17 @@ class Watched:
         """Hold the leader back as soon as it has opened a phase, until another has come to assist; who it was."""
         eventually(lambda: self.units(job))
         leader = self.leader(job)
-        eventually(lambda: self._suspended_outside_of_a_transaction(leader))
+        for _ in range(20):
+            eventually(lambda: self._suspended_outside_of_a_transaction(leader))
+            with contextlib.suppress(AssertionError):
+                came = eventually(lambda: self.assistants(job), 10)
+                break
+            leader.resume()
+            time.sleep(0.05)  # it was held back before it had called anybody
+        else:
+            raise AssertionError("nobody came to assist")
         try:
-            yield eventually(lambda: self.assistants(job))
+            yield came
         finally:
             leader.resume()
 
