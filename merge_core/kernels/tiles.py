@@ -123,28 +123,30 @@ def store(values: Array, address: int, code: int, start: int) -> None:
 @part
 def first_nonfinite(address: int, code: int, count: int) -> int:
     """The first NaN or infinity among stored numbers, −1 if there is none."""
+    if code == FLOAT32:
+        words = carray(pointer(address), count, np.uint32)
+        for start in range(0, count, TILE):
+            # Of indices that do not begin at 0 numba asks whether they are negative, which is ten times slower.
+            word = words[start : min(start + TILE, count)]
+            largest = np.uint32(0)
+            for j in range(word.size):
+                largest = max(largest, np.uint32(word[j] & np.uint32(0x7FFFFFFF)))
+            if largest >= np.uint32(0x7F800000):
+                for j in range(word.size):
+                    if np.uint32(word[j] & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000):
+                        return start + j
+        return -1
+    shorts = carray(pointer(address), count, np.uint16)
+    limit = np.uint16(0x7F80 if code == BFLOAT16 else 0x7C00)
     for start in range(0, count, TILE):
-        stop = min(start + TILE, count)
-        largest = np.uint32(0)
-        if code == FLOAT32:
-            words = carray(pointer(address), count, np.uint32)
-            for j in range(start, stop):
-                largest = max(largest, np.uint32(words[j] & np.uint32(0x7FFFFFFF)))
-            limit = np.uint32(0x7F800000)
-            if largest >= limit:
-                for j in range(start, stop):
-                    if np.uint32(words[j] & np.uint32(0x7FFFFFFF)) >= limit:
-                        return j
-        else:
-            short = carray(pointer(address), count, np.uint16)
-            most = np.uint16(0)
-            for j in range(start, stop):
-                most = max(most, np.uint16(short[j] & np.uint16(0x7FFF)))
-            limit = np.uint32(0x7F80 if code == BFLOAT16 else 0x7C00)
-            if most >= limit:
-                for j in range(start, stop):
-                    if np.uint32(short[j] & np.uint16(0x7FFF)) >= limit:
-                        return j
+        short = shorts[start : min(start + TILE, count)]
+        most = np.uint16(0)
+        for j in range(short.size):
+            most = max(most, np.uint16(short[j] & np.uint16(0x7FFF)))
+        if most >= limit:
+            for j in range(short.size):
+                if np.uint16(short[j] & np.uint16(0x7FFF)) >= limit:
+                    return start + j
     return -1
 
 
