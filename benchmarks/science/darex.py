@@ -18,7 +18,7 @@ from benchmarks.science.harness import Claim, Experiment, Numbers, Row, at_least
 from benchmarks.science.nets import merged, save
 from benchmarks.science.plots import curves
 from benchmarks.science.transfer import TASK, base, fine_tuned
-from merge_core.learning import Cached, Layout, Merged, TaskVectors
+from merge_core.learning import Cached, Layout, Merged, StateVectors
 from merge_core.measuring import Dropped, near, search_divisor
 
 DROP, MASKS = 0.99, 4
@@ -70,7 +70,7 @@ def _change(folder: Path, images: Tensor) -> Callable[[float], float]:
     start, tuned = (load_checkpoint(folder / name).state_dict() for name in ("base", TASK))
     fine = last_hidden(load_checkpoint(folder / TASK), images)
     nets = [load_checkpoint(folder / "base") for _ in range(MASKS)]
-    task_vectors = TaskVectors(start, [tuned])
+    task_vectors = StateVectors(start, [tuned])
     layout = Layout.shared({name: task_vectors.shape(name) for name in start})
     merges = [
         Merged(net, Cached(Dropped(task_vectors, DROP, seed=mask), CACHE), layout) for mask, net in enumerate(nets)

@@ -36,7 +36,7 @@ from merge_core.learning import (
     Plain,
     Schedule,
     Sigmoid,
-    TaskVectors,
+    StateVectors,
     learn,
     objectives,
 )
@@ -77,7 +77,7 @@ class Learner:
     ) -> float:
         """What the merge scores. A round has a batch of each task, of its first so many images in a random order."""
         net = load_checkpoint(self.bench.folder / self.bench.base)
-        vectors = TaskVectors(self._base.state_dict(), [expert.state_dict() for expert in self._experts])
+        vectors = StateVectors(self._base.state_dict(), [expert.state_dict() for expert in self._experts])
         shapes = {key: vectors.shape(key) for key in self._base.state_dict() if key.startswith("trunk.")}
         layout = Layout.of({key: shape for key, shape in shapes.items() if biases or len(shape) > 1}, parts)
         merged = Merged(net, Cached(vectors, CACHE), layout)

@@ -6,9 +6,9 @@ in memory, and as each gradient arrives the task vectors of that tensor are read
 (`gradients.py`). `steps.py` takes the steps, `objectives.py` has what is minimised, `importance.py` the chunks of
 Expert Merging++.
 
-    from merge_core.learning import Layout, Merged, Schedule, Sigmoid, TaskVectors, learn, objectives
+    from merge_core.learning import Layout, Merged, Schedule, Sigmoid, StateVectors, learn, objectives
 
-    vectors = TaskVectors(base_tensors, [tensors_of_one_expert, tensors_of_another])    # name → tensor, as state_dict()
+    vectors = StateVectors(base_tensors, [tensors_of_one_expert, tensors_of_another])   # name → tensor, as state_dict()
     layout = Layout.of({name: vectors.shape(name) for name in learned_names})            # a coefficient per tensor
     merged = Merged(net, vectors, layout)                                                # net's parameters are now ours
 
@@ -23,8 +23,8 @@ Expert Merging++.
 
 A round is what one step of the optimizer sees, batch after batch, and their mean counts. `Layout.of(..., parts=4)`
 has four runs of each tensor (`rule="runs"`, Expert Merging++) or four random sets of elements (`rule="random"`,
-aTLAS ×K); `Layout.shared(...)` one coefficient for the whole of each model. Models without a base are `Models`, and a
-learned soup is `learn(Merged(net, Models([...]), layout), Softmax(), ...)`.
+aTLAS ×K); `Layout.shared(...)` one coefficient for the whole of each model. A learned soup has no base:
+`learn(Merged(net, StateVectors(None, [...]), layout), Softmax(), ...)`.
 """
 
 from merge_core.learning import objectives
@@ -33,7 +33,7 @@ from merge_core.learning.gradients import Merged
 from merge_core.learning.importance import chunks, importances
 from merge_core.learning.parts import Layout
 from merge_core.learning.steps import Learned, Schedule, learn, round_robin
-from merge_core.learning.vectors import Cached, Models, TaskVectors, Vectors
+from merge_core.learning.vectors import Cached, StateVectors, Vectors
 
 __all__ = [
     "Cached",
@@ -42,12 +42,11 @@ __all__ = [
     "Layout",
     "Learned",
     "Merged",
-    "Models",
     "Plain",
     "Schedule",
     "Sigmoid",
     "Softmax",
-    "TaskVectors",
+    "StateVectors",
     "Vectors",
     "chunks",
     "importances",

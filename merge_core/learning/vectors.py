@@ -21,31 +21,11 @@ class Vectors(Protocol):
         """δᵢ of a tensor, or θᵢ where there is no origin: float32, or float64 where a source is."""
 
 
-class TaskVectors:
-    """δᵢ = θᵢ − θ₀ of tensors that are in memory."""
+class StateVectors:
+    """δᵢ = θᵢ − θ₀ of tensors that are in memory, or θᵢ without a base."""
 
-    def __init__(self, base: Mapping[str, Tensor], models: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(self, base: Mapping[str, Tensor] | None, models: Sequence[Mapping[str, Tensor]]) -> None:
         self._base, self._models = base, models
-
-    @property
-    def models(self) -> int:
-        return len(self._models)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._base[name].shape)
-
-    def origin(self, name: str) -> Tensor | None:
-        return self._base[name]
-
-    def vector(self, name: str, model: int) -> Tensor:
-        return difference(self._models[model][name], self._base[name])
-
-
-class Models:
-    """θᵢ of tensors that are in memory, without a base."""
-
-    def __init__(self, models: Sequence[Mapping[str, Tensor]]) -> None:
-        self._models = models
 
     @property
     def models(self) -> int:
@@ -55,10 +35,11 @@ class Models:
         return tuple(self._models[0][name].shape)
 
     def origin(self, name: str) -> Tensor | None:
-        return None
+        return None if self._base is None else self._base[name]
 
     def vector(self, name: str, model: int) -> Tensor:
-        return widened(self._models[model][name])
+        mine = self._models[model][name]
+        return widened(mine) if self._base is None else difference(mine, self._base[name])
 
 
 class Cached:

@@ -4,7 +4,7 @@ for each layer, by gradient. The analytic q of each layer the method itself find
 With what a seed drops dropped, a merge with q is θ₀ + (1/q) δ′, so that `merge_core.learning` writes it into a module:
 with `Dropped` task vectors, which are those that the method `darex` drops with the same seed, and coefficients 1/q.
 
-    vectors = Dropped(TaskVectors(base, [tuned]), drop_rate=0.9, seed=0)
+    vectors = Dropped(StateVectors(base, [tuned]), drop_rate=0.9, seed=0)
     merged = Merged(net, vectors, Layout.shared(shapes))
 
     def change(q):

@@ -18,12 +18,11 @@ from merge_core.learning import (
     Form,
     Layout,
     Merged,
-    Models,
     Plain,
     Schedule,
     Sigmoid,
     Softmax,
-    TaskVectors,
+    StateVectors,
     chunks,
     importances,
     learn,
@@ -105,7 +104,7 @@ LAYOUTS: Mapping[str, Callable[[Mapping[str, Any]], Layout]] = {
 def test_the_gradient_of_the_coefficients_is_autograds(kind: str, form: Form) -> None:
     net, states = nets(3)
     base = named(net)
-    vectors = Models(states) if isinstance(form, Softmax) else TaskVectors(base, states)
+    vectors = StateVectors(None, states) if isinstance(form, Softmax) else StateVectors(base, states)
     layout = LAYOUTS[kind]({name: base[name].shape for name in LEARNED})
     raw = torch.full((3, layout.width), form.start(3), dtype=torch.float64) + 0.1 * torch.rand(3, layout.width).double()
     constants = torch.ones(form.constants, dtype=torch.float64)
@@ -133,7 +132,7 @@ def test_what_is_not_learned_stays_or_is_merged_once() -> None:
     base = named(net)
     merged = Merged(
         net,
-        TaskVectors(base, states),
+        StateVectors(base, states),
         Layout.of({"embed.weight": (7, 5)}),
         fixed={"norm.weight": (0.25, 0.5), "shift": (1.0, 0.0)},
     )
@@ -164,7 +163,7 @@ def test_runs_are_torch_chunks_and_random_parts_are_one_of_all() -> None:
     assert torch.equal(found[:7, :], parts_of(Layout.of({"w": (7, 50)}, 5, rule="random"))["w"])
 
 
-class Counted(TaskVectors):
+class Counted(StateVectors):
     """Counts what is asked for."""
 
     asked = 0
@@ -210,7 +209,7 @@ def run(stop_after: int | None = None, kept: Kept | None = None, *, choose: bool
     net, states = nets(2)
     base = named(net)
     layout = Layout.of({name: base[name].shape for name in LEARNED})
-    merged = Merged(net, TaskVectors(base, states), layout)
+    merged = Merged(net, StateVectors(base, states), layout)
     loss, saved = distilled(net, states), []
 
     def keep(made: Kept) -> None:
@@ -260,7 +259,7 @@ def test_what_is_held_out_may_only_watch() -> None:
 
 def test_a_loss_that_is_no_number_ends_it() -> None:
     net, states = nets(1)
-    merged = Merged(net, TaskVectors(named(net), states), Layout.of({"scale": ()}))
+    merged = Merged(net, StateVectors(named(net), states), Layout.of({"scale": ()}))
     with pytest.raises(FloatingPointError, match="nan in step 0"):
         learn(merged, Plain(), lambda _: (net(TOKENS).sum() * math.nan, {}), [[0]], Schedule())
 
@@ -276,7 +275,7 @@ def test_important_tensors_get_the_chunks() -> None:
     base = {"a": torch.zeros(4, dtype=torch.float64), "b": torch.zeros(2, 4, dtype=torch.float64)}
     states = [{"a": torch.ones(4).double(), "b": torch.full((2, 4), 3.0).double()}]
     layout = Layout.of({"a": (4,), "b": (2, 4)})
-    shares = importances(TaskVectors(base, states), layout, torch.tensor([[0.5, 0.25]], dtype=torch.float64))
+    shares = importances(StateVectors(base, states), layout, torch.tensor([[0.5, 0.25]], dtype=torch.float64))
     # |c| · mean|τ| · n: 0.5 · 1 · 4 = 2 and 0.25 · 3 · 8 = 6.
     assert shares == pytest.approx({"a": 0.25, "b": 0.75})
     assert chunks(shares, 8) == {"a": 2, "b": 6}

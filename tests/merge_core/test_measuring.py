@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from merge_core.learning import Layout, Merged, Schedule, TaskVectors, learn
+from merge_core.learning import Layout, Merged, Schedule, StateVectors, learn
 from merge_core.measuring import (
     Dropped,
     Examples,
@@ -221,7 +221,7 @@ def test_what_a_search_writes_into_a_module_is_what_the_method_merges(tmp_path: 
     net, base, tuned, _ = two_nets(tmp_path)
     shapes = {name: each.shape for name, each in base.items() if "head" not in name}
     whole = [name for name in base if name not in shapes]
-    vectors = Dropped(TaskVectors(base, [tuned]), 0.75, seed=7, whole=whole)
+    vectors = Dropped(StateVectors(base, [tuned]), 0.75, seed=7, whole=whole)
     found = Merged(net, vectors, Layout.shared(shapes), fixed={name: [1.0] for name in whole})
     found.write(torch.tensor([[1 / 0.5]], dtype=torch.float64))
 
@@ -238,7 +238,7 @@ def test_q_by_gradient_brings_the_logits_nearer(tmp_path: Path) -> None:
     fine = Classifier()
     fine.load_state_dict(tuned)
     wanted = largest(fine(rows).detach())
-    merged = Merged(net, Dropped(TaskVectors(base, [tuned]), 0.9), layers_of({n: e.shape for n, e in base.items()}))
+    merged = Merged(net, Dropped(StateVectors(base, [tuned]), 0.9), layers_of({n: e.shape for n, e in base.items()}))
 
     def loss(_: int) -> tuple[Tensor, dict[str, float]]:
         return top_logits(net(rows), *wanted), {}

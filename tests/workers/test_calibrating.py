@@ -228,7 +228,7 @@ def test_the_same_document_gives_the_same_bytes_also_after_a_kill(worker: Worker
     assert phases == ["reading data", "teachers", "training", "finishing"]
     assert ("teachers", 14, 24) in worker.told and ("training", 24, 24) in worker.told
 
-    monkeypatch.setattr("merge_core.calibration.learner._SAVED_AFTER", 0.0)
+    monkeypatch.setattr("merge_core.calibration.training._SAVED_AFTER", 0.0)
     worker.told.clear()
 
     def dies() -> bool:

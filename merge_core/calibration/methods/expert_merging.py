@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from merge_core.calibration.learner import Learner, Objective, Sample
+from merge_core.calibration.learner import Learner, Objective
 from merge_core.calibration.models import Outputs
 from merge_core.errors import CalibrationFailed, Problem
 from merge_core.learning import Form, Layout, Learned, Schedule, Sigmoid, chunks, importances, objectives
 
 if TYPE_CHECKING:
-    from merge_core.calibration.learner import _Run
+    from merge_core.calibration.training import Sample, Training
     from merge_core.recipe import Recipe
 
 
@@ -111,7 +111,7 @@ class ExpertMerging(Learner):
             told["hidden"] = hidden.item()
         return lost, told
 
-    def learned(self, run: _Run) -> tuple[list[dict[str, Any]], Learned, Layout, Mapping[str, float] | None]:
+    def learned(self, run: Training) -> tuple[list[dict[str, Any]], Learned, Layout, Mapping[str, float] | None]:
         layout = Layout.of(run.learnable)
         if self.chunks is None:
             found = run.learn("training", layout)
