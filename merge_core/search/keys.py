@@ -136,7 +136,7 @@ class ClassificationKeys(DataKeys):
 
 
 class HarnessKeys(Keys):
-    """Tasks of lm-evaluation-harness, where that is installed; its metrics are `task/metric`."""
+    """Tasks of lm-evaluation-harness; its metrics are `task/metric`, or `task/metric,filter`."""
 
     tasks: list[Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]] = Field(min_length=1, max_length=32)
     limit: int | None = Field(None, ge=1, description="examples of each task")

@@ -262,7 +262,7 @@ def test_only_data_below_the_model_folders_is_read(world: Path, tmp_path: Path) 
         check(perplexity={"file": "large.txt"})
     with pytest.raises(RecipeError, match=r"none of .jsonl, .ndjson, .parquet"):
         check(multiple_choice={"file": "text.txt"})
-    with pytest.raises(RecipeError, match="pip install lm_eval"):
+    with pytest.raises(RecipeError, match=r"pip install 'lm_eval\[hf\]'"):
         check(lm_eval={"tasks": ["arc_easy"]})
     with pytest.raises(RecipeError, match="pattern"):
         check(lm_eval={"tasks": ["../task.yaml"]})
@@ -290,11 +290,19 @@ def test_tasks_of_the_harness(world: Path, scores: Any, tmp_path: Path, monkeypa
 
     def simple_evaluate(**how: Any) -> Any:
         asked.update(how)
-        return {"results": {"arc_easy": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1}}}
+        sums = {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.75}
+        easy = {"alias": "arc", "name": "arc_easy", "sample_len": 5, "acc,none": 0.5, "acc_stderr,none": "N/A"}
+        return {"results": {"arc_easy": easy, "gsm8k": sums}}
 
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
     monkeypatch.setattr(evaluators, "find_spec", lambda name: name)
     found = scores("lm", lm_eval={"tasks": ["arc_easy"], "limit": 5, "shots": 2})
-    assert found == {"arc_easy/acc": 0.5, "arc_easy/acc_stderr": 0.1}
+    assert found == {
+        "arc_easy/acc": 0.5,
+        "arc_easy/acc_stderr": "N/A",
+        "gsm8k/exact_match,strict-match": 0.25,
+        "gsm8k/exact_match,flexible-extract": 0.75,
+    }
+    assert asked["model_args"]["dtype"] == "float32"
     assert asked["model"] == "hf" and asked["model_args"]["pretrained"] == str(world / "lm") and asked["limit"] == 5
     assert asked["tasks"] == ["arc_easy"] and asked["num_fewshot"] == 2

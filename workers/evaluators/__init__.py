@@ -89,7 +89,7 @@ def check_evaluator(document: Search, shelves: Shelves) -> None:
 def _check_own(document: Search, shelves: Shelves) -> None:
     """Whether there is what our own evaluators need: packages, and the file of data."""
     keys = document.keys.evaluator
-    needed = ["lm_eval" if keys.lm_eval is not None else "transformers"]
+    needed = ["transformers"] if keys.lm_eval is None else ["lm_eval", "accelerate"]
     data = keys.perplexity or keys.multiple_choice or keys.classification
     if data is not None and is_parquet(data.file):
         needed.append("pyarrow")
@@ -97,7 +97,7 @@ def _check_own(document: Search, shelves: Shelves) -> None:
         needed.append("PIL")
     for name in needed:
         if find_spec(name) is None:
-            package = "lm_eval" if name == "lm_eval" else "'weightsmith[eval]'"
+            package = "'weightsmith[eval]'" if keys.lm_eval is None else "'lm_eval[hf]'"
             raise _refused(document, f"{keys.kind} needs a package: pip install {package}", keys.kind)
     if data is None:
         return

@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,7 +225,10 @@ class Classification(_OfData):
 
 
 class Harness:
-    """Tasks of lm-evaluation-harness (`merge_core.search.trials.Evaluator`); each metric is `task/metric`."""
+    """Tasks of lm-evaluation-harness (`merge_core.search.trials.Evaluator`).
+
+    Each metric is `task/metric`, or `task/metric,filter` where the task has filters, as the harness calls them.
+    """
 
     needs_folder = True
 
@@ -241,26 +244,28 @@ class Harness:
         from lm_eval import simple_evaluate
 
         keys = self._keys
-        with quietly(len(os.sched_getaffinity(0))):
+        is_cpu = self._device == "cpu" or (self._device == "auto" and not torch.cuda.is_available())
+        model = {"pretrained": str(candidate.folder), "trust_remote_code": False}
+        with quietly(len(os.sched_getaffinity(0))), Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
             try:
                 found = simple_evaluate(
                     model="hf",
-                    model_args={"pretrained": str(candidate.folder), "trust_remote_code": False},
+                    model_args=model | {"dtype": "float32" if is_cpu else "auto"},
                     tasks=list(keys.tasks),
                     num_fewshot=keys.shots,
                     batch_size=keys.batch,
                     limit=keys.limit,
-                    device="cpu" if self._device == "auto" and not torch.cuda.is_available() else self._device,
+                    device="cpu" if is_cpu else self._device.replace("auto", "cuda"),
                     log_samples=False,
                 )
             except Exception as error:  # whatever a task of others stumbles over is about it, not about us
                 raise EvaluationFailed(f"lm-evaluation-harness: {type(error).__name__}: {str(error)[:300]}") from error
         results = found["results"] if found else {}
         return {
-            f"{task}/{name.partition(',')[0]}": value
+            f"{task}/{name.removesuffix(',none')}": value
             for task, metrics in results.items()
             for name, value in metrics.items()
-            if not name.startswith("alias")
+            if "," in name
         }
 
 
