@@ -26,37 +26,37 @@ async def stream(store: JobStore, watch: Watch, job_id: str, after: int, seconds
     many seconds are over.
 
     An event's id is its number. `progress` has none: it is not kept, comes at most once a second, and who missed it has
-    missed nothing. The last is `done`.
+    missed nothing; the newest is told when its second has come. The last is `done`.
     """
     yield format_sse_event(retry=RETRY_MILLISECONDS, comment=job_id)
     until, spoken = time.monotonic() + seconds, time.monotonic()
-    version, told_progress, told_at = -1, None, 0.0
+    progress: Mapping[str, Any] | None = None
+    version, told_progress, told_at = -1, progress, 0.0
     while (left := until - time.monotonic()) > 0:
-        pulse = await watch.changed(job_id, version, min(left, KEEPALIVE_SECONDS))
+        wait = KEEPALIVE_SECONDS if progress == told_progress else told_at + PROGRESS_SECONDS - time.monotonic()
+        pulse = await watch.changed(job_id, version, min(left, wait))
         if watch.is_closed or (pulse is not None and pulse.is_deleted):
             return
-        if pulse is None:
-            if time.monotonic() - spoken >= KEEPALIVE_SECONDS:
+        if pulse is not None:
+            version, progress = pulse.version, _progress(pulse)
+            while after < pulse.events and (
+                found := await run_in_threadpool(store.events, job_id, after=after, limit=_AT_ONCE)
+            ):
+                for event in found:
+                    yield _written(event)
+                after = found[-1].seq
                 spoken = time.monotonic()
-                yield KEEPALIVE_COMMENT
-            continue
-        version = pulse.version
-        while after < pulse.events and (
-            found := await run_in_threadpool(store.events, job_id, after=after, limit=_AT_ONCE)
-        ):
-            for event in found:
-                yield _written(event)
-            after = found[-1].seq
-            spoken = time.monotonic()
-        is_over = pulse.state in FINISHED
-        progress = _progress(pulse)
+        is_over = pulse is not None and pulse.state in FINISHED
         if progress != told_progress and (is_over or time.monotonic() - told_at >= PROGRESS_SECONDS):
             told_progress, told_at = progress, time.monotonic()
             spoken = told_at
             yield format_sse_event(event="progress", data_str=_json(progress))
-        if is_over:
+        if pulse is not None and is_over:
             yield format_sse_event(event="done", data_str=_json({"status": pulse.state}))
             return
+        if time.monotonic() - spoken >= KEEPALIVE_SECONDS:
+            spoken = time.monotonic()
+            yield KEEPALIVE_COMMENT
 
 
 def line(event: Event) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import event
 
 from app import watching
-from app.events import line
+from app.events import line, stream
 from app.main import create_app
 from app.watching import Watch
 from merge_core.merge import merge
@@ -116,6 +118,27 @@ def test_a_stream_of_what_is_over(client: TestClient, finished: dict[str, Any]) 
     odd = client.get(finished["urls"]["events"], headers={**STREAM, "Last-Event-ID": "no number"})
     assert len(read_stream(odd.text)) == 7
     assert client.head(finished["urls"]["events"], headers=STREAM).status_code == 200
+
+
+def test_progress_that_comes_too_soon_is_told_when_its_second_has_come(store: JobStore) -> None:
+    job = store.add({}, {})
+    lease = store.claim(job.id, "w/1")
+    assert lease is not None
+    told: list[tuple[float, float]] = []
+
+    async def hear() -> None:
+        watch = Watch(store)
+        async for piece in stream(store, watch, job.id, 2, 60):
+            for each in read_stream(piece.decode()):
+                told.append((time.monotonic(), each["data"].get("fraction")))
+                store.heartbeat(lease, phase="merging", progress={"fraction": len(told) / 4})
+            if len(told) == 3:
+                break
+        await watch.close()
+
+    asyncio.run(hear())
+    assert [fraction for _, fraction in told] == [None, 0.25, 0.5]
+    assert all(1 <= later[0] - one[0] < 15 for one, later in itertools.pairwise(told)), told
 
 
 @pytest.mark.parametrize(
@@ -255,14 +278,18 @@ def test_many_who_wait_cost_one_query(store: JobStore, monkeypatch: pytest.Monke
         watch = Watch(store)
         waits = [watch.changed(job.id, job.version, 20) for job in jobs for _ in range(40)]
         tasks = [asyncio.create_task(each) for each in waits]
-        await asyncio.sleep(0.3)
-        asked = len(queries)
-        assert 2 <= asked < len(tasks) / 2 and not any(task.done() for task in tasks)
+        async with asyncio.timeout(60):
+            while len(queries) < 4:
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)
+        assert len(queries) < len(tasks) / 2 and not any(task.done() for task in tasks)
         for job in jobs:
             store.cancel(job.id)
         found = await asyncio.gather(*tasks)
         assert {pulse.state for pulse in found if pulse} == {"canceled"} and None not in found
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(60):
+            while watch._polling is not None:
+                await asyncio.sleep(0.02)
         asked = len(queries)
         await asyncio.sleep(0.2)
         assert len(queries) == asked, "nobody waits, nothing is asked"

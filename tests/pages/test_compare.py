@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 from tests.conftest import CONFIG, mixed_tensors, write_checkpoint
 from tests.pages.conftest import Open, assert_accessible, assert_fit_to_be_seen
 from tests.pages.stage import Stage
-from tests.services import Service, eventually
+from tests.services import Service
 from workers.jobs import JobKind
 
 TITLES = (
@@ -140,14 +140,8 @@ def test_a_running_one_is_watched(open_page: Open, stage: Stage) -> None:
     document = {"base_model": "base", "models": ["chat"]}
     lease = stage.running(document, kind=JobKind.ANALYSIS)
     page = open_page(f"{stage.service.url}/compare/{lease.job_id}")
-
-    def is_told() -> bool:
-        # As a worker does, again and again: a stream tells how far it is once a second at most.
-        stage.beat(lease, "measuring")
-        page.wait_for_timeout(200)
-        return page.get_by_text("3 of 12 tensors").is_visible()
-
-    eventually(is_told)
+    stage.beat(lease, "measuring")
+    expect(page.get_by_text("3 of 12 tensors")).to_be_visible()
     expect(page.get_by_text("measuring")).to_be_visible()
     expect(page.get_by_role("progressbar")).to_have_js_property("value", 0.25)
     assert_accessible(page)

@@ -58,6 +58,7 @@ def test_trials_are_seen_as_they_come(stage: Stage, open_page: Open) -> None:
     told(stage, lease, 4)
     expect(best).to_contain_text("trial 2")
     rows = page.get_by_role("region", name="Trials", exact=True).get_by_role("row")
+    expect(rows).to_have_count(6)
     assert [row.split()[0] for row in rows.all_inner_texts()[1:]] == ["2", "0", "1", "3", "4"], "the best first"
     expect(rows.nth(1)).to_contain_text("best")
     expect(rows.nth(2)).to_contain_text("front")
