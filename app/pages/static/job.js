@@ -90,13 +90,17 @@ function showState() {
   document.dispatchEvent(new CustomEvent("job-changed"));
 }
 
-/** Ask for what changes of the page, and put it in place. */
+let asked = 0;
+
+/** Ask for what changes of the page, and put it in place, unless it was asked for again meanwhile. */
 async function refresh() {
+  const mine = ++asked;
   const answer = await fetch(location.pathname, { headers: { "HX-Request": "true" } });
   if (answer.redirected) return location.reload(); // to where one signs in
   if (answer.status === 404) return location.assign("/jobs"); // somebody deleted it
   if (!answer.ok) throw new Error(answer.statusText);
   const text = await answer.text();
+  if (mine !== asked) return;
   const before = state().dataset.state;
   await htmx.swap({ text, target: state(), sourceElement: state(), swap: "outerMorph" });
   showState();
@@ -117,6 +121,7 @@ function refreshSoon() {
     refreshing = undefined;
     try {
       await refresh();
+      listen(); // who asked for a job that had ended to be retried may have hung up since
     } catch {
       lose();
     }
