@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,12 +21,15 @@ from merge_core import kernels
 from merge_core.method import MergeMethod
 from merge_core.methods import METHODS, find_method
 from tests.services import Postgres, running_postgres
+from workers import logs
 
 torch.set_num_threads(1)
 os.environ.setdefault("WEIGHTSMITH_HUB_ENDPOINT", "")  # tests about a Hub have their own
 os.environ.setdefault("WEIGHTSMITH_AUTH", "none")  # `tests/app/test_auth.py` is about who may come in
 collect_ignore = ["mergekit_runs.py"]  # runs under mergekit's Python
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 
 
@@ -86,6 +90,21 @@ CONFIG = {
     "hidden_size": 24,
     "tie_word_embeddings": False,
 }
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Whoever runs a command in this process has it tell its log to a stderr that is gone afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    levels = {name: logging.getLogger(name).level for name in logs.OURS}
+    yield
+    root.handlers = handlers
+    root.setLevel(level)
+    for name, each in levels.items():
+        logging.getLogger(name).setLevel(each)
+    logging.captureWarnings(capture=False)
+    logs._process.clear()
 
 
 FORMS = ("plain", "compiled")

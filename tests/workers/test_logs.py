@@ -18,19 +18,6 @@ from workers.logs import bind_process, configure_logs, logs_of
 from workers.settings import Settings
 
 
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    before = root.handlers, root.level, {name: logging.getLogger(name).level for name in logs.OURS}
-    yield
-    root.handlers, level, levels = before[0], before[1], before[2]
-    root.setLevel(level)
-    for name, each in levels.items():
-        logging.getLogger(name).setLevel(each)
-    logging.captureWarnings(capture=False)
-    logs._process.clear()
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[JobStore]:
     store = JobStore(Settings(data=tmp_path / "data"))
