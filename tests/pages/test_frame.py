@@ -100,7 +100,7 @@ def test_signing_in_and_out(open_page: Open, guarded: Guarded) -> None:
 
 @contextmanager
 def signed_in(url: str, secret: str) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=url, trust_env=False) as http:
+    with httpx2.Client(base_url=url, timeout=60, trust_env=False) as http:
         answer = http.post("/sign-in", data={"key": secret, "next": "/methods"})
         assert (answer.status_code, answer.headers["location"]) == (303, "/methods")
         yield http

@@ -92,16 +92,16 @@ def test_nobody_asks_while_nobody_looks_or_nothing_is_active(stage: Stage, open_
     page = open_page("about:blank")
     page.clock.install()
     page.goto(f"{stage.service.url}/jobs")
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.clock.run_for(5000)
     expect(page.locator("#jobs[data-active]")).to_have_count(1)
-    assert asked, "something is active"
+    with page.expect_response("**/jobs"):  # something is active
+        page.clock.run_for(5000)
     page.evaluate(
         "Object.defineProperty(document, 'hidden', {get: () => true});"
         "document.dispatchEvent(new Event('visibilitychange'))"
     )
-    asked.clear()
+    page.wait_for_timeout(500)  # for what was asked just before
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
     page.clock.run_for(60_000)
     assert not asked
 

@@ -22,7 +22,7 @@ def signed_in(open_page: Open, service: Service, secret: str) -> Page:
 
 
 def status(service: Service, secret: str) -> int:
-    with httpx2.Client(base_url=service.url, trust_env=False) as http:
+    with httpx2.Client(base_url=service.url, timeout=60, trust_env=False) as http:
         return http.get("/v1/quota", headers={"Authorization": f"Bearer {secret}"}).status_code
 
 
