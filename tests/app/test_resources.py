@@ -210,8 +210,8 @@ def test_waiting_ends_with_a_change(client: TestClient, store: JobStore) -> None
     job = post(client)
     known = {"If-None-Match": client.get(job["urls"]["self"]).headers["etag"]}
     timer = threading.Timer(0.3, lambda: claimed(store, job))
-    timer.start()
     started = time.monotonic()
+    timer.start()
     answer = client.get(f"{job['urls']['self']}?wait=30", headers=known)
     assert answer.status_code == 200 and answer.json()["status"] == "running"
     assert 0.2 < time.monotonic() - started < 15
@@ -219,7 +219,7 @@ def test_waiting_ends_with_a_change(client: TestClient, store: JobStore) -> None
     at_once = time.monotonic()
     assert client.get(f"{job['urls']['self']}?wait=30", headers=known).status_code == 200, "it is news already"
     assert client.get(f"{job['urls']['self']}?wait=0").status_code == 200
-    assert time.monotonic() - at_once < 5
+    assert time.monotonic() - at_once < 15
 
 
 def test_waiting_ends_with_the_time(client: TestClient) -> None:

@@ -188,9 +188,9 @@ def test_thousands_of_tensors_are_planned_in_seconds(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(5_000))
     (tmp_path / "m" / "config.json").write_text('{"tie_word_embeddings": true}')
-    started = time.monotonic()
+    started = time.process_time()
     planned(tmp_path, {"merge_method": "passthrough", "models": [{"model": "m"}]})
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_a_listed_base_has_no_delta_and_needs_no_weight(models: Path) -> None:

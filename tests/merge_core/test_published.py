@@ -111,7 +111,7 @@ def test_any_text_is_read_or_refused(text: str | bytes) -> None:
 
 
 def test_fences_without_end_are_read_in_one_go() -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(RecipeError):
         read_published("# Card\n" + "\n".join("`" * (3 + i % 500) for i in range(8000)))
-    assert time.monotonic() - begun < 20
+    assert time.process_time() - begun < 20

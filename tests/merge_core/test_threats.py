@@ -231,7 +231,7 @@ def test_pipes_and_links_to_devices_never_hang(tmp_path: Path) -> None:
         "    except WeightsmithError as error: print('refused', error)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 10

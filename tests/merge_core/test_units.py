@@ -53,6 +53,9 @@ class Board:
     runs: Counter[tuple[str, int]] = field(default_factory=Counter)
     by: Counter[str] = field(default_factory=Counter)
     is_over: bool = False
+    is_for_all: bool = False
+    begun: float = field(default_factory=time.monotonic)
+    takers: set[str] = field(default_factory=set)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def give_back(self, name: str) -> None:
@@ -98,10 +101,20 @@ class Shared:
             # Whoever leads leaves something for others, or they might come too late in so small a merge.
             if not free or (self.leads and others < 2 and self.board.chance.random() < 0.5 and self.name != "alone"):
                 return None
+            if self.board.is_for_all and self.others_are_late(len(free)):
+                return None
             number = min(free) if self.leads else max(free)
             self.board.open[phase][number] = self.name
             self.board.runs[phase, number] += 1
+            self.board.takers.add(self.name)
             return number
+
+    def others_are_late(self, free: int) -> bool:
+        """Whether all others have done nothing so far; then something is left to them, unless that takes too long."""
+        if time.monotonic() > self.board.begun + 30:
+            return False
+        takers = self.board.takers
+        return not takers - {self.name} if self.leads else free == 1 and bool(takers) and "leader" not in takers
 
     def done(self, phase: str, number: int, result: Result) -> None:
         if self.die():
@@ -135,7 +148,7 @@ def shared(
     recipe: Recipe, models: Path, out: Path, *, assistants: int = 1, board: Board | None = None, **how: Any
 ) -> tuple[Artifact, Board]:
     """Merge with assistants beside, in threads of this process."""
-    board = board or Board(random.Random(1))
+    board = board or Board(random.Random(1), is_for_all=True)
     partial, errors = out.parent / f".{out.name}.partial", list[BaseException]()
 
     def take_part(share: Shared) -> None:
@@ -320,7 +333,7 @@ def test_what_an_assistant_wrote_is_proved_and_made_again(models: Path, tmp_path
     """A assistant whose memory, disk or network changes what it wrote costs time and never a wrong weight."""
     recipe = Recipe.from_data(method_recipe("ties-model"))
     plain = merge(recipe, tmp_path / "plain", roots=[models])
-    board = Board(random.Random(1))
+    board = Board(random.Random(1), is_for_all=True)
     spoiled = []
 
     class Spoiling(Shared):

@@ -87,7 +87,7 @@ def test_a_message_that_redis_is_not_told_of_keeps_no_other_from_its_worker(tmp_
             queue.declare()
             stack.enter_context(kombu.Consumer(channel, [queue], on_message=got.append))
             app.send_task("work", queue=queue)
-            connection.drain_events(timeout=5)
+            connection.drain_events(timeout=60)
             assert got and not channel.qos.can_consume()
         getattr(got[0], end)(logging.getLogger("quiet"), connection.connection_errors)
         assert channel.qos.can_consume()
@@ -108,8 +108,8 @@ def test_a_message_that_the_disk_has_no_room_for_is_not_there_at_all(tmp_path: P
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         queue.put({"a": 3})
-        got = [queue.get(timeout=1).payload for _ in range(2)]
-        assert got == [{"a": 1}, {"a": 3}] and not list((tmp_path / "broker" / "queue").iterdir())
+        got = [queue.get(timeout=60).payload["a"] for _ in range(2)]
+        assert sorted(got) == [1, 3] and not list((tmp_path / "broker" / "queue").iterdir())
 
 
 @pytest.mark.parametrize("command", ["serve", "worker"])

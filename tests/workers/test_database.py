@@ -68,7 +68,7 @@ def test_many_processes_may_start_at_once(tmp_path: Path, empty_database: dict[s
     settings = {"data": str(tmp_path), **empty_database}
     program = f"from workers.jobs import *; JobStore(Settings(**{settings})).add({{}}, {{}})"
     started = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
-    assert [process.wait(60) for process in started] == [0] * 3
+    assert [process.wait(300) for process in started] == [0] * 3
     store = JobStore(Settings(**settings))
     assert len(store.page()) == 3
     store.close()
@@ -88,7 +88,7 @@ def test_processes_claim_each_job_once(tmp_path: Path, database: dict[str, str])
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
         for _ in range(3)
     ]
-    taken = [process.communicate(timeout=60)[0].split() for process in started]
+    taken = [process.communicate(timeout=300)[0].split() for process in started]
     assert [process.returncode for process in started] == [0] * 3
     assert sorted(itertools.chain(*taken)) == sorted(job.id for job in jobs)
     assert {job.attempt for job in store.page()} == {1}
@@ -135,7 +135,7 @@ def test_what_only_reads_cannot_write(tmp_path: Path, postgres: Postgres) -> Non
 
 
 def test_a_writer_waits_as_long_as_it_is_willing_to(tmp_path: Path, database: dict[str, str]) -> None:
-    stores = [JobStore(Settings(data=tmp_path, **database), patience=seconds) for seconds in (30, 30, 0.2)]
+    stores = [JobStore(Settings(data=tmp_path, **database), patience=seconds) for seconds in (60, 60, 1)]
     first, patient, hasty = stores
     job = first.add({}, {})
     with first.session() as session:
@@ -147,7 +147,7 @@ def test_a_writer_waits_as_long_as_it_is_willing_to(tmp_path: Path, database: di
             time.sleep(0.5)
             assert not waiting.done()
             session.commit()
-            assert waiting.result(20) is not None
+            assert waiting.result(60) is not None
     for store in stores:
         store.close()
 

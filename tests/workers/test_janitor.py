@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,7 +199,7 @@ def test_one_sweeps_at_a_time(store: JobStore) -> None:
 def test_a_sweep_of_many_costs_little_of_the_time(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes again the later the longer it took."""
     times = iter([0.0, 7.0, 7.0, 500.0, 800.0, 808.0, 808.0])
-    monkeypatch.setattr(janitor.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(janitor, "time", SimpleNamespace(time=time.time, monotonic=lambda: next(times)))
     swept: list[None] = []
     lazy = Janitor(store, open_artifacts(store.settings))
     monkeypatch.setattr(lazy, "sweep_now", lambda: swept.append(None))

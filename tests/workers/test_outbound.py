@@ -110,7 +110,7 @@ def test_an_administrator_may_open_an_intranet() -> None:
 
 def client(guard: Guard, **bounds: float) -> httpx2.Client:
     transport = guard.transport(**bounds)  # type: ignore[arg-type]
-    return httpx2.Client(transport=transport, trust_env=False, timeout=5, follow_redirects=False)
+    return httpx2.Client(transport=transport, trust_env=False, timeout=60, follow_redirects=False)
 
 
 def test_a_name_is_looked_up_once_and_that_address_is_called() -> None:
@@ -149,7 +149,7 @@ def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatc
 
 def test_an_answer_that_trickles_or_never_ends_is_left() -> None:
     def trickle(handler: BaseHTTPRequestHandler) -> None:
-        for _ in range(100):
+        for _ in range(2000):
             try:
                 handler.wfile.write(b"HTTP/1.1 200 OK\r\n"[:1])
                 handler.wfile.flush()
@@ -169,7 +169,7 @@ def test_an_answer_that_trickles_or_never_ends_is_left() -> None:
         began = time.monotonic()
         with client(Guard(["127.0.0.1"]), seconds=0.3) as http, pytest.raises(httpx2.TimeoutException):
             http.post(url)
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 20
         received.answer = flood
         with client(Guard(["127.0.0.1"]), most_bytes=64_000) as http, pytest.raises(httpx2.ReadError, match="too long"):
             http.post(url)

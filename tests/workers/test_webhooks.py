@@ -248,16 +248,16 @@ def test_a_courier_at_work_sends_what_comes_and_stops_at_once(store: JobStore, r
     sender = courier(store)
     sender.start()
     one_delivery(store, receiver)
-    eventually(lambda: receiver.requests, 20)
+    eventually(lambda: receiver.requests)
     sender.stop()
     one_delivery(store, receiver)
     assert sender.claim() is not None
 
     def states() -> list[Any]:
-        with store.session() as session:
+        with store.reading() as session:
             return list(session.scalars(select(Delivery.delivered_at).where(Delivery.delivered_at.is_not(None))))
 
-    eventually(states, 5)
+    eventually(states)
 
 
 def test_each_owner_has_a_secret_that_stays(tmp_path: Path) -> None:
