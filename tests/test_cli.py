@@ -35,7 +35,7 @@ def weightsmith(
     *arguments: object, cwd: Path, status: int = 0, stdin: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app.cli", *map(str, arguments)]
-    ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True, input=stdin, timeout=120)
+    ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True, input=stdin, timeout=600)
     assert ran.returncode == status, ran.stderr
     assert "Traceback" not in ran.stderr
     return ran

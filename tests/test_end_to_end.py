@@ -30,10 +30,12 @@ from tests.services import (
     Service,
     eventually,
     free_port,
+    is_alive,
     running_redis,
     running_s3,
     running_service,
     sha256_of,
+    takes_less_than,
 )
 
 pytestmark = pytest.mark.xdist_group("service")
@@ -65,6 +67,8 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SLOWLY = {"WEIGHTSMITH_KERNELS": "plain"}
 """So that there is time to interrupt a merge; what it gives is compared with what the compiled kernels give."""
+SOON_MISSED = {"WEIGHTSMITH_LEASE_SECONDS": "2", "WEIGHTSMITH_MAX_ATTEMPTS": "50"}
+"""Who is silent for a moment has lost its job, which on a busy machine may be more often than the tests want."""
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +186,10 @@ def test_a_webhook_hears_of_the_job_and_the_log_of_no_secret(service: Service) -
         answer = service.http.post("/v1/merges?token=private-query", json=method_recipe("linear"), headers=headers)
         assert answer.status_code == 202, answer.text
         job = service.ended(answer.json())
-        eventually(lambda: len(receiver.requests) == 2, 30)
+        eventually(lambda: len(receiver.requests) == 2)
         told = [Webhook(secret).verify(body, headers) for _, headers, body in receiver.requests]
         deliveries = f"{job['urls']['self']}/deliveries"
-        eventually(lambda: all(each["status"] == "delivered" for each in service.get(deliveries)["data"]), 10)
+        eventually(lambda: all(each["status"] == "delivered" for each in service.get(deliveries)["data"]))
     assert sorted(each["type"] for each in told) == ["merge.started", "merge.succeeded"]
     assert {each["data"]["id"] for each in told} == {job["id"]}
     log = service.log.read_text()
@@ -194,7 +198,7 @@ def test_a_webhook_hears_of_the_job_and_the_log_of_no_secret(service: Service) -
 
 def test_progress_is_on_the_row(large: Path, tmp_path: Path) -> None:
     with running_service(tmp_path / "data", large, **SLOWLY) as service:
-        job = service.post(method_recipe("linear"))
+        job = service.post(method_recipe("dare_ties-paper"))
         running = eventually(lambda: (found := service.job(job))["progress"].get("bytes_read", 0) > 0 and found)
         assert running["status"] == "running" and running["phase"] and running["progress"]["bytes_read_total"] > 0
         assert running["started_at"] >= running["created_at"]
@@ -216,15 +220,20 @@ def test_a_failed_job_says_why_and_leaves_nothing(service: Service) -> None:
 @pytest.mark.faults
 def test_cancel_takes_less_than_two_seconds_at_any_moment(large: Path, tmp_path: Path, broker: dict[str, str]) -> None:
     with running_service(tmp_path / "data", large, **SLOWLY, **broker) as service:
-        for wait in (0.0, 0.7, 2.0, 3.0):
+
+        def seconds_to_cancel(wait: float) -> float:
             job = service.post(method_recipe("dare_ties-paper"))
-            eventually(lambda job=job: service.job(job)["status"] == "running")
+            eventually(lambda: service.job(job)["status"] == "running")
             time.sleep(wait)
             started = time.monotonic()
             assert service.http.post(job["urls"]["cancel"]).status_code in (200, 202)
             assert service.ended(job)["status"] == "canceled"
-            assert time.monotonic() - started < 2.0
-            eventually(lambda: service.artifacts() == [], 5)
+            took = time.monotonic() - started
+            eventually(lambda: service.artifacts() == [])
+            return took
+
+        for wait in (0.0, 0.7, 2.0, 3.0):
+            takes_less_than(2.0, lambda wait=wait: seconds_to_cancel(wait))
 
 
 def _whole(large: Path, tmp_path: Path, recipe: dict[str, Any]) -> dict[str, str]:
@@ -256,7 +265,7 @@ def test_kill_9_of_the_worker_at_random_points(large: Path, tmp_path: Path, brok
 def test_kill_9_of_the_child_alone(large: Path, tmp_path: Path) -> None:
     """The worker lives and its child dies, as the kernel kills for memory: the job goes on when its lease runs out."""
     recipe = method_recipe("ties")
-    with running_service(tmp_path / "data", large, **SLOWLY, WEIGHTSMITH_LEASE_SECONDS="2") as service:
+    with running_service(tmp_path / "data", large, **SLOWLY, **SOON_MISSED) as service:
         job = service.post(recipe)
         eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
         parent, child = sorted(service.worker_processes(), key=lambda process: process.create_time())[:2]
@@ -270,7 +279,7 @@ def test_kill_9_of_the_child_alone(large: Path, tmp_path: Path) -> None:
 @pytest.mark.faults
 def test_a_child_that_hangs_is_replaced(large: Path, tmp_path: Path) -> None:
     """Stopped, as by a dead disk: its supervisor ends it when its lease has run out."""
-    with running_service(tmp_path / "data", large, **SLOWLY, WEIGHTSMITH_LEASE_SECONDS="2") as service:
+    with running_service(tmp_path / "data", large, **SLOWLY, **SOON_MISSED) as service:
         job = service.post(method_recipe("ties"))
         eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
         for process in service.worker_processes():
@@ -282,11 +291,12 @@ def test_a_child_that_hangs_is_replaced(large: Path, tmp_path: Path) -> None:
 @pytest.mark.faults
 def test_no_worker_outlives_a_service_killed_at_its_start(llamas: Path, tmp_path: Path) -> None:
     with running_service(tmp_path / "data", llamas) as service:
+        before = service.worker_processes()
         service.kill_worker()
-        workers = eventually(service.worker_processes)
+        workers = eventually(lambda: [worker for worker in service.worker_processes() if worker not in before])
         service.process.kill()
         service.process.wait()
-        eventually(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 20)
+        eventually(lambda: not any(map(is_alive, workers)))
 
 
 @pytest.mark.faults
@@ -306,7 +316,7 @@ def test_a_database_locked_for_long_stops_nothing_for_good(llamas: Path, tmp_pat
 @pytest.mark.faults
 def test_kill_9_of_the_whole_service_then_a_new_one(large: Path, tmp_path: Path) -> None:
     recipe, temporary = method_recipe("ties-paper"), tmp_path / "tmp"
-    short = {"WEIGHTSMITH_LEASE_SECONDS": "2", "TMPDIR": str(temporary)}
+    short = {**SOON_MISSED, "TMPDIR": str(temporary)}
     temporary.mkdir()
     with running_service(tmp_path / "data", large, **SLOWLY, **short) as service:
         job = service.post(recipe)
@@ -314,7 +324,7 @@ def test_kill_9_of_the_whole_service_then_a_new_one(large: Path, tmp_path: Path)
         workers = service.worker_processes()
         service.process.kill()
         service.process.wait()
-        eventually(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 10)
+        eventually(lambda: not any(map(is_alive, workers)))
     assert not list(temporary.iterdir())
     with running_service(tmp_path / "data", large, **SLOWLY, **short) as service:
         assert service.ended(job)["status"] == "succeeded"
@@ -364,7 +374,7 @@ def test_stopping_the_service_hands_its_job_to_the_next(large: Path, tmp_path: P
         job = service.post(recipe)
         eventually(lambda: service.job(job)["progress"].get("bytes_read", 0) > 0)
     with running_service(tmp_path / "data", large, **SLOWLY) as service:
-        assert service.ended(job, 60)["status"] == "succeeded"
+        assert service.ended(job)["status"] == "succeeded"
         assert service.files(job) == _whole(large, tmp_path, recipe)
     shutil.rmtree(tmp_path / "data")
 

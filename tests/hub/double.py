@@ -123,8 +123,9 @@ class Fault:
     once `after` others have passed.
 
     `status` (with `headers`) is answered instead of doing what was asked; with `afterwards` it is done first. `seconds`
-    is how long the answer is held back; `cut` ends the body after so many bytes though more were announced; `flip`
-    changes the byte at this offset of the file; `rate` is the most bytes of body in a second.
+    is how long the answer is held back, and may be changed meanwhile; `cut` ends the body after so many bytes though
+    more were announced; `flip` changes the byte at this offset of the file; `rate` is the most bytes of body in a
+    second.
     """
 
     where: str
@@ -884,11 +885,12 @@ class _Door:
         async def counted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 asked.status = message["status"]
+            asked.sent += len(message.get("body", b""))  # before whoever has it all looks
             await send(message)
-            asked.sent += len(message.get("body", b""))
 
-        if fault is not None and fault.seconds:
-            await asyncio.sleep(fault.seconds)
+        begun = time.monotonic()
+        while fault is not None and (left := begun + fault.seconds - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 0.02))
         if fault is None or not fault.status:
             with contextlib.suppress(RuntimeError if fault is not None and fault.cut is not None else _Never):
                 # A body that ends early ends the connection, and uvicorn says so.
@@ -933,7 +935,7 @@ def _served(app: Callable[[], ASGIApp]) -> Iterator[int]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        eventually(lambda: server.started, 10)
+        eventually(lambda: server.started)
         yield int(listener.getsockname()[1])
     finally:
         server.should_exit = True

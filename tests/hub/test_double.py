@@ -31,7 +31,7 @@ def run_round(hub: Hub, folder: Path, *, path: Path | None = None, xet: bool) ->
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     command = [sys.executable, "-m", "tests.hub.round", folder, hub.endpoint, hub.alice.token, hub.bob.token]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert hub.leaks == []
     shards = {path: entry for path, entry in hub.repos["alice/merged"].files().items() if entry.is_lfs}
@@ -58,7 +58,7 @@ def test_the_lowest_client_that_is_allowed_does_it_too(tmp_path: Path, lowest_cl
 
 
 def fetch(hub: Hub, path: str, **headers: str) -> httpx2.Response:
-    with httpx2.Client(trust_env=False, follow_redirects=True) as client:
+    with httpx2.Client(trust_env=False, timeout=60, follow_redirects=True) as client:
         return client.get(hub.endpoint + path, headers=headers)
 
 
@@ -90,7 +90,7 @@ def test_what_is_asked_is_written_down_and_goes_wrong_as_told(tmp_path: Path) ->
         found = fetch(hub, file, range="bytes=149999-150001").content
         assert found == bytes([data[149_999], data[150_000] ^ 0xFF, data[150_001]])
 
-        with httpx2.Client(trust_env=False) as client:
+        with httpx2.Client(trust_env=False, timeout=60) as client:
             link = client.get(hub.endpoint + file).headers["location"]
             assert client.get(link).status_code == 200
             hub.expire_links()
@@ -107,7 +107,8 @@ def test_a_commit_may_be_made_though_its_answer_is_lost(tmp_path: Path) -> None:
         hub.put("alice/model", {"a.txt": b"a"})
         hub.fail("/commit/", status=503, afterwards=True)
         header = '{"key": "header", "value": {"summary": "It", "description": ""}}\n'
-        with httpx2.Client(trust_env=False, headers={"Authorization": f"Bearer {hub.alice.token}"}) as client:
+        headers = {"Authorization": f"Bearer {hub.alice.token}"}
+        with httpx2.Client(trust_env=False, timeout=60, headers=headers) as client:
             answer = client.post(f"{hub.endpoint}/api/models/alice/model/commit/main", content=header)
         assert answer.status_code == 503
         assert [commit.title for commit in hub.commits("alice/model")] == ["It", "Upload"]

@@ -25,6 +25,7 @@ from merge_core.recipe import Recipe
 from merge_core.snapshots import Roots
 from tests.conftest import CONFIG, mixed_tensors, write_checkpoint
 from tests.hub import Entry, Hub, User, running_hub
+from tests.services import eventually
 from workers.artifacts import open_artifacts
 from workers.hub import ranges, streamed
 from workers.hub.client import HubClient
@@ -393,15 +394,21 @@ def test_a_merge_is_canceled_while_it_waits_for_bytes(hub: Hub, tmp_path: Path, 
     canceled = threading.Event()
     roots = service.roots(stop=canceled.is_set)
     plan_only(Recipe.from_data(RECIPE), roots=roots)
-    hub.fail("GET /objects", seconds=8, times=None)
-    began = threading.Timer(0.5, canceled.set)
-    began.start()
-    start = time.monotonic()
+    held, canceled_at = hub.fail("GET /objects", seconds=600, times=None), list[float]()
+
+    def cancel() -> None:
+        eventually(lambda: held.seen)
+        canceled_at.append(time.monotonic())
+        canceled.set()
+
+    canceling = threading.Thread(target=cancel)
+    canceling.start()
 
     with pytest.raises(Canceled):
         merge(Recipe.from_data(RECIPE), tmp_path / "there", roots=roots, stop=canceled.is_set)
 
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - canceled_at[0] < 2.0
+    canceling.join()
 
 
 def test_a_hub_that_stays_away_ends_the_merge(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from merge_core.artifact import LOCK_NAME
 from tests.conftest import CONFIG, method_recipe, mixed_tensors, write_checkpoint
 from tests.hub import Hub, running_hub
 from tests.hub.conftest import LOWEST
-from tests.services import Service, eventually, running_service, sha256_of
+from tests.services import Service, contents_of, eventually, running_service, sha256_of, takes_less_than
 
 ROOT = Path(__file__).parents[2]
 SHARD = 6000
@@ -225,10 +225,11 @@ def test_a_branch_that_moved_is_looked_at_again(running: tuple[Hub, Service], ex
     hub, service = running
     repo = "alice/moves"
     hub.put(repo, {"notes.md": b"mine"})
-    held = hub.fail(f"^POST /api/models/{repo}/commit/", seconds=2.0)
+    held = hub.fail(f"^POST /api/models/{repo}/commit/", seconds=60)
     job = service.post(recipe(repo))
     eventually(lambda: held.seen)
     other = hub.put(repo, {"notes.md": b"yours"})  # while the commit, which names its parent, is on its way
+    held.seconds = 0
     done = service.ended(job)
     hub.faults.clear()
     assert done["status"] == "succeeded", done["error"]
@@ -292,20 +293,25 @@ def test_what_may_not_be_written_is_refused_at_once(running: tuple[Hub, Service]
 
 @pytest.mark.parametrize("where", ["^PUT /", "^POST .*/commit/"])
 def test_a_cancel_while_the_hub_says_nothing(running: tuple[Hub, Service], where: str) -> None:
-    hub, service = running
+    takes_less_than(2.0, lambda: seconds_to_cancel(*running, where))
+
+
+def seconds_to_cancel(hub: Hub, service: Service, where: str) -> float:
     repo = "alice/canceled-" + ("put" if "PUT" in where else "commit")
     held = hub.fail(where, times=None, seconds=600.0)
     try:
-        job = service.post(recipe(repo, "slerp", keep=False))
+        # What is at the Hub already, as the other's bytes may be, is not sent again.
+        job = service.post(recipe(repo, "slerp" if "PUT" in where else "linear", keep=False))
         eventually(lambda: held.seen)
         began = time.monotonic()
         assert service.http.post(job["urls"]["cancel"]).is_success
         assert service.ended(job)["status"] == "canceled"
-        assert time.monotonic() - began < 2.0
+        took = time.monotonic() - began
     finally:
         hub.faults.clear()
     assert not hub.commits(repo) and not any(job["id"] in name for name in service.artifacts())
-    eventually(lambda: not senders(service), 5)
+    eventually(lambda: not senders(service))
+    return took
 
 
 def senders(service: Service) -> list[psutil.Process]:
@@ -332,18 +338,19 @@ def test_killed_while_it_sends(models_folder: Path, tmp_path: Path) -> None:
     expected = plain(models_folder, tmp_path / "plain", "dare_ties")
     with publishing(tmp_path, models_folder, WEIGHTSMITH_LEASE_SECONDS="2") as (hub, service):
         slow = hub.fail("^PUT /", times=None, seconds=0.2)
-        held = hub.fail("^POST .*/commit/", times=1, seconds=3.0)
+        held = hub.fail("^POST .*/commit/", times=1, seconds=60)
         job = service.post(recipe("alice/killed", "dare_ties", keep=False))
         eventually(lambda: len(hub.uploads) >= 2)
         service.kill_worker()
         eventually(lambda: held.seen)
         service.kill_worker()
+        held.seconds = 0
         done = service.ended(job)
 
         check_published(hub, service, done, "alice/killed", tmp_path / "cache", expected)
         check_sent_once(hub, "alice/killed", expected, {})
         assert done["attempt"] >= 3 and slow.seen
-        eventually(lambda: not senders(service), 5)
+        eventually(lambda: not senders(service))
 
 
 @pytest.mark.slow
@@ -411,7 +418,7 @@ def test_no_more_than_two_files_are_on_the_disk(running: tuple[Hub, Service]) ->
 def test_the_token_is_nowhere_but_in_the_hub_s_ears(running: tuple[Hub, Service]) -> None:
     """In no file of the service's, no answer, no command line, no environment, and not on the CDN."""
     hub, service = running
-    held = hub.fail("^POST .*/commit/", seconds=1.0)
+    held = hub.fail("^POST .*/commit/", seconds=60)
     job = service.post(recipe("alice/silent", keep=False))
     eventually(lambda: held.seen or service.job(job)["error"])
     told = []
@@ -419,12 +426,14 @@ def test_the_token_is_nowhere_but_in_the_hub_s_ears(running: tuple[Hub, Service]
         with contextlib.suppress(psutil.Error):
             told.append(f"{process.cmdline()} {process.environ()}")
     assert len(told) > 2 and any("workers.hub.sender" in each for each in told)
+    held.seconds = 0
     done = service.ended(job)
     failed = service.ended(service.post(recipe("alice/silent", revision="x/y")))
     urls = [done["urls"][name] for name in ("self", "events", "logs", "recipe", "files", "manifest", "report")]
     told += [service.http.get(url).text for url in (*urls, failed["urls"]["self"], "/metrics", "/v1/credentials")]
     told += [answer.path for answer in hub.requests]
-    bodies = [path.read_bytes() for path in (*service.data.rglob("*"), service.log) if path.is_file()]
+    bodies = [*contents_of(service.data), service.log.read_bytes()]
+    assert len(bodies) > 5
     for token in (hub.alice.token, hub.reader.token):
         assert not any(token in each for each in told)
         assert not any(token.encode() in body for body in bodies)
