@@ -447,20 +447,33 @@ def gram(places: Places, has_base: bool, elements: int, grain: int, found: Array
 
 @part
 def _add_magnitudes(values: Array, lanes: Array) -> None:
-    for begin in range(0, values.size, LANES):
-        part = values[begin : begin + LANES]
-        for j in range(part.size):
-            lanes[j] += np.float64(abs(part[j]))
+    """Two numbers to a lane at once, as `_add_products` does."""
+    if values.size == 2 * LANES:
+        more = values[LANES:]
+        for j in range(LANES):
+            lanes[j] = (lanes[j] + np.float64(abs(values[j]))) + np.float64(abs(more[j]))
+    else:
+        for begin in range(0, values.size, LANES):
+            part = values[begin : begin + LANES]
+            for j in range(part.size):
+                lanes[j] += np.float64(abs(part[j]))
 
 
 @part
 def _add_magnitudes_and_kept(values: Array, keep: Array, lanes: Array, kept: Array) -> None:
-    for begin in range(0, values.size, LANES):
-        part, here = values[begin : begin + LANES], keep[begin : begin + LANES]
-        for j in range(part.size):
-            magnitude = abs(part[j])
-            lanes[j] += np.float64(magnitude)
-            kept[j] += np.float64(masked(magnitude, here[j]))
+    if values.size == 2 * LANES:
+        more, keep_more = values[LANES:], keep[LANES:]
+        for j in range(LANES):
+            first, second = abs(values[j]), abs(more[j])
+            lanes[j] = (lanes[j] + np.float64(first)) + np.float64(second)
+            kept[j] = (kept[j] + np.float64(masked(first, keep[j]))) + np.float64(masked(second, keep_more[j]))
+    else:
+        for begin in range(0, values.size, LANES):
+            part, here = values[begin : begin + LANES], keep[begin : begin + LANES]
+            for j in range(part.size):
+                magnitude = abs(part[j])
+                lanes[j] += np.float64(magnitude)
+                kept[j] += np.float64(masked(magnitude, here[j]))
 
 
 @part

@@ -5,8 +5,8 @@ the user's cache folder. Importing numba and letting it load what it compiled wo
 70 MB; llvmlite alone, which links the code, costs a tenth of that. All code has one stamp: the sources of all kernels,
 the compilers' versions and the processor.
 
-What is kept calls nothing but the C library. numba's arrays come from a heap of its own, whose two functions that
-kernels use are in `_HEAP`.
+What is kept calls nothing but the C library. numba's arrays come from a heap of its own, whose functions that kernels
+use are in `_HEAP`; there they count an array's owners without locking the bus, as no other thread knows of it.
 """
 
 from __future__ import annotations
@@ -61,6 +61,34 @@ done:
 
 define linkonce_odr void @NRT_MemInfo_call_dtor(ptr %header) {
   call void @free(ptr %header)
+  ret void
+}
+
+define void @NRT_incref(ptr %header) {
+  %none = icmp eq ptr %header, null
+  br i1 %none, label %done, label %count
+count:
+  %before = load i64, ptr %header
+  %after = add i64 %before, 1
+  store i64 %after, ptr %header
+  br label %done
+done:
+  ret void
+}
+
+define void @NRT_decref(ptr %header) {
+  %none = icmp eq ptr %header, null
+  br i1 %none, label %done, label %count
+count:
+  %before = load i64, ptr %header
+  %after = add i64 %before, -1
+  store i64 %after, ptr %header
+  %unused = icmp eq i64 %after, 0
+  br i1 %unused, label %release, label %done
+release:
+  call void @free(ptr %header)
+  br label %done
+done:
   ret void
 }
 
