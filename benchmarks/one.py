@@ -28,9 +28,8 @@ def _watch(owner: Any, name: str, before: str = "", after: str = "") -> None:
     original = getattr(owner, name)
 
     def watched(*given: Any, **named: Any) -> Any:
-        if before:
-            _marks.setdefault(before, time.perf_counter())
-            _marks.setdefault(f"{before}_cpu", time.process_time())
+        if before and before not in _marks:
+            _marks[before], _marks[f"{before}_cpu"] = time.perf_counter(), time.process_time()
         try:
             return original(*given, **named)
         finally:

@@ -88,6 +88,35 @@ def load(address: int, code: int, start: int, out: Array) -> None:
 
 
 @part
+def add_scaled(address: int, code: int, start: int, base: Array, factor: float, total: Array, spare: Array) -> None:
+    """Add stored numbers less others, times a factor."""
+    if code == BFLOAT16:
+        short = carray(pointer(address + 2 * start), total.size, np.uint16)
+        for j in range(total.size):
+            total[j] += (float_of(np.uint32(np.uint32(short[j]) << np.uint32(16))) - base[j]) * factor
+    else:
+        load(address, code, start, spare)
+        for j in range(total.size):
+            total[j] += (spare[j] - base[j]) * factor
+
+
+@part
+def add_kept(
+    address: int, code: int, start: int, base: Array, keep: Array, factor: float, total: Array, spare: Array
+) -> None:
+    """The same, of those that are kept."""
+    if code == BFLOAT16:
+        short = carray(pointer(address + 2 * start), total.size, np.uint16)
+        for j in range(total.size):
+            mine = float_of(np.uint32(np.uint32(short[j]) << np.uint32(16)))
+            total[j] += masked(mine - base[j], keep[j]) * factor
+    else:
+        load(address, code, start, spare)
+        for j in range(total.size):
+            total[j] += masked(spare[j] - base[j], keep[j]) * factor
+
+
+@part
 def store(values: Array, address: int, code: int, start: int) -> None:
     """Round float32 to the stored format, half to even; NaN becomes the one quiet NaN."""
     count = values.size

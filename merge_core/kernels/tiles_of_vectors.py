@@ -9,6 +9,8 @@ import numpy as np
 from merge_core.kernels.arguments import Array, Operands
 from merge_core.kernels.tiles import (
     TILE,
+    add_kept,
+    add_scaled,
     bits_of,
     copy,
     load,
@@ -331,6 +333,24 @@ def load_vector(
         if factor != 1:
             for j in range(size):
                 out[j] *= factor
+
+
+@part
+def add_vector(
+    given: Operands, model: int, first: int, start: int, base: Array, total: Array, addresses: Array, tiles: Tiles
+) -> None:
+    """Add one tile of one task vector of which some is dropped, and that is multiplied, at the most."""
+    size, address, code = total.size, addresses[model + 1], given.places.codes[model + 1]
+    factor, keep = given.factors[model, 0] if given.factors.shape[1] else np.float32(1), tiles.keep[:size]
+    drops = given.drop_below[model] >= 0
+    if drops:
+        survive(given.keys[model], given.drop_below[model], given.start + first + start, tiles.words, keep)
+    elif tiles.ranked.shape[1] > 0:
+        keep, drops = tiles.ranked[model, start : start + size], True
+    if drops:
+        add_kept(address, code, start, base, keep, factor, total, tiles.spare[:size])
+    else:
+        add_scaled(address, code, start, base, factor, total, tiles.spare[:size])
 
 
 @part

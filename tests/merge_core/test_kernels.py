@@ -110,6 +110,16 @@ def test_combine(
     )
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_sums_keep_the_sign_of_zero(rate: float) -> None:
+    base = torch.tensor([0.0, -0.0, 0.0, -0.0], dtype=torch.bfloat16)
+    model = torch.tensor([0.0, 0.0, -0.0, -0.0], dtype=torch.bfloat16)
+    for factor, scale in itertools.product((1.0, -1.0), repeat=2):
+        vectors = TaskVectors(Rows.of(base), (Rows.of(model),) * 2, torch.float32, "t", draws=Randomness(3))
+        vectors = (vectors.dropped((rate, rate)) if rate else vectors).times((factor,))
+        in_both_forms(lambda v=vectors, s=scale: kernels.combine(v, scale=s))  # type: ignore[misc]
+
+
 @settings(max_examples=60)
 @given(task_vectors(), st.lists(st.floats(-3, 3, width=32), min_size=5, max_size=5), st.floats(0.125, 4, width=32))
 def test_linear(vectors: TaskVectors, weights: list[float], divisor: float) -> None:
