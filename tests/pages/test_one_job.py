@@ -6,10 +6,11 @@ import hashlib
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Error, Page, Route, expect
 
 from tests.pages.conftest import Open, assert_accessible, assert_fit_to_be_seen
 from tests.pages.stage import LINEAR, PROGRESS, Stage
@@ -169,6 +170,32 @@ def test_cancel_retry_and_delete(stage: Stage, open_page: Open) -> None:
     page.get_by_role("button", name="Delete", exact=True).click()
     expect(page).to_have_url(f"{stage.service.url}/jobs")
     assert stage.store.get(job_id) is None
+
+
+def test_nothing_is_asked_of_a_job_that_is_deleted(stage: Stage, open_page: Open) -> None:
+    job_id = stage.queued()
+    page = open_page(f"{stage.service.url}/jobs/{job_id}")
+    page.get_by_role("button", name="Cancel").click()
+    expect(badge(page)).to_have_text("canceled")
+    held: list[Route] = []
+
+    def late(route: Route) -> None:
+        """The job is gone when its log is looked for."""
+        answer = route.fetch()
+        for request in held:
+            with suppress(Error):  # nobody waits for it any more
+                request.fulfill(status=404)
+        route.fulfill(response=answer)
+
+    page.route("**/logs", lambda route: held.append(route))
+    page.route(re.compile(rf"/v1/merges/{job_id}$"), late)
+    with page.expect_request("**/logs"):
+        page.get_by_role("button", name="Pause").click()
+        page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Delete…").click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(page).to_have_url(f"{stage.service.url}/jobs")
+    assert held
 
 
 def test_a_lost_connection_is_told_and_found_again(stage: Stage, open_page: Open) -> None:

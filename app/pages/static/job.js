@@ -91,11 +91,14 @@ function showState() {
 }
 
 let asked = 0;
+/** Gives up all that is asked of a job, as it is being deleted. */
+let leaving = new AbortController();
 
 /** Ask for what changes of the page, and put it in place, unless it was asked for again meanwhile. */
 async function refresh() {
   const mine = ++asked;
-  const answer = await fetch(location.pathname, { headers: { "HX-Request": "true" } });
+  const { signal } = leaving;
+  const answer = await fetch(location.pathname, { headers: { "HX-Request": "true" }, signal });
   if (answer.redirected) return location.reload(); // to where one signs in
   if (answer.status === 404) return location.assign("/jobs"); // somebody deleted it
   if (!answer.ok) throw new Error(answer.statusText);
@@ -169,6 +172,7 @@ function hangUp() {
 function lose() {
   hangUp();
   clearTimeout(retrying);
+  if (leaving.signal.aborted) return;
   element("lost").hidden = false;
   if (document.hidden) return;
   retrying = setTimeout(async () => {
@@ -210,7 +214,8 @@ let isPaused = false;
 async function readLog() {
   const range = read ? `bytes=${read - 1}-` : `bytes=-${TAIL}`;
   // The browser would answer with the part that it keeps of an earlier answer.
-  const answer = await fetch(`${api}/logs`, { headers: { Range: range }, cache: "no-store" });
+  const { signal } = leaving;
+  const answer = await fetch(`${api}/logs`, { headers: { Range: range }, cache: "no-store", signal });
   if (!answer.ok) throw new Error(answer.statusText);
   const [, begin, end] = /bytes (\d+)-(\d+)/.exec(answer.headers.get("content-range") ?? "") ?? [];
   const data = new Uint8Array(await answer.arrayBuffer());
@@ -228,7 +233,7 @@ async function readLogSoon() {
   if (reading || isPaused) return;
   reading = true;
   try {
-    while (readAgain && !isPaused) {
+    while (readAgain && !isPaused && !leaving.signal.aborted) {
       readAgain = false;
       await readLog();
       await new Promise((done) => setTimeout(done, 300));
@@ -281,11 +286,16 @@ job.addEventListener("click", async (event) => {
 
 element("delete-dialog").addEventListener("close", async (event) => {
   if (event.target.returnValue !== "delete") return;
+  leaving.abort();
+  hangUp();
   try {
     await ask(api, { method: "DELETE" });
     location.assign("/jobs");
   } catch (error) {
     notify(error.message, "bad");
+    leaving = new AbortController();
+    refreshSoon();
+    readLogSoon();
   }
 });
 
