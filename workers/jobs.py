@@ -90,9 +90,31 @@ class Pulse:
 
 
 def new_id(prefix: str) -> str:
-    """The prefix and a ULID: 48 bits of milliseconds, 80 random bits, so that ids sort by age."""
-    number = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10))
+    """The prefix and a ULID: 48 bits of milliseconds, 80 random bits, so that ids sort by age; those that one process
+    makes also within a millisecond.
+    """
+    number = _ids.after(int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10)))
     return prefix + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+class _Ids:
+    """The latest number of an id in this process."""
+
+    def __init__(self) -> None:
+        self._latest, self._turn = 0, threading.Lock()
+
+    def after(self, number: int) -> int:
+        """The number, or a random one after the latest where that is larger; a clock put back by more than a second is
+        believed.
+        """
+        with self._turn:
+            if number <= self._latest < number + (1000 << 80):
+                number = self._latest + 1 + int.from_bytes(os.urandom(8))
+            self._latest = number
+        return number
+
+
+_ids = _Ids()
 
 
 class JobStore:
