@@ -30,7 +30,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 _HERE = Path(__file__).parent
-_FORMAT = 1
+_FORMAT = 2
 """Another number whenever `_compile` makes other code of the same sources."""
 _SOURCES = ("arguments", "compiled", "compiled_scores", "elementary", "tiles", "tiles_of_vectors")
 _OUTSIDE = {"malloc", "free", "pread", "memcpy", "memmove", "memset"}
@@ -59,12 +59,7 @@ done:
   ret ptr %header
 }
 
-define linkonce_odr void @NRT_MemInfo_call_dtor(ptr %header) {
-  call void @free(ptr %header)
-  ret void
-}
-
-define void @NRT_incref(ptr %header) {
+define void @NRT_incref(ptr %header) alwaysinline {
   %none = icmp eq ptr %header, null
   br i1 %none, label %done, label %count
 count:
@@ -76,7 +71,7 @@ done:
   ret void
 }
 
-define void @NRT_decref(ptr %header) {
+define void @NRT_decref(ptr %header) alwaysinline {
   %none = icmp eq ptr %header, null
   br i1 %none, label %done, label %count
 count:
@@ -94,6 +89,7 @@ done:
 
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 """
+_MADE = "made_by_numba"
 _SEAL = 32
 """Bytes of the sha256 that a kept file begins with: a disk may lose a file's end in a crash."""
 _SCALARS = {
@@ -104,8 +100,7 @@ _SCALARS = {
     np.uint64: ("u8", ctypes.c_uint64),
     np.float32: ("f4", ctypes.c_float),
 }
-_nowhere = ctypes.create_string_buffer(64)
-"""Where kernels would put a result and an exception."""
+_LLVM_TYPES = {"?": "i8", "i8": "i64", "u8": "i64", "f4": "float"}
 _lock = threading.Lock()
 
 
@@ -129,7 +124,7 @@ class Kernel:
         _flatten(arguments, kinds, values)
         kind = ",".join(kinds)
         code = self._codes.get(kind) or self._load(kind, arguments)
-        if code.call(_nowhere, _nowhere, *values):
+        if code.call(*values):
             raise MemoryError(f"there is no space for {self.name}")
 
     def _load(self, kind: str, arguments: tuple[Any, ...]) -> _Code:
@@ -167,14 +162,12 @@ class _Code:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        types = [ctypes.c_void_p, ctypes.c_void_p, *_types(kind)]
-        self.call = ctypes.CFUNCTYPE(ctypes.c_int32, *types)(self._engine.get_function_address(symbol))
+        self.call = ctypes.CFUNCTYPE(ctypes.c_int32, *_types(kind))(self._engine.get_function_address(symbol))
 
 
 def _flatten(value: Any, kinds: list[str], values: list[Any]) -> None:
-    """Append the kinds of the numbers and arrays in nested tuples, and what stands for them in a call.
-
-    For an array numba passes two owners, the elements, bytes of one, the address, the shape and the strides.
+    """Append the kinds of the numbers and arrays in nested tuples, and what stands for them in a call: for an array
+    its address and its shape.
     """
     if isinstance(value, tuple):
         for each in value:
@@ -184,7 +177,7 @@ def _flatten(value: Any, kinds: list[str], values: list[Any]) -> None:
             raise ValueError("kernels take arrays whose rows lie one after the other")
         kinds.append(f"{value.dtype.str[1:]}*{value.ndim}")
         address = value.__array_interface__["data"][0]
-        values += (None, None, value.size, value.itemsize, address, *value.shape, *value.strides)
+        values += (address, *value.shape)
     else:
         kinds.append(_SCALARS[type(value)][0])
         values.append(float(value) if type(value) is np.float32 else int(value))
@@ -195,8 +188,7 @@ def _types(kind: str) -> Iterator[Any]:
     for each in kind.split(","):
         _, is_array, dimensions = each.partition("*")
         if is_array:
-            pointer, number = ctypes.c_void_p, ctypes.c_int64
-            yield from (pointer, pointer, number, number, pointer, *[number] * (2 * int(dimensions)))
+            yield from (ctypes.c_void_p, *[ctypes.c_int64] * int(dimensions))
         else:
             yield by_kind[each]
 
@@ -209,15 +201,55 @@ def _compile(module: str, name: str, arguments: tuple[Any, ...], symbol: str) ->
         signature = tuple(_numba_type(numba.types, argument) for argument in arguments)
         function.compile(signature)
     assembly = llvm.parse_assembly(function.inspect_llvm(signature))
-    assembly.get_function(function.overloads[signature].fndesc.llvm_func_name).name = symbol
-    assembly.link_in(llvm.parse_assembly(_HEAP))
+    assembly.get_function(function.overloads[signature].fndesc.llvm_func_name).name = _MADE
+    for ours in (_HEAP, _entry(symbol, arguments)):
+        assembly.link_in(llvm.parse_assembly(ours))
+    for each in assembly.functions:
+        if not each.is_declaration and each.name != symbol:
+            each.linkage = "internal"
+    assembly.get_function(_MADE).add_function_attribute("alwaysinline")
     assembly.verify()
+    builder = llvm.create_pass_builder(_machine(), llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(assembly, builder)
     wanted = {each.name for each in assembly.functions if each.is_declaration and not each.name.startswith("llvm.")}
     if wanted - _OUTSIDE:
         raise RuntimeError(
             f"{name} would call {', '.join(sorted(wanted - _OUTSIDE))}, which the C library does not have"
         )
     return _machine().emit_object(assembly)  # type: ignore[no-any-return]
+
+
+def _entry(symbol: str, arguments: tuple[Any, ...]) -> str:
+    """The function that is called, in LLVM's language: what it is given, completed to what numba's function wants.
+
+    That has places for a result and an exception, and for an array two owners, elements, bytes of one, address, shape
+    and strides. As no array of Python's has an owner here, the optimizer leaves out all that would count them.
+    """
+    kinds: list[str] = []
+    _flatten(arguments, kinds, [])
+    given, lines = list[str](), ["%result = alloca [8 x i64]", "%raised = alloca [8 x i64]"]
+    wanted = ["ptr %result", "ptr %raised"]
+    for number, each in enumerate(kinds):
+        scalar, is_array, dimensions = each.partition("*")
+        name = f"%a{number}"
+        if not is_array:
+            given.append(f"{_LLVM_TYPES[scalar]} {name}")
+            wanted.append(given[-1])
+            continue
+        size, axes = int(scalar[1:]), range(int(dimensions))
+        shape, strides = ([f"i64 {name}.{what}{axis}" for axis in axes] for what in ("length", "stride"))
+        following = str(size)
+        for axis in reversed(axes):
+            lines.append(f"{name}.stride{axis} = add i64 {following}, 0")
+            lines.append(f"{name}.bytes{axis} = mul i64 {name}.stride{axis}, {name}.length{axis}")
+            following = f"{name}.bytes{axis}"
+        lines.append(f"{name}.elements = udiv i64 {following}, {size}")
+        given += [f"ptr {name}", *shape]
+        wanted += ["ptr null", "ptr null", f"i64 {name}.elements", f"i64 {size}", f"ptr {name}", *shape, *strides]
+    types = ", ".join(each.split()[0] for each in wanted)
+    lines += [f"%failed = call i32 @{_MADE}({', '.join(wanted)})", "ret i32 %failed"]
+    body = "\n".join(lines)
+    return f"declare i32 @{_MADE}({types})\ndefine i32 @{symbol}({', '.join(given)}) {{\n{body}\n}}\n"
 
 
 def _numba_type(types: Any, value: Any) -> Any:
