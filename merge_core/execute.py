@@ -2,7 +2,7 @@
 
 A pool of threads reads blocks, measures or merges them; what is merged is handed on in order, so that each file is
 hashed and written from front to back by threads of their own while the next blocks are read and merged. All space is
-taken once and used again. While one tensor is merged, the next is measured.
+taken once and used again. While one tensor is merged, the next are measured.
 
 Where a merge is shared, each worker does this for the units it takes (`units.py`).
 """
@@ -195,24 +195,25 @@ class Execution:
             wait()
 
     def _measured(self, pool: ThreadPoolExecutor, known: Known) -> Generator[tuple[Slot, Known] | None, None, None]:
-        """The tensors still to be merged, each with what is known of it; the next is measured meanwhile.
+        """The tensors still to be merged, each with what is known of it; the next are measured meanwhile.
 
         None: all so far must be handed on before there is more.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="measure") as ahead:
-            before: tuple[Slot, Future[Known]] | None = None
+        most = self.plan.memory.ahead
+        with ThreadPoolExecutor(most, thread_name_prefix="measure") as ahead:
+            before = deque[tuple[Slot, Future[Known]]]()
             try:
                 for slot in self._slots():
-                    after = None
                     if slot is not None:
-                        after = slot, ahead.submit(self._measure_tensor, pool, self.plan.by_name[slot.name], known)
-                    if before is not None:
-                        yield before[0], before[1].result()
-                    if after is None:
+                        measuring = ahead.submit(self._measure_tensor, pool, self.plan.by_name[slot.name], known)
+                        before.append((slot, measuring))
+                    while len(before) > (0 if slot is None else most):
+                        done, found = before.popleft()
+                        yield done, found.result()
+                    if slot is None:
                         yield None
-                    before = after
-                if before is not None:
-                    yield before[0], before[1].result()
+                for done, found in before:
+                    yield done, found.result()
             except BaseException:
                 self.blocks.is_over = True
                 raise

@@ -11,7 +11,7 @@ from merge_core.plan import WRITING_BLOCKS, MemoryPlan, Plan, Step
 
 FLOOR_BYTES = 400 * 2**20
 """What the process needs before the first block: interpreter, torch, libraries, histograms."""
-BLOCK_ELEMENTS = 2**20
+BLOCK_ELEMENTS = 2**21
 CUDA_BLOCK_ELEMENTS = 2**22
 _LEAST_BLOCK = 2**17
 """Rather fewer threads than smaller blocks."""
@@ -31,8 +31,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """As many threads and as large blocks as fit under the limit, with what the stages that are read need for theirs;
     raises `MemoryLimitExceeded` where not even one grain does. Where blocks are whole tensors, fewer merged ones wait
-    for the disk before blocks of others shrink. `planning`: bytes that the plan itself took, which blocks use again;
-    `window`: what is held of files that lie elsewhere.
+    for the disk before blocks of others shrink. With room left two tensors are measured at once, so that no thread
+    waits for the last block of one. `planning`: bytes that the plan itself took, which blocks use again; `window`: what
+    is held of files that lie elsewhere.
     """
     workers = threads or len(os.sched_getaffinity(0))
     outputs = workers + WRITING_BLOCKS
@@ -44,12 +45,13 @@ def plan_memory(
         raise MemoryLimitExceeded(f"{detail}; raise limits.memory", [Problem(detail, "#/limits/memory")])
     of_stages = [(step, stage.scope) for stage in stages for step in stage.steps]
     kept = max([_kept_bytes(steps, scope), *(_kept_bytes(stage.steps, stage.scope) for stage in stages)])
+    measuring = max([step.kept_bytes(scope) + step.counting_bytes(scope) for step in steps], default=0)
 
-    def needs(block_elements: int) -> int:
+    def needs(block_elements: int, ahead: int = 1) -> int:
         """Bytes that so many threads need for blocks of so many elements, or of a grain where that is more."""
         work = [_block_bytes(step, scope, block_elements, on_gpu) for step in steps]
         measured = [_block_bytes(step, scope, block_elements, on_gpu)[0] for step, scope in of_stages]
-        in_work = max([*(bytes_ for bytes_, _ in work), *measured], default=0) + kept
+        in_work = max([*(bytes_ for bytes_, _ in work), *measured], default=0) + kept + (ahead - 1) * measuring
         return workers * in_work + outputs * max((written for _, written in work), default=0)
 
     least = [(sum(_block_bytes(step, scope, 1, on_gpu)), step) for step in steps]
@@ -70,7 +72,11 @@ def plan_memory(
         block_elements //= 2
     while outputs > 1 and needs(block_elements) > available:
         outputs -= 1
-    return MemoryPlan(workers, block_elements, outputs, floor + max(planning, needs(block_elements)), window)
+    # What is read of models that are merged themselves, or that lie elsewhere, is found out one tensor after the other.
+    is_simple = scope == "tensor" and not stages and not window
+    ahead = 2 if is_simple and needs(block_elements, 2) <= available else 1
+    peak = floor + max(planning, needs(block_elements, ahead))
+    return MemoryPlan(workers, block_elements, outputs, peak, window, ahead)
 
 
 def _block_bytes(step: Step, scope: Scope, block_elements: int, on_gpu: bool) -> tuple[int, int]:

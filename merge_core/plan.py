@@ -26,7 +26,7 @@ from merge_core.references import ModelRef
 from merge_core.statistics import Grains
 from merge_core.weights import Companions
 
-WRITING_BLOCKS = 6
+WRITING_BLOCKS = 4
 """Merged blocks that may wait for the disk, besides one per thread."""
 UNFUSED_BLOCK_ELEMENTS = 2**17
 """The temporaries of plain torch are as long as the block, and quickest while they fit into the cache."""
@@ -146,12 +146,16 @@ class Step:
         space = grain * (4 * len(self.reads) + len(self.sources)) if self.is_fused else 0
         small = [source.info for source in self.reads if source.small]
         space += sum(info.nbytes + info.elements * self.working.itemsize for info in small)
-        stages = self.method.stages(scope) if self.method is not None else ()
-        counting = max([stage.space for stage in stages] + [STATISTICS_BYTES] * (len(stages) > 1), default=0)
         if self.method is not None and self.method.held(self.shape) is not None:
             space = _RUN_BYTES * min(max(RUN_ELEMENTS, self.grains.width), self.grains.rows * self.grains.width)
         computing = max((source.thread_bytes for source in self.reads), default=0)
-        return space + computing + counting * len(self.sources)
+        return space + computing + self.counting_bytes(scope)
+
+    def counting_bytes(self, scope: Scope) -> int:
+        """Those for histograms."""
+        stages = self.method.stages(scope) if self.method is not None else ()
+        each = max([stage.space for stage in stages] + [STATISTICS_BYTES] * (len(stages) > 1), default=0)
+        return each * len(self.sources)
 
     def kept_bytes(self, scope: Scope) -> int:
         """Bytes of memory that measuring takes per thread until it is finished."""
@@ -180,7 +184,8 @@ class PlannedPatch:
 @dataclass(frozen=True)
 class MemoryPlan:
     """Threads, elements per block, merged blocks that may wait or be made at once, and the peak they lead to (bytes,
-    the whole process), of which `window` for what is held of files that lie elsewhere.
+    the whole process), of which `window` for what is held of files that lie elsewhere. `ahead`: how many tensors may be
+    measured while another is merged.
     """
 
     threads: int
@@ -188,6 +193,7 @@ class MemoryPlan:
     outputs: int
     peak: int
     window: int = 0
+    ahead: int = 1
 
 
 @dataclass(frozen=True)

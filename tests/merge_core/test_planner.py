@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,15 @@ def test_a_full_disk_is_known_before_a_weight_is_read(tmp_path: Path) -> None:
     with pytest.raises(InsufficientStorage, match=r"the output needs 2,199\.02 GB"):
         merge(recipe, tmp_path / "out", roots=[tmp_path])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["huge"]
+
+
+def test_two_tensors_are_measured_at_once_where_there_is_room(models: Path) -> None:
+    recipe = Recipe.from_data(method_recipe("ties"))
+    roomy = plan_only(recipe, roots=[models]).memory
+    tight = plan_only(recipe, roots=[models], memory=roomy.peak - 1).memory
+
+    assert (roomy.ahead, tight.ahead) == (2, 1)
+    assert tight == replace(roomy, ahead=1, peak=tight.peak) and tight.peak < roomy.peak
 
 
 def test_a_row_that_fits_in_no_memory_is_refused(tmp_path: Path) -> None:
