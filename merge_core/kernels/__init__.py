@@ -97,7 +97,7 @@ def combine(
     target = _target(sources, vectors.working, vectors.out) if _has_compiled_form(vectors) else None
     if target is None:
         return plain.combine(vectors, vote, majority, average, weights, scale)
-    draws = None if vectors.rank_rates is None else vectors.draws
+    draws = vectors.draws if _is_sparse(vectors) else None
     marks = None if draws is None else draws.marks.take(_marked(vectors))
     with _operands(vectors, marks, has_marks=marks is not None) as operands:
         _compiled("combine")(
@@ -239,7 +239,7 @@ def absolute_sums(vectors: TaskVectors) -> Sums:
         return plain.absolute_sums(vectors)
     grains = math.ceil(vectors.elements / vectors.grain)
     found = np.empty((grains, 2 * len(vectors)), np.float64)
-    draws = None if vectors.rank_rates is None else vectors.draws
+    draws = vectors.draws if _is_sparse(vectors) else None
     marks = None if draws is None else draws.marks.space(grains, len(vectors), -(-vectors.grain // 8))
     with _operands(vectors, marks) as operands:
         _compiled("absolute_sums")(operands, found)
@@ -355,7 +355,12 @@ def _has_compiled_form(vectors: TaskVectors) -> bool:
 
 def _marked(vectors: TaskVectors) -> Hashable:
     """By what the marks of a block are known."""
-    return vectors.rank_rates, vectors.tensor, vectors.start, vectors.elements
+    return vectors.drop_rates, vectors.rank_rates, vectors.tensor, vectors.start, vectors.elements
+
+
+def _is_sparse(vectors: TaskVectors) -> bool:
+    """Whether something is dropped."""
+    return vectors.drop_rates is not None or vectors.rank_rates is not None
 
 
 def _is_drawn(vectors: TaskVectors) -> bool:

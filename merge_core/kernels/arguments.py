@@ -32,7 +32,7 @@ class Operands(NamedTuple):
     drop_below: Array  # int64 in units of 2⁻²⁴; −1: nothing is dropped
     rank_below: Array  # int32, [models, width], the same by place in a row; width 0: nothing is dropped by rank
     rank_stride: int
-    marks: Array  # uint8, [grains, models, bytes], a bit per element: what is kept by rank; empty if not remembered
+    marks: Array  # uint8, [grains, models, bytes], a bit per element: what is kept; empty if not remembered
     has_marks: bool  # whether they are found already, or to be found
     divisors: Array  # float32
     thresholds: Array  # float32; negative: nothing is trimmed

@@ -14,18 +14,32 @@ from merge_core.kernels.tiles import (
     LANES,
     LOW_STREAM,
     TILE,
+    add_product,
+    add_times,
+    drop,
     first_nonfinite,
     load,
+    load_distance,
+    load_less,
     magnitude_of,
+    make_positive,
     masked,
     part,
     philox,
     store,
     sum_of,
-    survive,
     window,
 )
-from merge_core.kernels.tiles_of_vectors import Tiles, add_rows, add_vector, load_vector, make_tiles, open_window
+from merge_core.kernels.tiles_of_vectors import (
+    Tiles,
+    add_rows,
+    add_vector,
+    find_kept,
+    load_vector,
+    make_tiles,
+    only_drops,
+    open_window,
+)
 
 NO_VOTE, VOTE, VOTE_OR_MAJORITY = 0, 1, 2
 SUM, BY_WEIGHT, BY_COUNT, LARGEST, SHARED = 0, 1, 2, 3, 4
@@ -42,16 +56,13 @@ def linear(places: Places, weights: Array, divisor: float, elements: int, grain:
             return
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
-            one, acc = row[:size], summed[:size]
+            acc = summed[:size]
             load(addresses[0], places.codes[0], start, acc)
             weight = weights[0]
             for j in range(size):
                 acc[j] *= weight
             for i in range(1, len(weights)):
-                load(addresses[i], places.codes[i], start, one)
-                weight = weights[i]
-                for j in range(size):
-                    acc[j] += one[j] * weight
+                add_times(addresses[i], places.codes[i], start, weights[i], acc, row[:size])
             if divisor != 1:
                 for j in range(size):
                     acc[j] /= divisor
@@ -149,9 +160,7 @@ def combine(
     for i in range(1, models):
         whole = np.float32(whole + weights[i])
     whole = np.float32(1) if abs(whole) < np.float32(1e-8) else whole
-    is_plain = vote == NO_VOTE and average in (SUM, BY_WEIGHT) and given.factors.shape[1] < 2
-    is_plain = is_plain and np.all(given.divisors == 1)
-    is_plain = is_plain and np.all(given.thresholds < 0) and np.all(given.ceilings < 0)
+    is_plain = vote == NO_VOTE and average in (SUM, BY_WEIGHT) and only_drops(given)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
         if not open_window(given, first, count, addresses, tiles):
@@ -411,13 +420,26 @@ def _add_products(one: Array, other: Array, lanes: Array) -> None:
     if one.size == 2 * LANES:
         one_more, other_more = one[LANES:], other[LANES:]
         for j in range(LANES):
-            first = np.float64(one[j]) * np.float64(other[j])
-            lanes[j] = (lanes[j] + first) + np.float64(one_more[j]) * np.float64(other_more[j])
+            first = add_product(np.float64(one[j]), np.float64(other[j]), lanes[j])
+            lanes[j] = add_product(np.float64(one_more[j]), np.float64(other_more[j]), first)
     else:
         for begin in range(0, one.size, LANES):
             part, its = one[begin : begin + LANES], other[begin : begin + LANES]
             for j in range(part.size):
-                lanes[j] += np.float64(part[j]) * np.float64(its[j])
+                lanes[j] = add_product(np.float64(part[j]), np.float64(its[j]), lanes[j])
+
+
+@part
+def _add_products_of_two(one: Array, other: Array, lanes: Array) -> None:
+    """The three products of two whole tiles, each of whose numbers becomes float64 once."""
+    first, mixed, second = lanes[0], lanes[1], lanes[2]
+    one_more, other_more = one[LANES:], other[LANES:]
+    for j in range(LANES):
+        x, y = np.float64(one[j]), np.float64(other[j])
+        a, b = np.float64(one_more[j]), np.float64(other_more[j])
+        first[j] = add_product(a, a, add_product(x, x, first[j]))
+        mixed[j] = add_product(a, b, add_product(x, y, mixed[j]))
+        second[j] = add_product(b, b, add_product(y, y, second[j]))
 
 
 @part
@@ -440,10 +462,13 @@ def gram(places: Places, has_base: bool, elements: int, grain: int, found: Array
                 load(addresses[0], places.codes[0], start, base[:size])
             for i in range(sources):
                 one = tiles[i, :size]
-                load(addresses[i + before], places.codes[i + before], start, one)
                 if has_base:
-                    for j in range(size):
-                        one[j] -= base[j]
+                    load_less(addresses[i + 1], places.codes[i + 1], start, base[:size], one)
+                else:
+                    load(addresses[i], places.codes[i], start, one)
+            if sources == 2 and size == TILE:
+                _add_products_of_two(tiles[0], tiles[1], lanes)
+                continue
             pair = 0
             for i in range(sources):
                 for k in range(i, sources):
@@ -454,34 +479,17 @@ def gram(places: Places, has_base: bool, elements: int, grain: int, found: Array
 
 
 @part
-def _add_magnitudes(values: Array, lanes: Array) -> None:
+def _add_to_lanes(values: Array, lanes: Array) -> None:
     """Two numbers to a lane at once, as `_add_products` does."""
     if values.size == 2 * LANES:
         more = values[LANES:]
         for j in range(LANES):
-            lanes[j] = (lanes[j] + np.float64(abs(values[j]))) + np.float64(abs(more[j]))
+            lanes[j] = (lanes[j] + np.float64(values[j])) + np.float64(more[j])
     else:
         for begin in range(0, values.size, LANES):
             part = values[begin : begin + LANES]
             for j in range(part.size):
-                lanes[j] += np.float64(abs(part[j]))
-
-
-@part
-def _add_magnitudes_and_kept(values: Array, keep: Array, lanes: Array, kept: Array) -> None:
-    if values.size == 2 * LANES:
-        more, keep_more = values[LANES:], keep[LANES:]
-        for j in range(LANES):
-            first, second = abs(values[j]), abs(more[j])
-            lanes[j] = (lanes[j] + np.float64(first)) + np.float64(second)
-            kept[j] = (kept[j] + np.float64(masked(first, keep[j]))) + np.float64(masked(second, keep_more[j]))
-    else:
-        for begin in range(0, values.size, LANES):
-            part, here = values[begin : begin + LANES], keep[begin : begin + LANES]
-            for j in range(part.size):
-                magnitude = abs(part[j])
-                lanes[j] += np.float64(magnitude)
-                kept[j] += np.float64(masked(magnitude, here[j]))
+                lanes[j] += np.float64(part[j])
 
 
 @part
@@ -493,8 +501,7 @@ def absolute_sums(given: Operands, found: Array) -> None:
     models = len(given.keys)
     tiles, addresses = make_tiles(given, 1), np.empty(models + 1, np.int64)
     lanes = np.empty((2 * models, LANES), np.float64)
-    only_dropped = np.all(given.factors == 1) and np.all(given.divisors == 1)
-    only_dropped = only_dropped and np.all(given.thresholds < 0) and np.all(given.ceilings < 0)
+    is_plain = only_drops(given) and np.all(given.factors == 1)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
         if not open_window(given, first, count, addresses, tiles):
@@ -502,26 +509,17 @@ def absolute_sums(given: Operands, found: Array) -> None:
         lanes[:] = 0
         for start in range(0, count, TILE):
             size = min(TILE, count - start)
-            base, row, plain = tiles.base[:size], tiles.rows[0, :size], tiles.total[:size]
+            base, plain = tiles.base[:size], tiles.rows[0, :size]
             load(addresses[0], given.places.codes[0], start, base)
             for i in range(models):
-                load(addresses[i + 1], given.places.codes[i + 1], start, plain)
-                for j in range(size):
-                    plain[j] -= base[j]
-                if only_dropped:
-                    keep = tiles.keep[:size]
-                    below = given.drop_below[i]
-                    if below >= 0:
-                        survive(given.keys[i], below, given.start + first + start, tiles.words, keep)
-                    elif tiles.ranked.shape[1] > 0:
-                        keep = tiles.ranked[i, start : start + size]
-                    else:
-                        keep[:] = 1
-                    _add_magnitudes_and_kept(plain, keep, lanes[i], lanes[models + i])
-                else:
-                    _add_magnitudes(plain, lanes[i])
-                    load_vector(given, i, first, start, base, row, addresses, tiles)
-                    _add_magnitudes(row, lanes[models + i])
+                load_distance(addresses[i + 1], given.places.codes[i + 1], start, base, plain)
+                _add_to_lanes(plain, lanes[i])
+                if not is_plain:
+                    load_vector(given, i, first, start, base, plain, addresses, tiles)
+                    make_positive(plain)
+                elif find_kept(given, i, first, start, tiles, tiles.keep[:size]):
+                    drop(plain, tiles.keep[:size])
+                _add_to_lanes(plain, lanes[models + i])
         for i in range(2 * models):
             found[first // given.grain, i] = sum_of(lanes[i])
 

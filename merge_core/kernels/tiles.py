@@ -57,6 +57,16 @@ def float_of(context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), code
 
 
+@intrinsic  # type: ignore[misc]
+def add_product(context: Any, one: Any, other: Any, total: Any) -> Any:
+    """total + one · other, rounded once, in float64: of float32 numbers the product is exact anyway."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float64(types.float64, types.float64, types.float64), code
+
+
 @part
 def magnitude_of(value: float) -> int:
     """The bits of |value|, which have the order of the magnitudes; those of NaN come after all others."""
@@ -85,6 +95,51 @@ def load(address: int, code: int, start: int, out: Array) -> None:
         single = carray(pointer(address + 4 * start), count, np.float32)
         for j in range(count):
             out[j] = single[j]
+
+
+@part
+def load_less(address: int, code: int, start: int, base: Array, out: Array) -> None:
+    """The same, less others."""
+    if code == BFLOAT16:
+        short = carray(pointer(address + 2 * start), out.size, np.uint16)
+        for j in range(out.size):
+            out[j] = float_of(np.uint32(np.uint32(short[j]) << np.uint32(16))) - base[j]
+    else:
+        load(address, code, start, out)
+        for j in range(out.size):
+            out[j] -= base[j]
+
+
+@part
+def load_distance(address: int, code: int, start: int, base: Array, out: Array) -> None:
+    """The magnitude of that."""
+    if code == BFLOAT16:
+        short = carray(pointer(address + 2 * start), out.size, np.uint16)
+        for j in range(out.size):
+            out[j] = abs(float_of(np.uint32(np.uint32(short[j]) << np.uint32(16))) - base[j])
+    else:
+        load_less(address, code, start, base, out)
+        make_positive(out)
+
+
+@part
+def make_positive(values: Array) -> None:
+    """|values|"""
+    for j in range(values.size):
+        values[j] = abs(values[j])
+
+
+@part
+def add_times(address: int, code: int, start: int, factor: float, total: Array, spare: Array) -> None:
+    """Add stored numbers times a factor."""
+    if code == BFLOAT16:
+        short = carray(pointer(address + 2 * start), total.size, np.uint16)
+        for j in range(total.size):
+            total[j] += float_of(np.uint32(np.uint32(short[j]) << np.uint32(16))) * factor
+    else:
+        load(address, code, start, spare)
+        for j in range(total.size):
+            total[j] += spare[j] * factor
 
 
 @part
@@ -249,6 +304,13 @@ def masked(value: float, keep: int) -> float:
 
 
 @part
+def drop(values: Array, keep: Array) -> None:
+    """0 where `keep` is 0."""
+    for j in range(values.size):
+        values[j] = masked(values[j], keep[j])
+
+
+@part
 def survive(key: int, below: int, start: int, words: Array, keep: Array) -> None:
     """1 where the random number of an element is not less than `below`.
 
@@ -283,6 +345,27 @@ def survive(key: int, below: int, start: int, words: Array, keep: Array) -> None
 
 
 @part
+def pack(keep: Array, marks: Array) -> None:
+    """Put ones and zeros into bits: bit b of byte i is that of the element b · bytes + i."""
+    width = marks.size
+    marks[:] = 0
+    for bit in range(8):
+        run, mask = keep[bit * width : (bit + 1) * width], np.uint8(1 << bit)
+        for i in range(run.size):
+            marks[i] |= np.uint8(np.uint8(0) - run[i]) & mask
+
+
+@part
+def unpack(marks: Array, keep: Array) -> None:
+    """Take them out again."""
+    width = marks.size
+    for bit in range(8):
+        run, mask = keep[bit * width : (bit + 1) * width], np.uint8(1 << bit)
+        for i in range(run.size):
+            run[i] = np.uint8(np.uint8(marks[i] & mask) != np.uint8(0))
+
+
+@part
 def copy(values: Array, out: Array) -> None:
     """`out[:] = values`, which would bring in what Python needs to refuse other sizes."""
     for j in range(out.size):
@@ -294,7 +377,8 @@ def sum_of(lanes: Array) -> float:
     """The sum of all lanes, the second half being added to the first until one is left."""
     half = lanes.size // 2
     while half:
+        first, second = lanes[:half], lanes[half:]
         for j in range(half):
-            lanes[j] += lanes[half + j]
+            first[j] += second[j]
         half //= 2
     return lanes[0]

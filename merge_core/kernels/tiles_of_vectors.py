@@ -17,9 +17,11 @@ from merge_core.kernels.tiles import (
     low_bits,
     magnitude_of,
     masked,
+    pack,
     part,
     philox,
     survive,
+    unpack,
     window,
 )
 
@@ -251,9 +253,7 @@ def open_window(given: Operands, first: int, count: int, addresses: Array, tiles
     number = first // given.grain
     if width and given.has_marks:
         for model in range(len(given.keys)):
-            marks, keep = given.marks[number, model], tiles.ranked[model]
-            for j in range(count):
-                keep[j] = (marks[j >> 3] >> np.uint8(j & 7)) & np.uint8(1)
+            unpack(given.marks[number, model, : (count + 7) // 8], tiles.ranked[model, :count])
     elif width:
         sorting = Sorting(
             np.empty(max(width, 2 * TOGETHER), np.float32)[: width if lanes == 1 else 2 * TOGETHER],
@@ -265,16 +265,38 @@ def open_window(given: Operands, first: int, count: int, addresses: Array, tiles
             np.empty((3, 1 << DIGIT), np.uint32),
         )
         for model in range(len(given.keys)):
-            keep = tiles.ranked[model]
-            _keep_by_rank(given, model, first, count, addresses, sorting, keep[:count])
+            keep = tiles.ranked[model, :count]
+            _keep_by_rank(given, model, first, count, addresses, sorting, keep)
             if given.marks.size:
-                marks = given.marks[number, model]
-                for byte in range((count + 7) // 8):
-                    bits = np.uint8(0)
-                    for j in range(8 * byte, min(8 * byte + 8, count)):
-                        bits |= np.uint8(keep[j] << np.uint8(j & 7))
-                    marks[byte] = bits
+                pack(keep, given.marks[number, model, : (count + 7) // 8])
     return True
+
+
+@part
+def find_kept(given: Operands, model: int, first: int, start: int, tiles: Tiles, keep: Array) -> bool:
+    """1 for each element of a tile that is kept; False if none is dropped, and nothing is found."""
+    below, stop = given.drop_below[model], start + keep.size
+    if tiles.ranked.shape[1] > 0:
+        ranked = tiles.ranked[model, start:stop]
+        for j in range(keep.size):
+            keep[j] = ranked[j]
+        return True
+    if below < 0:
+        return False
+    if given.has_marks:
+        unpack(given.marks[first // given.grain, model, start // 8 : (stop + 7) // 8], keep)
+        return True
+    survive(given.keys[model], below, given.start + first + start, tiles.words, keep)
+    if given.marks.size:
+        pack(keep, given.marks[first // given.grain, model, start // 8 : (stop + 7) // 8])
+    return True
+
+
+@part
+def only_drops(given: Operands) -> bool:
+    """Whether entries are dropped, and multiplied once, at the most."""
+    is_whole = np.all(given.thresholds < 0) and np.all(given.ceilings < 0)
+    return is_whole and np.all(given.divisors == 1) and given.factors.shape[1] < 2
 
 
 @part
@@ -288,15 +310,12 @@ def load_vector(
     """
     size = out.size
     spare, keep = tiles.spare[:size], tiles.keep[:size]
-    drops, divisor, threshold = given.drop_below[model] >= 0, given.divisors[model], given.thresholds[model]
+    divisor, threshold = given.divisors[model], given.thresholds[model]
     ceiling, factors = given.ceilings[model], given.factors.shape[1]
     trims = not (threshold < 0 and ceiling < 0)
     stored = out if trims else spare
     load(addresses[model + 1], given.places.codes[model + 1], start, stored)
-    if drops:
-        survive(given.keys[model], given.drop_below[model], given.start + first + start, tiles.words, keep)
-    elif tiles.ranked.shape[1] > 0:
-        keep, drops = tiles.ranked[model, start : start + size], True
+    drops = find_kept(given, model, first, start, tiles, keep)
     if trims:
         if drops:
             for j in range(size):
@@ -342,12 +361,7 @@ def add_vector(
     """Add one tile of one task vector of which some is dropped, and that is multiplied, at the most."""
     size, address, code = total.size, addresses[model + 1], given.places.codes[model + 1]
     factor, keep = given.factors[model, 0] if given.factors.shape[1] else np.float32(1), tiles.keep[:size]
-    drops = given.drop_below[model] >= 0
-    if drops:
-        survive(given.keys[model], given.drop_below[model], given.start + first + start, tiles.words, keep)
-    elif tiles.ranked.shape[1] > 0:
-        keep, drops = tiles.ranked[model, start : start + size], True
-    if drops:
+    if find_kept(given, model, first, start, tiles, keep):
         add_kept(address, code, start, base, keep, factor, total, tiles.spare[:size])
     else:
         add_scaled(address, code, start, base, factor, total, tiles.spare[:size])

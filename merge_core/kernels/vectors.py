@@ -60,7 +60,7 @@ class Marks:
     A bit per element and model, in so much `room` in bytes; what finds no room is found out again.
     """
 
-    def __init__(self, room: int = 6 * 2**20) -> None:
+    def __init__(self, room: int = 16 * 2**20) -> None:
         self._room = room
         self._kept: dict[Hashable, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()

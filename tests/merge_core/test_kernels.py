@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge_core import kernels
-from merge_core.kernels.vectors import Numbers, RankRates, Rows, TaskVectors
+from merge_core.kernels.vectors import Marks, Numbers, RankRates, Rows, TaskVectors
 from merge_core.method import Randomness
 from tests.conftest import FORMS, kernels_in
 
@@ -154,6 +154,7 @@ def test_measurements(vectors: TaskVectors) -> None:
     in_both_forms(lambda: kernels.ties(vectors, (*sizes, *sizes[::-1], *([0.0] * len(vectors)))))
     in_both_forms(lambda: kernels.votes(vectors))
     in_both_forms(lambda: kernels.absolute_sums(vectors))
+    in_both_forms(lambda: kernels.combine(replace(vectors, out=None), scale=1.0))  # from what was remembered
     in_both_forms(lambda: kernels.gram([vectors.base, *vectors.models], torch.float32, vectors.grain))
     in_both_forms(lambda: kernels.overlaps(vectors))
     in_both_forms(lambda: kernels.gram(vectors.models, torch.float32, vectors.grain, vectors.base))
@@ -166,6 +167,18 @@ def test_measurements(vectors: TaskVectors) -> None:
         return np.concatenate([digits.ravel(), above, equal.ravel()])
 
     in_both_forms(bracket)
+
+
+def test_what_was_drawn_is_remembered_until_it_is_used() -> None:
+    draws = Randomness(3)
+    draws.marks = Marks(room=2 * 2**13)
+    rows = [Rows.of(torch.randn(5000)) for _ in range(3)]
+    vectors = TaskVectors(rows[0], tuple(rows[1:]), torch.float32, "t", draws=draws).dropped((0.5, 0.3))
+    drawn = kernels.combine(vectors, scale=1.0)
+    kernels.absolute_sums(vectors)
+    assert draws.marks.space(1) is None
+    assert torch.equal(bits(drawn), bits(kernels.combine(vectors, scale=1.0)))
+    assert draws.marks.space(2 * 2**13) is not None
 
 
 @settings(max_examples=60)
