@@ -500,28 +500,29 @@ def absolute_sums(given: Operands, found: Array) -> None:
     """
     models = len(given.keys)
     tiles, addresses = make_tiles(given, 1), np.empty(models + 1, np.int64)
-    lanes = np.empty((2 * models, LANES), np.float64)
+    lanes, codes = np.empty((2, LANES), np.float64), given.places.codes
     is_plain = only_drops(given) and np.all(given.factors == 1)
     for first in range(0, given.elements, given.grain):
         count = min(given.grain, given.elements - first)
         if not open_window(given, first, count, addresses, tiles):
             return
-        lanes[:] = 0
-        for start in range(0, count, TILE):
-            size = min(TILE, count - start)
-            base, plain = tiles.base[:size], tiles.rows[0, :size]
-            load(addresses[0], given.places.codes[0], start, base)
-            for i in range(models):
-                load_distance(addresses[i + 1], given.places.codes[i + 1], start, base, plain)
-                _add_to_lanes(plain, lanes[i])
+        # One model after the other, so that the lanes stay in the first-level cache.
+        for i in range(models):
+            lanes[:] = 0
+            for start in range(0, count, TILE):
+                size = min(TILE, count - start)
+                base, row, keep = tiles.base[:size], tiles.rows[0, :size], tiles.keep[:size]
+                load_distance(addresses[i + 1], codes[i + 1], addresses[0], codes[0], start, base, row)
+                _add_to_lanes(row, lanes[0])
                 if not is_plain:
-                    load_vector(given, i, first, start, base, plain, addresses, tiles)
-                    make_positive(plain)
-                elif find_kept(given, i, first, start, tiles, tiles.keep[:size]):
-                    drop(plain, tiles.keep[:size])
-                _add_to_lanes(plain, lanes[models + i])
-        for i in range(2 * models):
-            found[first // given.grain, i] = sum_of(lanes[i])
+                    load(addresses[0], codes[0], start, base)
+                    load_vector(given, i, first, start, base, row, addresses, tiles)
+                    make_positive(row)
+                elif find_kept(given, i, first, start, tiles, keep):
+                    drop(row, keep)
+                _add_to_lanes(row, lanes[1])
+            found[first // given.grain, i] = sum_of(lanes[0])
+            found[first // given.grain, models + i] = sum_of(lanes[1])
 
 
 @part

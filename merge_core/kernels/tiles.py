@@ -111,14 +111,17 @@ def load_less(address: int, code: int, start: int, base: Array, out: Array) -> N
 
 
 @part
-def load_distance(address: int, code: int, start: int, base: Array, out: Array) -> None:
-    """The magnitude of that."""
-    if code == BFLOAT16:
+def load_distance(address: int, code: int, base: int, base_code: int, start: int, spare: Array, out: Array) -> None:
+    """How far stored numbers are from others."""
+    if code == BFLOAT16 and base_code == BFLOAT16:
         short = carray(pointer(address + 2 * start), out.size, np.uint16)
+        other = carray(pointer(base + 2 * start), out.size, np.uint16)
         for j in range(out.size):
-            out[j] = abs(float_of(np.uint32(np.uint32(short[j]) << np.uint32(16))) - base[j])
+            mine = float_of(np.uint32(np.uint32(short[j]) << np.uint32(16)))
+            out[j] = abs(mine - float_of(np.uint32(np.uint32(other[j]) << np.uint32(16))))
     else:
-        load_less(address, code, start, base, out)
+        load(base, base_code, start, spare)
+        load_less(address, code, start, spare, out)
         make_positive(out)
 
 
