@@ -11,8 +11,7 @@ from merge_core.plan import WRITING_BLOCKS, MemoryPlan, Plan, Step
 
 FLOOR_BYTES = 400 * 2**20
 """What the process needs before the first block: interpreter, torch, libraries, histograms."""
-BLOCK_ELEMENTS = 2**21
-CUDA_BLOCK_ELEMENTS = 2**22
+BLOCK_ELEMENTS = 2**22
 _LEAST_BLOCK = 2**17
 """Rather fewer threads than smaller blocks."""
 

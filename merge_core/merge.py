@@ -34,7 +34,7 @@ from merge_core.errors import (
 from merge_core.execute import Execution, share_one_heap
 from merge_core.files import WrittenFile, disk_error, fsync_folder, nearest_existing
 from merge_core.journal import JOURNAL
-from merge_core.memory import BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
+from merge_core.memory import BLOCK_ELEMENTS
 from merge_core.merged import MergedWeights, Unrounded, make_plan_in_stages
 from merge_core.method import Randomness
 from merge_core.patches.delta import Delta, find_delta
@@ -97,7 +97,7 @@ def merge(
                 roots,
                 memory=memory,
                 threads=threads,
-                block_elements=block_elements or (BLOCK_ELEMENTS if where == CPU else CUDA_BLOCK_ELEMENTS),
+                block_elements=block_elements or BLOCK_ELEMENTS,
                 on_gpu=where != CPU,
                 max_shard_size=max_shard_size,
             )
@@ -156,7 +156,7 @@ def assist(
                 roots,
                 memory=memory,
                 threads=threads,
-                block_elements=block_elements or (BLOCK_ELEMENTS if where == CPU else CUDA_BLOCK_ELEMENTS),
+                block_elements=block_elements or BLOCK_ELEMENTS,
                 on_gpu=where != CPU,
                 max_shard_size=max_shard_size,
             )

@@ -26,7 +26,7 @@ from merge_core.references import ModelRef
 from merge_core.statistics import Grains
 from merge_core.weights import Companions
 
-WRITING_BLOCKS = 4
+WRITING_BLOCKS = 3
 """Merged blocks that may wait for the disk, besides one per thread."""
 UNFUSED_BLOCK_ELEMENTS = 2**17
 """The temporaries of plain torch are as long as the block, and quickest while they fit into the cache."""
