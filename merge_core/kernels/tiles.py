@@ -74,13 +74,19 @@ def magnitude_of(value: float) -> int:
 
 
 @part
+def widened(short: int) -> float:
+    """The float32 number that a bfloat16's bits stand for."""
+    return float_of(np.uint32(np.uint32(short) << np.uint32(16)))
+
+
+@part
 def load(address: int, code: int, start: int, out: Array) -> None:
     """Widen stored numbers to float32."""
     count = out.size
     if code == BFLOAT16:
         short = carray(pointer(address + 2 * start), count, np.uint16)
         for j in range(count):
-            out[j] = float_of(np.uint32(np.uint32(short[j]) << np.uint32(16)))
+            out[j] = widened(short[j])
     elif code == FLOAT16:
         short = carray(pointer(address + 2 * start), count, np.uint16)
         for j in range(count):
@@ -103,7 +109,7 @@ def load_less(address: int, code: int, start: int, base: Array, out: Array) -> N
     if code == BFLOAT16:
         short = carray(pointer(address + 2 * start), out.size, np.uint16)
         for j in range(out.size):
-            out[j] = float_of(np.uint32(np.uint32(short[j]) << np.uint32(16))) - base[j]
+            out[j] = widened(short[j]) - base[j]
     else:
         load(address, code, start, out)
         for j in range(out.size):
@@ -117,8 +123,8 @@ def load_distance(address: int, code: int, base: int, base_code: int, start: int
         short = carray(pointer(address + 2 * start), out.size, np.uint16)
         other = carray(pointer(base + 2 * start), out.size, np.uint16)
         for j in range(out.size):
-            mine = float_of(np.uint32(np.uint32(short[j]) << np.uint32(16)))
-            out[j] = abs(mine - float_of(np.uint32(np.uint32(other[j]) << np.uint32(16))))
+            mine = widened(short[j])
+            out[j] = abs(mine - widened(other[j]))
     else:
         load(base, base_code, start, spare)
         load_less(address, code, start, spare, out)
@@ -138,7 +144,7 @@ def add_times(address: int, code: int, start: int, factor: float, total: Array, 
     if code == BFLOAT16:
         short = carray(pointer(address + 2 * start), total.size, np.uint16)
         for j in range(total.size):
-            total[j] += float_of(np.uint32(np.uint32(short[j]) << np.uint32(16))) * factor
+            total[j] += widened(short[j]) * factor
     else:
         load(address, code, start, spare)
         for j in range(total.size):
@@ -151,7 +157,7 @@ def add_scaled(address: int, code: int, start: int, base: Array, factor: float, 
     if code == BFLOAT16:
         short = carray(pointer(address + 2 * start), total.size, np.uint16)
         for j in range(total.size):
-            total[j] += (float_of(np.uint32(np.uint32(short[j]) << np.uint32(16))) - base[j]) * factor
+            total[j] += (widened(short[j]) - base[j]) * factor
     else:
         load(address, code, start, spare)
         for j in range(total.size):
@@ -166,7 +172,7 @@ def add_kept(
     if code == BFLOAT16:
         short = carray(pointer(address + 2 * start), total.size, np.uint16)
         for j in range(total.size):
-            mine = float_of(np.uint32(np.uint32(short[j]) << np.uint32(16)))
+            mine = widened(short[j])
             total[j] += masked(mine - base[j], keep[j]) * factor
     else:
         load(address, code, start, spare)
